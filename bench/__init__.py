@@ -1,0 +1,1 @@
+"""Timings: interleaved runs of an op against its reference, refused when they disagree."""

@@ -1,0 +1,20 @@
+"""sparsemix: conditional-computation transformers, compared at equal FLOPs.
+
+`build_layer`, `build_model`, `build_optimizer`, `layer_cost` and `update` are the entry points; torch is imported only
+when one of them is first used, so the command line answers at once."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsemix.api import build_layer, build_model, build_optimizer, layer_cost, update
+
+__version__ = "0.1.0"
+__all__ = ["build_layer", "build_model", "build_optimizer", "layer_cost", "update"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'sparsemix' has no attribute {name!r}")
+    from sparsemix import api
+
+    return getattr(api, name)

@@ -1,0 +1,30 @@
+"""The public entry points: layers, models, optimizers and costs from settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsemix.config import parse
+from sparsemix.layers import Cost, Layer, LayerConfig, update
+from sparsemix.model import LM, ModelConfig
+from sparsemix.optim import build_optimizer
+
+__all__ = ["build_layer", "build_model", "build_optimizer", "layer_cost", "update"]
+
+
+def build_layer(config: LayerConfig | Mapping[str, Any], d_model: int) -> Layer:
+    """A layer (B, T, d_model) -> (update of the same shape, Aux). Raises ConfigError."""
+    return _layer(config).build(d_model)
+
+
+def layer_cost(config: LayerConfig | Mapping[str, Any], d_model: int, seq_len: int) -> Cost:
+    """FLOPs, parameters and bytes of a layer on one sequence, without building it. Raises ConfigError."""
+    return _layer(config).cost(d_model, seq_len)
+
+
+def build_model(config: ModelConfig | Mapping[str, Any], seed: int = 0) -> LM:
+    """A language model with parameters drawn from `seed`. Raises ConfigError."""
+    return (config if isinstance(config, ModelConfig) else parse(ModelConfig, config)).build(seed)
+
+
+def _layer(config: LayerConfig | Mapping[str, Any]) -> LayerConfig:
+    return config if isinstance(config, LayerConfig) else parse(LayerConfig, config)

@@ -1,0 +1,73 @@
+"""TrainState <-> folder: safetensors and json, written aside and renamed, so a kill leaves the old one or the new."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent."""
+
+    step: int = 0
+    cursor: int = 0
+    flops: float = 0.0
+    wall_s: float = 0.0
+
+
+def save(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write `folder/step-N` unless it is there, then delete older checkpoints and unfinished ones."""
+    final = folder / f"step-{state.step:08d}"
+    # A run reaches a step in one state only; replacing its checkpoint would leave a moment without any.
+    if not final.exists():
+        temporary = folder / f".step-{state.step:08d}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, state, model, optimizer)
+        temporary.rename(final)
+    for old in folder.glob("*step-*"):
+        if old.name != final.name:
+            shutil.rmtree(old)
+
+
+def _write(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    save_weights(model, folder / "model.safetensors")
+    packed = optimizer.state_dict()
+    tensors = {f"{i}.{name}": t for i, slots in packed["state"].items() for name, t in slots.items()}
+    save_file({**tensors, "rng": torch.get_rng_state()}, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Bring model, optimizer and generator to the newest checkpoint and return its state; fresh if there is none."""
+    newest = max(folder.glob("step-*"), default=None)
+    if newest is None:
+        return TrainState()
+    load_weights(model, newest / "model.safetensors")
+    tensors = load_file(newest / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, slot = name.partition(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return TrainState(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """All parameters and buffers of `model` in one safetensors file."""
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Read what `save_weights` wrote; every name must be there and fit."""
+    model.load_state_dict(load_file(path), strict=True)

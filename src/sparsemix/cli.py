@@ -1,0 +1,266 @@
+"""The command line. Heavy imports are inside the commands, so --help answers at once."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsemix.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparsemix.layers import LayerConfig
+
+app = typer.Typer(
+    name="sparsemix",
+    help="Compare conditional-computation transformers at equal FLOPs, on your own text, with causal losses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Text = Annotated[list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line and exit code 2; a training that failed is 1; Ctrl-C is 130."""
+    # The Hugging Face libraries print notices that no user of this command needs.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'file system'}: {error.strerror}; free space or choose another folder", 2)
+    except TrainingError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"sparsemix: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    from rich.console import Console
+
+    # Standard error, as the bars are: standard output holds the result alone.
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
+    text: Text = None,
+    kinds: Annotated[str, typer.Option(help="What to compare; dense is the baseline.")] = "dense,moe,peer,mh_moe,mod",
+    budget: Annotated[str, typer.Option(help="Training FLOPs a run (1e13), or auto:TIME (auto:6min).")] = "auto:6min",
+    seeds: Annotated[int, typer.Option(help="Seeds per kind; intervals need at least 2.")] = 3,
+    lr: Annotated[str, typer.Option(help="A rate, `rule` (by width), or `sweep` (per kind, on validation).")] = "rule",
+    placement: Annotated[str, typer.Option(help="Where routed feed-forwards go: middle, every-2, every.")] = "middle",
+    recipe: Annotated[str, typer.Option(help="The dense backbone: a packaged recipe or a YAML file.")] = "tiny",
+    override: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+) -> None:
+    """Train every kind at the same FLOP budget on the same text and report which is better."""
+    from sparsemix.config import parse
+    from sparsemix.sweep.compare import CompareConfig, Comparison
+
+    settings = {
+        "text": tuple(text or ("stdlib",)),
+        "kinds": tuple(kind.strip() for kind in kinds.split(",")),
+        "budget": budget,
+        "seeds": seeds,
+        "lr": lr,
+        "placement": placement,
+        "recipe": recipe,
+        "overrides": tuple(override or ()),
+    }
+    with _Preparation() as preparation:
+        comparison = Comparison(parse(CompareConfig, settings), out, _say, workers, preparation)
+        runs = comparison.run()
+    _report(comparison, runs)
+
+
+def _report(comparison: Any, runs: Any) -> None:
+    import json
+
+    from rich.console import Console
+
+    from sparsemix.report.console import tables
+    from sparsemix.report.page import write_report
+    from sparsemix.run import write_atomic
+    from sparsemix.sweep.summary import summarise
+
+    result = summarise(comparison, runs, shlex.join(["sparsemix", *sys.argv[1:]]))
+    write_atomic(comparison.out / "result.json", json.dumps(result, indent=1))
+    write_report(result, comparison.out / "report.html")
+    console = Console()
+    # A pipe or a file has no width of its own; a table must not be cut there.
+    (console if console.is_terminal else Console(width=160)).print(tables(result))
+    print(f"report: {comparison.out / 'report.html'}")
+
+
+class _Preparation:
+    """Data preparation as a bar on a terminal, one plain line a stage elsewhere. Call it with (stage, done, total)."""
+
+    def __enter__(self) -> "_Preparation":
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), console=console, transient=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
+        self.stage: str | None = None
+        return self
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self.stage:
+            if self.bar.disable:
+                _say(f"data: {stage}")
+            for task in self.bar.task_ids:
+                self.bar.remove_task(task)
+            self.bar.start()
+            self.stage, self.task = stage, self.bar.add_task(f"data: {stage}", total=total)
+        self.bar.update(self.task, completed=done, total=total)
+
+    def finish(self) -> None:
+        self.bar.stop()
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe or a YAML file; `sparsemix recipes` lists them.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, such as train.lr=3e-3.")] = None,
+    out: Annotated[Path, typer.Option(help="The run's folder; the same command resumes it.")] = Path("runs/train"),
+    text: Text = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the prepared text; default: beside --out.")] = None,
+) -> None:
+    """Train one model to its budget and evaluate it causally."""
+    from sparsemix.config import config_hash, parse
+    from sparsemix.data import DataConfig, prepare
+    from sparsemix.recipes import settings_of
+    from sparsemix.sweep.watch import Watch
+    from sparsemix.train import RunConfig
+    from sparsemix.train import train as train_run
+
+    raw = settings_of(recipe, overrides or [])
+    raw["data"] = {"vocab_size": raw.get("model", {}).get("vocab_size", 1024), **raw.get("data", {})}
+    if text:
+        raw["data"]["text"] = tuple(text)
+    config = parse(RunConfig, raw)
+    _say(f"{config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens")
+    place = data or out.parent / f"data-{config_hash(parse(DataConfig, raw['data']))}"
+    with _Preparation() as preparation:
+        shards = prepare(config.data, place, preparation)
+    config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
+    with Watch([out], "training", _say) as watch:
+        result = train_run(config, out, shards, lambda _: watch()).result
+    assert result is not None
+    print(f"{result['bpb']:.4f} bits per byte, perplexity {result['perplexity']:.2f} on {result['test_tokens']} tokens")
+    print(f"run: {out}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A comparison's folder.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Also print the tables as Markdown.")] = False,
+) -> None:
+    """Write report.html anew from a comparison's result.json."""
+    import json
+
+    from sparsemix.report.markdown import to_markdown
+    from sparsemix.report.page import write_report
+
+    path = folder / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "rows" not in result:
+        raise ConfigError(f"{folder} holds no finished comparison; run `sparsemix compare --out {folder}` first")
+    write_report(result, folder / "report.html")
+    if markdown:
+        print(to_markdown(result))
+    print(f"report: {folder / 'report.html'}", file=sys.stderr if markdown else sys.stdout)
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparsemix.recipes import FOLDER, purpose
+    from sparsemix.recipes import recipes as packaged
+
+    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    for name, path in packaged().items():
+        table.add_row(name, purpose(path))
+    Console().print(table)
+    print(f"files: {FOLDER}")
+
+
+@app.command()
+def kinds(
+    kind: Annotated[str | None, typer.Argument(help="Show this kind alone.")] = None,
+    d_model: Annotated[int, typer.Option(help="Model width at which costs are given.", min=16)] = 256,
+    seq_len: Annotated[int, typer.Option(help="Sequence length at which costs are given.", min=1)] = 256,
+) -> None:
+    """List the kinds of layers with their settings and what an example of each costs."""
+    from rich.console import Console
+
+    from sparsemix.config import nearest
+    from sparsemix.layers import LayerConfig
+    from sparsemix.sweep.sizing import example
+
+    known = LayerConfig.family or {}
+    if kind is not None and kind not in known:
+        raise ConfigError(f"kind={kind} is none of {', '.join(sorted(known))}{nearest(kind, known)}")
+    console = Console()
+    for name in [kind] if kind else sorted(known):
+        config_type = known[name]
+        assert issubclass(config_type, LayerConfig)
+        console.print(f"[bold]{name}[/]: {' '.join((config_type.__doc__ or '').split())}")
+        console.print(_settings_table(config_type))
+        config = example(name, d_model, seq_len)
+        if config is not None:
+            cost = config.cost(d_model, seq_len)
+            console.print(
+                f"  example at width {d_model}, per token: {cost.flops / seq_len / 1e6:.3g} MFLOPs; "
+                f"{cost.active_params / 1e6:.3g} M of {cost.params / 1e6:.3g} M parameters and {cost.bytes / 1e6:.3g} "
+                "MB touched",
+                highlight=False,
+            )
+        console.print()
+
+
+def _settings_table(config_type: "type[LayerConfig]") -> "Table":
+    from typing import Literal, get_args, get_origin
+
+    from pydantic_core import PydanticUndefined
+    from rich.table import Table
+
+    table = Table("  setting", "default", "values", box=None, pad_edge=False)
+    for name, info in config_type.model_fields.items():
+        if name != "kind":
+            annotation = info.annotation
+            values = getattr(annotation, "__name__", str(annotation))
+            if get_origin(annotation) is Literal:
+                values = ", ".join(get_args(annotation))
+            bounds = [str(rule).split("(")[1].rstrip(")") for rule in info.metadata if "(" in str(rule)]
+            default = "required" if info.default is PydanticUndefined else str(info.default)
+            table.add_row(f"  {name}", default, ", ".join([values, *bounds]))
+    return table
+
+
+if __name__ == "__main__":
+    main()

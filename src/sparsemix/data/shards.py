@@ -1,0 +1,300 @@
+"""Documents -> memory-mapped token ids on disk -> batches in an order that resumes exactly."""
+
+import contextlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from pydantic import model_validator
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sparsemix.config import Config, ConfigError
+from sparsemix.data import corpus
+from sparsemix.data.corpus import SPLITS, Document
+from sparsemix.data.tokenizer import end_of_text, id_dtype, load_tokenizer, num_ids, train_tokenizer, write_stream
+
+Progress = Callable[[str, int, int | None], None]
+Splits = dict[str, list[str]]
+Documents = Int64[np.ndarray, "D"]
+
+
+class DataConfig(Config):
+    """What text to train on and how it becomes token ids."""
+
+    text: tuple[str, ...] = ("stdlib",)
+    """Sources: files, folders, globs, `stdlib`, or hf:NAME:SPLIT (see `read_documents`)."""
+    vocab_size: int = 1024
+    """Tokens of the byte-level BPE trained on the training split, at most; unused with `tokenizer`."""
+    tokenizer: str | None = None
+    """A pretrained tokenizer instead: a tokenizer.json, its folder, or a name on the Hugging Face Hub."""
+    validation_fraction: float = 0.05
+    """Share of the documents, chosen by their hash, that makes up the validation split."""
+    test_fraction: float = 0.05
+    """Share of the documents, chosen by their hash, that makes up the test split."""
+    fingerprint: str | None = None
+    """Which text this must be: `prepare` fails if it finds another. Shown in the manifest after preparation."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> "DataConfig":
+        self.rule(bool(self.text) and all(self.text), "text", "must name at least one source, none of them empty")
+        self.rule(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end of text")
+        for name in ("validation_fraction", "test_fraction"):
+            self.rule(0 < getattr(self, name) < 0.5, name, "must lie between 0 and 0.5, both excluded")
+        return self
+
+
+class Batch(NamedTuple):
+    """One batch. positions count from 0 in each row; doc_ids are indices into the split's documents.
+
+    A document begins with its end-of-text token and is scored up to the end-of-text token after it: the loss at
+    position p belongs to document doc_ids[p]. valid=None: all real. Where not valid, the target is -100."""
+
+    tokens: Int64[Tensor, "B T"]
+    targets: Int64[Tensor, "B T"]
+    positions: Int64[Tensor, "B T"]
+    doc_ids: Int64[Tensor, "B T"]
+    valid: Bool[Tensor, "B T"] | None = None
+
+
+class Shards:
+    """A prepared corpus: three splits, each one stream `EOT d1 EOT d2 ... EOT` in the order of the documents' hash."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.vocab_size: int = manifest["vocab_size"]
+        self._tokens = {s: np.memmap(folder / f"{s}.bin", id_dtype(self.vocab_size), mode="r") for s in SPLITS}
+        self._starts = {s: np.load(folder / f"{s}.starts.npy") for s in SPLITS}
+        self._bytes = {s: np.load(folder / f"{s}.bytes.npy") for s in SPLITS}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Shards":
+        """The shards in a folder that `prepare` finished. Raises ConfigError if there are none or they are damaged."""
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no finished shards; prepare the data in an empty or new folder")
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            shards = cls(folder, json.loads(path.read_text(encoding="utf-8")))
+            if all(len(shards._tokens[s]) == shards.manifest["tokens"][s] for s in SPLITS):
+                return shards
+        raise ConfigError(f"{folder} holds damaged shards; delete the folder and prepare it again")
+
+    def tokens(self, split: str) -> np.ndarray:
+        """The token ids of the split, (L,), uint16 or uint32, memory-mapped."""
+        return self._tokens[split]
+
+    def starts(self, split: str) -> Int64[np.ndarray, "starts"]:
+        """Index of each document's first token (its EOT); the last entry is the index of the final EOT."""
+        return self._starts[split]
+
+    def bytes(self, split: str) -> Documents:
+        """UTF-8 bytes of each document."""
+        return self._bytes[split]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were written with."""
+        return load_tokenizer(str(self.folder / "tokenizer.json"))
+
+    def num_windows(self, seq_len: int) -> int:
+        """Training windows in one epoch. Raises ConfigError if the training split is shorter than one."""
+        num_tokens = len(self._tokens["train"])
+        if num_tokens <= seq_len:
+            raise ConfigError(f"seq_len={seq_len} must be below the training split's {num_tokens} tokens; add text")
+        return (num_tokens - 1) // seq_len
+
+    def batch(self, cursor: int, batch_size: int, seq_len: int, seed: int) -> Batch:
+        """Training samples cursor .. cursor + batch_size - 1 of the endless run that `seed` names.
+
+        Sample i is window perm(i mod n) of the n windows, the permutation being that of epoch i // n; window w
+        reads tokens[w T : w T + T + 1]. So `cursor`, the number of samples consumed, is all there is to resume.
+        The fewer than T tokens after the last window are not trained on."""
+        n = self.num_windows(seq_len)
+        samples = cursor + np.arange(batch_size)
+        windows = permute(samples % n, n, seed, samples // n)
+        return self._rows("train", windows, seq_len, n * seq_len)
+
+    def eval_batches(self, split: str, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Consecutive windows over the first whole documents that fit max_tokens (all if None, at least one).
+
+        Every token of them, their ends included, is the target exactly once. The last row is padded with its last
+        token, the last batch may have fewer rows."""
+        total = int(self._starts[split][self._covered(split, max_tokens)])
+        windows = np.arange(-(-total // seq_len))
+        for first in range(0, len(windows), batch_size):
+            yield self._rows(split, windows[first : first + batch_size], seq_len, total)
+
+    def eval_documents(self, split: str, max_tokens: int | None = None) -> tuple[Documents, Documents]:
+        """(doc_ids, UTF-8 bytes) of the documents that eval_batches with the same max_tokens covers."""
+        k = self._covered(split, max_tokens)
+        return np.arange(k), self._bytes[split][:k]
+
+    def _covered(self, split: str, max_tokens: int | None) -> int:
+        ends = self._starts[split][1:]
+        return len(ends) if max_tokens is None else max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+
+    def _rows(self, split: str, windows: np.ndarray, seq_len: int, total: int) -> Batch:
+        """The windows of the first `total` scored positions of a split."""
+        offsets = np.arange(seq_len)
+        at = windows[:, None] * seq_len + offsets  # (B, T)
+        valid = at < total
+        at = np.minimum(at, total - 1)
+        tokens, starts = self._tokens[split], self._starts[split]
+        return Batch(
+            tokens=torch.from_numpy(tokens[at].astype(np.int64)),
+            targets=torch.from_numpy(np.where(valid, tokens[at + 1].astype(np.int64), -100)),
+            positions=torch.from_numpy(np.tile(offsets, (len(windows), 1))),
+            doc_ids=torch.from_numpy(np.searchsorted(starts, at, side="right") - 1),
+            valid=None if valid.all() else torch.from_numpy(valid),
+        )
+
+
+def permute(i: Int64[np.ndarray, "B"], n: int, seed: int, epoch: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:
+    """perm_{seed, epoch}(i), a permutation of 0 .. n-1 that is computed, never stored.
+
+    A Feistel network over the smallest even number of bits that holds n; a value of n or more goes through it again
+    (cycle walking), which keeps it a bijection on 0 .. n-1."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = corpus.mix64(corpus.mix64(np.full(len(i), seed % 2**64, np.uint64)) + epoch.astype(np.uint64))
+    x, walking = i.astype(np.uint64), np.arange(len(i))
+    while len(walking):
+        left, right = x[walking] >> half, x[walking] & mask
+        for step in range(8):
+            left, right = right, left ^ (corpus.mix64(keys[walking] + (right << np.uint64(8)) + np.uint64(step)) & mask)
+        x[walking] = left << half | right
+        walking = walking[x[walking] >= n]
+    return x.astype(np.int64)
+
+
+def prepare(config: DataConfig, folder: Path, progress: Progress | None = None) -> Shards:
+    """The shards of `config` in `folder`, written there unless they already are.
+
+    The folder appears whole or not at all. Finished shards of the same settings are reused without reading the text if
+    `config.fingerprint` names them, or if no source file has changed since (size, time); they need no sources.
+    progress gets (stage, done, total). The corpus is held in memory. Raises ConfigError for unreadable text, a folder
+    that holds something else, and a text that is not the one that `config.fingerprint` or the shards name."""
+    report = progress or (lambda stage, done, total: None)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return _reuse(config, folder, report)
+    stamp = _stamp(config.text)
+    documents, dropped, cut = _collect(config, report)
+    mark = corpus.fingerprint(documents)
+    if config.fingerprint not in (None, mark):
+        raise ConfigError(f"fingerprint={config.fingerprint}: the text is now {mark}; restore it, or drop the setting")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        facts = {"fingerprint": mark, "stamp": stamp, "duplicates_dropped": dropped, "cut_into_pieces": cut}
+        _write(config, temporary, _split(documents, config), facts, report)
+        temporary.rename(folder)
+    except OSError as error:
+        # Another process may have prepared the same folder meanwhile.
+        if (folder / "manifest.json").is_file():
+            return _reuse(config, folder, report)
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Shards.open(folder)
+
+
+def _reuse(config: DataConfig, folder: Path, report: Progress) -> Shards:
+    shards = Shards.open(folder)
+    there, asked = shards.manifest["settings"], config.model_dump(mode="json", exclude={"fingerprint"})
+    if differ := [f"{k}={there.get(k)} there, {asked[k]} asked" for k in asked if there.get(k) != asked[k]]:
+        raise ConfigError(f"{folder} holds shards of other settings: {'; '.join(differ)}; choose another folder")
+    held = wanted = shards.manifest["fingerprint"]
+    if config.fingerprint is not None:
+        wanted = config.fingerprint
+    elif _stamp(config.text) not in (None, shards.manifest["stamp"]):
+        wanted = corpus.fingerprint(_collect(config, report)[0])
+    if wanted != held:
+        raise ConfigError(f"{folder} holds shards of the text {held}, not {wanted}; delete it or choose another folder")
+    return shards
+
+
+def _stamp(sources: Sequence[str]) -> str | None:
+    """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
+    lines: list[str] = []
+    for source in (s for s in sources if not s.startswith("hf:")):
+        if not (files := corpus.find_files(source)):
+            return None
+        lines += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    return corpus.sha256("\n".join(lines))
+
+
+def _collect(config: DataConfig, report: Progress) -> tuple[list[Document], int, bool]:
+    """(documents, duplicates dropped, whether fewer than three were cut into pieces)."""
+    documents, dropped = corpus.deduplicate(corpus.read_documents(config.text, lambda n: report("reading", n, None)))
+    if cut := len(documents) < len(SPLITS):
+        size = sum(len(d.text) for d in documents) / 200
+        documents, more = corpus.deduplicate(piece for d in documents for piece in _pieces(d, size))
+        dropped += more
+    if len(documents) < len(SPLITS):
+        rule = f"holds {len(documents)} different paragraphs or lines, but each of the three splits needs one"
+        raise ConfigError(f"text={', '.join(config.text)} {rule}; add text")
+    return documents, dropped, cut
+
+
+def _pieces(document: Document, size: float) -> Iterator[Document]:
+    """Whole paragraphs (whole lines if there are fewer than three paragraphs), joined to at least `size` characters."""
+    units = re.split(r"(?<=\n\n)(?!\n)", document.text)
+    units = units if len(units) >= len(SPLITS) else document.text.splitlines(keepends=True)
+    piece = ""
+    for unit in units:
+        piece += unit
+        if piece.strip() and len(piece) >= size:
+            yield Document(document.name, piece)
+            piece = ""
+    if piece.strip():
+        yield Document(document.name, piece)
+
+
+def _split(documents: list[Document], config: DataConfig) -> Splits:
+    """The texts of each split in the order of their hash. A split left empty gets the largest one's first text."""
+    splits: Splits = {split: [] for split in SPLITS}
+    for text in sorted((d.text for d in documents), key=corpus.sha256):
+        splits[corpus.split_of(text, config.validation_fraction, config.test_fraction)].append(text)
+    for split in SPLITS:
+        if not splits[split]:
+            splits[split].append(max(splits.values(), key=len).pop(0))
+    return splits
+
+
+def _write(config: DataConfig, folder: Path, splits: Splits, facts: dict[str, Any], report: Progress) -> None:
+    report("training the tokenizer", 0, None)
+    name = config.tokenizer
+    tokenizer = load_tokenizer(name) if name else train_tokenizer(splits["train"], config.vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocab_size = num_ids(tokenizer)
+    num_documents = {split: len(texts) for split, texts in splits.items()}
+    sizes = {split: np.array([len(text.encode()) for text in texts], np.int64) for split, texts in splits.items()}
+    num_bytes = {split: int(n.sum()) for split, n in sizes.items()}
+    num_tokens: dict[str, int] = {}
+    for split, texts in splits.items():
+        report("tokenizing", sum(num_documents[s] for s in num_tokens), sum(num_documents.values()))
+        starts = write_stream(tokenizer, texts, folder / f"{split}.bin")
+        num_tokens[split] = int(starts[-1]) + 1
+        np.save(folder / f"{split}.starts.npy", starts)
+        np.save(folder / f"{split}.bytes.npy", sizes[split])
+    manifest = {
+        "sources": list(config.text),
+        **facts,
+        "documents": num_documents,
+        "bytes_total": sum(num_bytes.values()),
+        "bytes": num_bytes,
+        "tokens": num_tokens,
+        "bytes_per_token": sum(num_bytes.values()) / sum(num_tokens.values()),
+        "vocab_size": vocab_size,
+        "tokenizer": name or f"byte-level BPE of {vocab_size} tokens, trained on the training split",
+        "end_of_text": end_of_text(tokenizer),
+        "settings": config.model_dump(mode="json", exclude={"fingerprint"}),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

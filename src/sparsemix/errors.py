@@ -1,0 +1,9 @@
+"""The two ways a command can fail; light, so that the command line can name them before anything else loads."""
+
+
+class ConfigError(ValueError):
+    """What a user can cause and mend: one line that names the setting, its value, the rule and the way out."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; what there is has been saved."""

@@ -1,0 +1,120 @@
+"""Causal losses per document, and what routing did while they were measured."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsemix.data import Batch
+from sparsemix.layers import Ctx, Layer, update
+from sparsemix.model import LM, token_nats
+from sparsemix.ops.flop_counter import count_flops
+
+SUMMED = ("counts", "gate_mass", "confusion")
+
+
+@dataclass
+class Losses:
+    """Nats per document (document id -> sum over its tokens) and the tokens scored."""
+
+    nats: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
+    stats: dict[str, np.ndarray] = field(default_factory=dict)
+    passes: np.ndarray | None = None
+
+    @property
+    def total(self) -> float:
+        return float(sum(self.nats.values()))
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        return self.total / np.log(2) / num_bytes
+
+
+@contextmanager
+def evaluating(model: nn.Module, causal: bool = True) -> Iterator[None]:
+    """No gradients, and evaluation mode (training mode if not `causal`); the former mode afterwards."""
+    training = model.training
+    model.train(not causal)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    moved = [t.to(device) for t in batch[:4]]
+    return Batch(*moved, valid=None if batch.valid is None else batch.valid.to(device))
+
+
+def context(batch: Batch, causal: bool) -> Ctx:
+    return Ctx(positions=batch.positions, doc_ids=batch.doc_ids, valid=batch.valid, causal=causal)
+
+
+def document_losses(model: LM, batches: Iterable[Batch], causal: bool = True) -> Losses:
+    """Losses under the causal rule, or, with `causal` False, under the routing and batch statistics of training (which
+    may see later tokens: not a valid likelihood, reported only as a leak)."""
+    losses = Losses()
+    device = model.embed.weight.device
+    with evaluating(model, causal):
+        for batch in batches:
+            batch = to_device(batch, device)
+            output = model(batch.tokens, context(batch, causal))
+            _add(losses, batch, token_nats(output.logits, batch.targets), output.aux.stats)
+    return losses
+
+
+def _add(losses: Losses, batch: Batch, nats: Tensor, stats: dict[str, Tensor]) -> None:
+    scored = batch.targets != -100
+    docs, where = torch.unique(batch.doc_ids[scored], return_inverse=True)
+    sums = torch.zeros(len(docs), dtype=torch.float64).index_add_(0, where.cpu(), nats[scored].double().cpu())
+    for doc, value in zip(docs.tolist(), sums.tolist(), strict=True):
+        losses.nats[doc] = losses.nats.get(doc, 0.0) + value
+    losses.tokens += int(scored.sum())
+    depth, layers = torch.zeros_like(batch.tokens), 0
+    for name, value in stats.items():
+        if name.rpartition(".")[2] in SUMMED:
+            losses.stats[name] = losses.stats.get(name, 0) + value.double().cpu().numpy()
+        if name.endswith(".routed") and value.shape == depth.shape:
+            depth, layers = depth + value, layers + 1
+    if layers:
+        histogram = np.bincount(depth[scored].cpu().numpy(), minlength=layers + 1)
+        losses.passes = histogram if losses.passes is None else losses.passes + histogram
+
+
+def flops_spent(model: LM, batches: Iterable[Batch]) -> float:
+    """FLOPs per token that the causal forward really ran on these batches (padding to the fullest row included)."""
+    spent, tokens = 0, 0
+    with evaluating(model):
+        for batch in batches:
+            batch = to_device(batch, model.embed.weight.device)
+            spent += count_flops(lambda batch=batch: model(batch.tokens, context(batch, True)))
+            tokens += batch.tokens.numel()
+    return spent / max(1, tokens)
+
+
+def has_running_state(model: nn.Module) -> bool:
+    """True if some layer keeps statistics or thresholds that evaluation uses."""
+    return any(isinstance(m, Layer) and any(True for _ in m.buffers(recurse=False)) for m in model.modules())
+
+
+def reestimate(model: LM, batches: Iterable[Batch]) -> None:
+    """Replace running statistics by their mean over `batches` of training text, at the final weights."""
+    if not has_running_state(model):
+        return
+    totals: dict[str, Tensor] = {}
+    count = 0
+    model.train()
+    with torch.no_grad():
+        for batch in batches:
+            batch = to_device(batch, model.embed.weight.device)
+            stats = model(batch.tokens, context(batch, False)).aux.stats
+            totals = {name: totals.get(name, 0) + value for name, value in stats.items()}
+            count += 1
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.forget()
+    update(model, {name: value / count for name, value in totals.items()})

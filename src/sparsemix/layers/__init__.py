@@ -1,0 +1,26 @@
+"""Mechanisms: one file each. The imports below are the registry: importing a file adds its kind."""
+
+from sparsemix.layers.attention import AttentionConfig
+from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, update
+from sparsemix.layers.block import BlockConfig
+from sparsemix.layers.dense import DenseConfig
+from sparsemix.layers.mh_moe import MHMoEConfig
+from sparsemix.layers.mod import MoDConfig
+from sparsemix.layers.moe import MoEConfig
+from sparsemix.layers.peer import PEERConfig
+
+__all__ = [
+    "AttentionConfig",
+    "Aux",
+    "BlockConfig",
+    "Cost",
+    "Ctx",
+    "DenseConfig",
+    "Layer",
+    "LayerConfig",
+    "MHMoEConfig",
+    "MoDConfig",
+    "MoEConfig",
+    "PEERConfig",
+    "update",
+]

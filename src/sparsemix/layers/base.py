@@ -1,0 +1,168 @@
+"""The contract every mechanism obeys: `forward(x, ctx) -> (y, Aux)`, where the caller adds y to x."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sparsemix.config import Config
+
+
+class Ctx(NamedTuple):
+    """What a layer may know besides x. None means the default: positions 0..T-1, one document a row, every token
+    real. `causal` asks routing to use its causal rule."""
+
+    positions: Int[Tensor, "B T"] | None = None
+    doc_ids: Int[Tensor, "B T"] | None = None
+    valid: Bool[Tensor, "B T"] | None = None
+    causal: bool = False
+
+    def pick(self, ids: Int[Tensor, "B C"], real: Bool[Tensor, "B C"] | None = None) -> "Ctx":
+        """The context of tokens `ids` of every row; `real` False marks filling."""
+
+        def at(per_token: Tensor | None) -> Tensor | None:
+            return None if per_token is None else per_token.gather(1, ids)
+
+        valid = at(self.valid)
+        if real is not None:
+            valid = real if valid is None else valid & real
+        positions = ids if self.positions is None else at(self.positions)
+        return self._replace(positions=positions, doc_ids=at(self.doc_ids), valid=valid)
+
+    def pick_rows(self, rows: Int[Tensor, " b"]) -> "Ctx":
+        """The context of a sub-batch: `rows` are positions in this batch."""
+
+        def at(per_row: Tensor | None) -> Tensor | None:
+            return None if per_row is None else per_row[rows]
+
+        return self._replace(positions=at(self.positions), doc_ids=at(self.doc_ids), valid=at(self.valid))
+
+    def split(self, num_heads: int) -> "Ctx":
+        """The context after every token became `num_heads` sub-tokens: T -> T * num_heads."""
+
+        def each(per_token: Tensor | None) -> Tensor | None:
+            return None if per_token is None else per_token.repeat_interleave(num_heads, dim=1)
+
+        return self._replace(positions=each(self.positions), doc_ids=each(self.doc_ids), valid=each(self.valid))
+
+
+def _under(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in entries.items()}
+
+
+class Aux(NamedTuple):
+    """What a layer says besides y: `losses` are scalars, already weighted; `stats` are detached observations.
+    A layer names its own entries, its parent prefixes them, so keys are module paths."""
+
+    losses: dict[str, Tensor] = {}  # noqa: RUF012  (a NamedTuple default; never mutated)
+    stats: dict[str, Tensor] = {}  # noqa: RUF012
+
+    def under(self, prefix: str) -> "Aux":
+        return Aux(_under(self.losses, prefix), _under(self.stats, prefix))
+
+    def __or__(self, other: "Aux") -> "Aux":  # type: ignore[override]
+        return Aux(self.losses | other.losses, self.stats | other.stats)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer costs.
+
+    flops: forward FLOPs of one sequence (matrix multiplies, 2 per multiply-add; attention over the full square;
+    index reads 0; PEER's looked-up rows count). items: the same by component. params: all of them.
+    active_params, bytes: parameters and weight bytes (fp32) that one token at batch 1 touches, in expectation."""
+
+    items: dict[str, float] = field(default_factory=dict)
+    params: int = 0
+    active_params: float = 0.0
+    bytes: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return sum(self.items.values())
+
+    def __add__(self, other: "Cost") -> "Cost":
+        names = self.items | other.items
+        items = {name: self.items.get(name, 0.0) + other.items.get(name, 0.0) for name in names}
+        return Cost(
+            items, self.params + other.params, self.active_params + other.active_params, self.bytes + other.bytes
+        )
+
+    def routed(self, share: float) -> "Cost":
+        """The same FLOPs and parameters, of which one token touches only `share` in expectation."""
+        return Cost(self.items, self.params, self.active_params * share, self.bytes * share)
+
+    @classmethod
+    def of(cls, item: str, flops: float, params: int = 0, active: float | None = None) -> "Cost":
+        """One component; `active` parameters per token default to all of them, each 4 bytes."""
+        active = params if active is None else active
+        return cls({item: flops}, params, active, 4.0 * active)
+
+
+class LayerConfig(Config):
+    """Settings of a layer; the family root. `kind` picks the mechanism."""
+
+    family: ClassVar[dict[str, type[Config]] | None] = {}
+
+    def cost(self, d_model: int, seq_len: int) -> Cost:
+        """Cost of this layer on one sequence, without building it."""
+        raise NotImplementedError
+
+    def build(self, d_model: int) -> "Layer":
+        """The layer, parameters not yet drawn from the model's seed. Raises ConfigError on misfit widths."""
+        raise NotImplementedError
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True if this layer or a child routes or normalises with later tokens while training."""
+        return any(child.looks_ahead for child in self.children())
+
+    def children(self) -> list["LayerConfig"]:
+        """The layers directly inside this one."""
+        return [value for name in type(self).model_fields if isinstance(value := getattr(self, name), LayerConfig)]
+
+
+class Layer(nn.Module):
+    """Base of every mechanism."""
+
+    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
+        raise NotImplementedError
+
+    def default_ctx(self) -> Ctx:
+        """What `layer(x)` alone means: causal unless training."""
+        return Ctx(causal=not self.training)
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        """Move running state (batch statistics, thresholds) by one step's observations. Most layers have none."""
+
+    def forget(self) -> None:
+        """Return running state to never observed. Most layers have none."""
+
+    def reset_parameters(self) -> None:
+        """Draw this module's own parameters (not its children's). Most wrappers own none."""
+
+
+def update(module: nn.Module, stats: Mapping[str, Tensor]) -> None:
+    """Let every layer inside `module` take up its own entries of `stats`; call once per optimizer step."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, Layer):
+            prefix = f"{name}." if name else ""
+            own = {key.removeprefix(prefix): value for key, value in stats.items() if key.startswith(prefix)}
+            layer.update(own)
+
+
+def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, ""]:
+    """Mean over real tokens."""
+    if valid is None:
+        return values.mean()
+    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp_min(1)
+
+
+def ceil_share(capacity: float, seq_len: int) -> int:
+    """Tokens of a sequence that a capacity ratio lets through, rounded up, at least one."""
+    # The small offset keeps 0.1 * 30 from rounding up to 4.
+    return max(1, math.ceil(capacity * seq_len - 1e-9))

@@ -1,0 +1,43 @@
+"""The ordinary feed-forward layer: what every other kind replaces."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
+from sparsemix.layers.linear import GATED, Linear, act, num_matrices
+
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "silu"]
+
+
+class DenseConfig(LayerConfig):
+    """y = down(act(gate x) * up x); plain activations have no gate."""
+
+    kind: Literal["dense"] = "dense"
+    d_ff: int = Field(ge=1)
+    activation: Activation = "swiglu"
+
+    def cost(self, d_model: int, seq_len: int) -> Cost:
+        params = num_matrices(self.activation) * d_model * self.d_ff
+        return Cost.of("linear", 2.0 * params * seq_len, params)
+
+    def build(self, d_model: int) -> "Dense":
+        return Dense(self, d_model)
+
+
+class Dense(Layer):
+    """y = down(act(gate x) * up x). Source for SwiGLU: arXiv:2002.05202."""
+
+    def __init__(self, config: DenseConfig, d_model: int) -> None:
+        super().__init__()
+        self.activation = config.activation
+        if config.activation in GATED:
+            self.gate = Linear(d_model, config.d_ff)
+        self.up = Linear(d_model, config.d_ff)
+        self.down = Linear(config.d_ff, d_model)
+
+    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
+        gate = self.gate(x) if self.activation in GATED else None
+        return self.down(act(self.up(x), gate, self.activation)), Aux()

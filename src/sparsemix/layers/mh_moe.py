@@ -1,0 +1,63 @@
+"""Multi-head mixture of experts: split every token into sub-tokens, route each on its own, merge."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from sparsemix.config import ConfigError
+from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
+from sparsemix.layers.linear import Linear
+
+
+class MHMoEConfig(LayerConfig):
+    """y = merge(inner(split(head(x)))); `inner` works at width d_model / num_heads."""
+
+    kind: Literal["mh_moe"] = "mh_moe"
+    num_heads: int = Field(ge=1)
+    inner: LayerConfig
+    bias: bool = False
+    inner_residual: bool = False
+
+    def d_head(self, d_model: int) -> int:
+        if d_model % self.num_heads:
+            raise ConfigError(f"num_heads={self.num_heads} must divide d_model={d_model}; choose a divisor")
+        return d_model // self.num_heads
+
+    def cost(self, d_model: int, seq_len: int) -> Cost:
+        projections = 2 * d_model * d_model
+        params = projections + (2 * d_model if self.bias else 0)
+        inner = self.inner.cost(self.d_head(d_model), seq_len * self.num_heads)
+        # A token's sub-tokens may pick different experts: at most num_heads times one sub-token's share.
+        share = min(1.0, self.num_heads * inner.active_params / max(1, inner.params))
+        touched = Cost(inner.items, inner.params, share * inner.params, 4.0 * share * inner.params)
+        return Cost.of("linear", 2.0 * projections * seq_len, params) + touched
+
+    def build(self, d_model: int) -> "MHMoE":
+        return MHMoE(self, d_model)
+
+
+class MHMoE(Layer):
+    """Sub-token j of token t is row t * num_heads + j; one router and one pool of experts serve all heads.
+
+    Source: arXiv:2411.16205, eqs. 1-4. Its earlier form (arXiv:2404.15045, eq. 6) adds the sub-token to its expert
+    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1."""
+
+    def __init__(self, config: MHMoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        d_head = config.d_head(d_model)
+        self.head = Linear(d_model, d_model, config.bias, gain=2**-0.5)
+        self.merge = Linear(d_model, d_model, config.bias)
+        self.inner = config.inner.build(d_head)
+
+    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
+        ctx = ctx or self.default_ctx()
+        B, T, D = x.shape
+        h = self.config.num_heads
+        parts = self.head(x).view(B, T * h, D // h)
+        mixed, aux = self.inner(parts, ctx.split(h))
+        if self.config.inner_residual:
+            mixed = parts + mixed
+        return self.merge(mixed.reshape(B, T, D)), aux.under("inner")

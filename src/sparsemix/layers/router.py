@@ -1,0 +1,88 @@
+"""Token-choice routing: scores, gates, picks, and the losses that keep experts in use."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Route(NamedTuple):
+    """K experts for each of N tokens."""
+
+    logits: Float[Tensor, "N E"]
+    probs: Float[Tensor, "N E"]
+    gates: Float[Tensor, "N K"]
+    expert_ids: Int[Tensor, "N K"]
+
+
+def at_least_fp32(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """x in fp32, or in fp64 if it is fp64 already: bf16 scores tie and so pick other experts."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Router(nn.Module):
+    """logits = x W^T in at least fp32, whatever autocast says. W ~ N(0, 0.02^2): scores start near a tie, so early
+    routing is even."""
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(at_least_fp32(x), at_least_fp32(self.weight))
+
+
+def route(logits: Float[Tensor, "N E"], top_k: int, normalize: bool) -> Route:
+    """Gates: softmax over all E, then the K largest; they sum to one only if `normalize`.
+
+    Source: arXiv:2101.03961, eq. 2, for K = 1; arXiv:2411.16205 keeps the same raw gates for K > 1."""
+    probs = logits.softmax(dim=-1)
+    gates, expert_ids = probs.topk(top_k, dim=-1)
+    if normalize:
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+    return Route(logits, probs, gates, expert_ids)
+
+
+def load_of(expert_ids: Int[Tensor, "N K"], num_experts: int, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, " E"]:
+    """Picks per expert among real tokens."""
+    weights = None if valid is None else valid.double()[:, None].expand_as(expert_ids).reshape(-1)
+    return torch.bincount(expert_ids.reshape(-1), weights, minlength=num_experts).double()
+
+
+def balance_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
+    """E sum_e f_e P_e: f_e the share of all picks, P_e the mean probability; 1 when even.
+
+    The picks of all K choices count (arXiv:2404.15045 is silent for K > 1; its code counts the first only)."""
+    E = r.probs.shape[1]
+    share = load_of(r.expert_ids, E, valid)
+    share = (share / share.sum().clamp_min(1)).to(r.probs.dtype)
+    probs = r.probs if valid is None else torch.where(valid[:, None], r.probs, 0.0)
+    tokens = probs.shape[0] if valid is None else valid.sum().clamp_min(1)
+    return E * (share * probs.sum(0) / tokens).sum()
+
+
+def z_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
+    """Mean squared log-sum-exp of the logits. Source: arXiv:2202.08906, eq. 5."""
+    squares = r.logits.logsumexp(dim=-1).square()
+    if valid is None:
+        return squares.mean()
+    return torch.where(valid, squares, 0.0).sum() / valid.sum().clamp_min(1)
+
+
+def usage_stats(
+    expert_ids: Int[Tensor, "N R"],
+    gates: Float[Tensor, "N R"],
+    num_experts: int,
+    valid: Bool[Tensor, " N"] | None,
+) -> dict[str, Tensor]:
+    """Per expert, over real tokens: `counts` (picks) and `gate_mass` (summed gates), both (E,) fp64."""
+    mass = gates.detach().double() if valid is None else torch.where(valid[:, None], gates.detach(), 0.0).double()
+    gate_mass = torch.bincount(expert_ids.reshape(-1), mass.reshape(-1), minlength=num_experts)
+    return {"counts": load_of(expert_ids, num_experts, valid), "gate_mass": gate_mass}

@@ -1,0 +1,162 @@
+"""The language model: embed, blocks, norm, tied head, loss in nats."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsemix.config import Config, ConfigError
+from sparsemix.layers import AttentionConfig, Aux, BlockConfig, Cost, Ctx, DenseConfig, Layer, LayerConfig
+from sparsemix.layers.block import RMSNorm
+
+CONVENTION = (
+    "FLOPs count matrix multiplies, 2 per multiply-add: linear layers, attention scores and values over the full "
+    "square of the sequence, routers, predictors, experts (PEER: 4 * heads * top_k * d_model a token for the "
+    "looked-up rows), and the logits. Index reads, norms, softmax and the embedding lookup count 0. "
+    "Training costs 3 x forward."
+)
+
+
+class ModelConfig(Config):
+    """A decoder-only language model with tied embeddings; every block is a layer of its own."""
+
+    d_model: int = Field(ge=2)
+    vocab_size: int = Field(ge=2)
+    seq_len: int = Field(ge=1)
+    blocks: tuple[LayerConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, raw: Any) -> Any:
+        return expand_blocks(raw) if isinstance(raw, dict) else raw
+
+    @property
+    def looks_ahead(self) -> bool:
+        return any(block.looks_ahead for block in self.blocks)
+
+    def cost(self, seq_len: int | None = None) -> Cost:
+        """Cost of one sequence: blocks, final norm, logits. The embedding lookup touches one row."""
+        T, D, V = seq_len or self.seq_len, self.d_model, self.vocab_size
+        total = Cost.of("logits", 2.0 * D * V * T, V * D) + Cost.of("linear", 0.0, D)
+        for block in self.blocks:
+            total += block.cost(D, T)
+        return total
+
+    def outside_flops(self) -> float:
+        """Forward FLOPs of one sequence spent outside routed layers: attention, dense layers, logits."""
+        logits = 2.0 * self.d_model * self.vocab_size * self.seq_len
+        return logits + sum(_outside(block, self.d_model, self.seq_len) for block in self.blocks)
+
+    def build(self, seed: int = 0) -> "LM":
+        """The model with parameters drawn from `seed`. Raises ConfigError on misfit widths."""
+        return LM(self, seed)
+
+
+def _outside(config: LayerConfig, d_model: int, seq_len: int) -> float:
+    if isinstance(config, BlockConfig):
+        return sum(_outside(child, d_model, seq_len) for child in config.children())
+    if isinstance(config, (AttentionConfig, DenseConfig)):
+        return config.cost(d_model, seq_len).flops
+    return 0.0
+
+
+def places(at: Any, count: int) -> list[int]:
+    """Block positions: `every`, `every-N` (the last of each N: 1, 3, 5, ... for every-2), `middle` (count // 2), or
+    a list. Raises ConfigError."""
+    if at == "middle":
+        return [count // 2]
+    if at == "every":
+        return list(range(count))
+    if isinstance(at, str) and at.startswith("every-") and at[6:].isdigit() and int(at[6:]) > 0:
+        return list(range(int(at[6:]) - 1, count, int(at[6:])))
+    if isinstance(at, (list, tuple)) and all(isinstance(i, int) and 0 <= i < count for i in at):
+        return list(at)
+    raise ConfigError(f"at={at} must be every, every-N, middle, or a list of block positions from 0 to {count - 1}")
+
+
+def expand_blocks(raw: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model with a block pattern written out as a list.
+
+    `blocks: {count: 4, each: {...}}` repeats a block; `ffn: {at: middle, kind: peer, ...}` replaces feed-forwards and
+    `wrap: {at: every-2, kind: mod, ...}` wraps blocks, each one line. Raises ConfigError."""
+    pattern = raw.get("blocks")
+    if not isinstance(pattern, dict):
+        return raw
+    if unknown := set(pattern) - {"count", "each", "ffn", "wrap"}:
+        raise ConfigError(f"blocks.{sorted(unknown)[0]} is no part of a pattern; known: count, each, ffn, wrap")
+    count = pattern.get("count")
+    if not isinstance(count, int) or count < 1 or not isinstance(pattern.get("each"), dict):
+        raise ConfigError("a pattern of blocks needs count (at least 1) and each (the block to repeat)")
+    blocks: list[dict[str, Any]] = [dict(pattern["each"]) for _ in range(count)]
+    for part in ("ffn", "wrap"):
+        if part in pattern:
+            if not isinstance(pattern[part], dict):
+                raise ConfigError(f"blocks.{part}={pattern[part]} must be settings (a mapping with a kind)")
+            settings = dict(pattern[part])
+            for place in places(settings.pop("at", "every"), count):
+                blocks[place] = (
+                    {**blocks[place], "ffn": settings} if part == "ffn" else {**settings, "inner": blocks[place]}
+                )
+    return {**raw, "blocks": blocks}
+
+
+class Output(NamedTuple):
+    """Logits of every token, and what the layers said."""
+
+    logits: Float[Tensor, "B T V"]
+    aux: Aux
+
+
+class LM(nn.Module):
+    """logits = norm(x_L) E^T with x_0 = E[tokens], x_{l+1} = x_l + block_l(x_l).
+
+    Initial values: embedding N(0, 0.02^2), linear layers N(0, 1/d_in), norms 1, the rest as its layer says. Every
+    module draws from a generator seeded by its own name, so models of different kinds start with the same values in
+    the parts they share."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(_build(block, config.d_model, i) for i, block in enumerate(config.blocks))
+        self.norm = RMSNorm(config.d_model)
+        self.reset_parameters(seed)
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        devices = [] if self.embed.weight.device.type in ("cpu", "meta") else [self.embed.weight.device]
+        with torch.random.fork_rng(devices=devices):
+            for name, module in self.named_modules():
+                if name and any(True for _ in module.parameters(recurse=False)):
+                    torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+                    reset = module.reset_parameters
+                    assert callable(reset)
+                    reset()
+            torch.manual_seed(zlib.crc32(f"{seed}/embed".encode()))
+            nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "B T"], ctx: Ctx | None = None) -> Output:
+        """Logits in the dtype of the model (or of autocast); ctx defaults to causal unless training."""
+        ctx = ctx or Ctx(causal=not self.training)
+        x, aux = self.embed(tokens), Aux({}, {})
+        for i, block in enumerate(self.blocks):
+            y, said = block(x, ctx)
+            x = x + y
+            aux |= said.under(f"blocks.{i}")
+        return Output(F.linear(self.norm(x), self.embed.weight), aux)
+
+
+def _build(config: LayerConfig, d_model: int, i: int) -> Layer:
+    try:
+        return config.build(d_model)
+    except ConfigError as error:
+        raise ConfigError(f"blocks.{i}: {error}") from None
+
+
+def token_nats(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """-log p(target) in nats, at least fp32; 0 where the target is -100."""
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

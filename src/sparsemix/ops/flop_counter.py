@@ -1,0 +1,25 @@
+"""Counting FLOPs as they run, with the formulas that torch's counter lacks."""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+import sparsemix.ops.grouped_mm
+import sparsemix.ops.row_dot
+import sparsemix.ops.row_mix  # noqa: F401  (each registers its own formula)
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _cpu_sdpa(query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    """The full square, as everywhere in this library: torch counts 0 for its CPU kernel."""
+    heads = query_shape[1]
+    spread = [(s[0], heads, *s[2:]) for s in (key_shape, value_shape)]
+    return sdpa_flop_count(query_shape, *spread)
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of the matrix multiplies, attention and table look-ups that `work()` runs."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()

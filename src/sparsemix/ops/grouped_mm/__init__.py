@@ -1,0 +1,92 @@
+"""Grouped matrix product over rows sorted by expert."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+
+def grouped_mm(
+    rows: Float[Tensor, "R D"], weight: Float[Tensor, "E F D"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "R F"]:
+    """out_r = weight[e(r)] row_r; rows are sorted by expert and counts says how many each has (sum R).
+
+    Under autocast rows and weight take the autocast dtype. Differentiable in rows and weight."""
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+    return torch.ops.sparsemix.grouped_mm(rows, weight, counts)
+
+
+@torch.library.custom_op("sparsemix::grouped_mm", mutates_args=())
+def _forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    if rows.is_cuda and _fits_torch(rows, weight):
+        offsets = counts.cumsum(0).to(torch.int32)
+        return F.grouped_mm(rows, weight.mT, offs=offsets)
+    # On CPU torch's own grouped product is the same loop, minus odd widths and fp64.
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    for e, piece, into in _segments(counts, rows, out):
+        torch.mm(piece, weight[e].mT, out=into)
+    return out
+
+
+@torch.library.custom_op("sparsemix::grouped_mm_weight_grad", mutates_args=())
+def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """dW_e = sum over the rows of expert e of grad_r row_r^T."""
+    if rows.is_cuda and _fits_torch(rows, grad):
+        offsets = counts.cumsum(0).to(torch.int32)
+        return F.grouped_mm(grad.mT, rows, offs=offsets)
+    out = rows.new_zeros(counts.shape[0], grad.shape[1], rows.shape[1])
+    for e, piece, grads in _segments(counts, rows, grad):
+        torch.mm(grads.mT, piece, out=out[e])
+    return out
+
+
+def _fits_torch(*operands: Tensor) -> bool:
+    # torch's grouped product wants bf16 and 16-byte strides.
+    return all(x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and x.shape[-2] % 8 == 0 for x in operands)
+
+
+def _segments(counts: Tensor, *per_row: Tensor):
+    start = 0
+    for e, count in enumerate(counts.tolist()):
+        if count:
+            yield e, *(x[start : start + count] for x in per_row)
+        start += count
+
+
+@_forward.register_fake
+def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@_weight_grad.register_fake
+def _(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(counts.shape[0], grad.shape[1], rows.shape[1])
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor):
+    rows, weight, counts = ctx.saved_tensors
+    # An expanded gradient (from .sum()) has stride 0, which matrix kernels refuse.
+    grad = grad.contiguous()
+    d_rows = torch.ops.sparsemix.grouped_mm(grad, weight.mT, counts) if ctx.needs_input_grad[0] else None
+    d_weight = _weight_grad(grad, rows, counts) if ctx.needs_input_grad[1] else None
+    return d_rows, d_weight, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.sparsemix.grouped_mm)
+def _flops(rows_shape, weight_shape, counts_shape, *args, **kwargs) -> int:
+    return 2 * rows_shape[0] * weight_shape[1] * weight_shape[2]
+
+
+@register_flop_formula(torch.ops.sparsemix.grouped_mm_weight_grad)
+def _weight_grad_flops(grad_shape, rows_shape, counts_shape, *args, **kwargs) -> int:
+    return 2 * rows_shape[0] * rows_shape[1] * grad_shape[1]

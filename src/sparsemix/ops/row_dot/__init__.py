@@ -1,0 +1,49 @@
+"""Inner products of tokens with table rows looked up for them; never forms the gathered [N, R, D] tensor."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sparsemix.ops.row_mix import table_grad
+
+
+def row_dot(x: Float[Tensor, "N D"], ids: Int[Tensor, "N R"], table: Float[Tensor, "M D"]) -> Float[Tensor, "N R"]:
+    """z_nr = <x_n, table[ids_nr]>. Differentiable in x and table; x takes the table's dtype."""
+    return torch.ops.sparsemix.row_dot(x.to(table.dtype), ids, table)
+
+
+@torch.library.custom_op("sparsemix::row_dot", mutates_args=())
+def _forward(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    # An embedding bag's gradient towards its per-sample weights is exactly this product.
+    N, R = ids.shape
+    bag = torch.arange(N, device=ids.device).repeat_interleave(R)
+    offsets = torch.arange(0, N * R, R, device=ids.device)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), table, ids.reshape(-1), offsets, bag, 0
+    )
+    return dots.view(N, R)
+
+
+@_forward.register_fake
+def _(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    return x.new_empty(ids.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor):
+    x, ids, table = ctx.saved_tensors
+    d_x = torch.ops.sparsemix.row_mix(grad, ids, table) if ctx.needs_input_grad[0] else None
+    d_table = table_grad(grad, ids, x, table.shape[0]) if ctx.needs_input_grad[2] else None
+    return d_x, None, d_table
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.sparsemix.row_dot)
+def _flops(x_shape, ids_shape, table_shape, *args, **kwargs) -> int:
+    return 2 * ids_shape[0] * ids_shape[1] * table_shape[1]

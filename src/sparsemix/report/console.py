@@ -1,0 +1,60 @@
+"""The comparison as tables for a terminal."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from sparsemix.report.numbers import DASH, fixed, interval, si
+
+BASELINES = {"uniform_bpb": "uniform", "unigram_bpb": "unigram", "bigram_bpb": "bigram", "fivegram_bpb": "5-gram"}
+
+
+def tables(result: dict[str, Any]) -> Group:
+    """Losses with verdicts, costs, and what each run took, then warnings."""
+    loss = Table(title="Causal loss on held-out documents", caption="95 % intervals; negative differences are better")
+    for name in ("kind", "bits/byte", "interval", "perplexity", "vs dense", "interval", "verdict"):
+        loss.add_column(name, justify="left" if name in ("kind", "verdict") else "right")
+    for row in result["rows"]:
+        loss.add_row(
+            row["kind"],
+            fixed(row["bpb"], 4),
+            interval(row["bpb_ci"], 4),
+            fixed(row["perplexity"], 2),
+            fixed(row["difference"], 4, signed=True),
+            interval(row["difference_ci"], 4, signed=True),
+            row["verdict"],
+        )
+    loss.add_section()
+    for key, name in BASELINES.items():
+        loss.add_row(name, fixed(result["baselines"][key], 4), *[DASH] * 4, "count model")
+    cost = Table(title="Cost and speed")
+    columns = (
+        "kind",
+        "FLOPs/token",
+        "active",
+        "params",
+        "bytes/token",
+        "outside",
+        "tokens",
+        "tokens/s",
+        "memory",
+        "time",
+    )
+    for name in columns:
+        cost.add_column(name, justify="left" if name == "kind" else "right")
+    for row in result["rows"]:
+        cost.add_row(
+            row["kind"],
+            si(row["flops_per_token"]),
+            si(row["active_params"]),
+            si(row["params"]),
+            si(row["bytes_per_token"], "B"),
+            f"{row['outside_share']:.0%}",
+            si(row["tokens"]),
+            si(row["tokens_per_s"]),
+            si(row["peak_memory_bytes"], "B"),
+            f"{row['wall_s']:.0f} s",
+        )
+    return Group(loss, cost, *(Text(f"warning: {text}", style="yellow") for text in result["warnings"]))

@@ -1,0 +1,228 @@
+"""One self-contained HTML page from a comparison's result: no script, nothing fetched, every value may be missing."""
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sparsemix.report.numbers import (
+    DASH,
+    Markup,
+    escape,
+    exponent,
+    fixed,
+    interval,
+    is_number,
+    si,
+)
+from sparsemix.report.plots import differences, learning_rates, loads, losses, passes, styles_of
+from sparsemix.report.tables import (
+    comparison_table,
+    cost_table,
+    experts_table,
+    leak_table,
+    predictor_table,
+    ranked,
+    sizing_table,
+    speed_table,
+    table,
+)
+
+Row = dict[str, Any]
+
+
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """Write the page of `result` (the content of result.json) to `path`; links to run folders are relative to it."""
+    rows = result.get("rows") or []
+    kinds = ", ".join(str(row.get("kind")) for row in rows) or DASH
+    sections = [
+        ("verdict", "Verdict", _verdict(result)),
+        ("table", "Comparison", _join(comparison_table(result), differences(result), speed_table(result))),
+        ("loss-flops", "Loss against compute", losses(result, "flops")),
+        ("loss-time", "Loss against time", losses(result, "wall_s")),
+        ("lr", "Learning rates", learning_rates(result)),
+        ("cost", "Cost", cost_table(rows)),
+        ("routing", "Routing", _routing(result)),
+        ("fairness", "What was held equal", _fairness(result)),
+        ("data", "Data", _data(result)),
+        ("reproduce", "Reproduce", _reproduce(result)),
+    ]
+    shown = [section for section in sections if section[2]]
+    template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    byline = " · ".join(
+        [
+            f"{si(result.get('budget_flops'), 'FLOP')} per run",
+            *(str(result[key]) for key in ("hardware", "created") if result.get(key)),
+        ]
+    )
+    page = template.substitute(
+        title=escape(f"Equal-FLOP comparison: {kinds}"),
+        byline=escape(byline),
+        contents="\n".join(f'<li><a href="#{id}">{heading}</a></li>' for id, heading, _ in shown),
+        sections="\n".join(
+            f'<section id="{id}">\n<h2>{heading}</h2>\n{body}\n</section>' for id, heading, body in shown
+        ),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _paragraph(text: object, css: str = "") -> Markup:
+    return Markup(f'<p class="{css}">{escape(text)}</p>')
+
+
+def _list(items: Sequence[object], css: str = "") -> Markup:
+    return Markup(f'<ul class="{css}">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>')
+
+
+def _join(*parts: str) -> Markup:
+    return Markup("\n".join(part for part in parts if part))
+
+
+def _verdict(result: dict[str, Any]) -> Markup:
+    rows = [row for row in ranked(result) if is_number(row.get("bpb"))]
+    if not rows:
+        return _join(_paragraph(f"{DASH} (no kind has a finite loss)", "headline"), _warnings(result))
+    best, dense = rows[0], next((row for row in rows if row.get("kind") == "dense"), None)
+    against = f", against {fixed(dense['bpb'], 4)} for dense" if dense and dense is not best else ""
+    headline = (
+        f"With {si(result.get('budget_flops'), 'FLOP')} of training each, {best.get('kind')} has the lowest mean loss: "
+        f"{fixed(best['bpb'], 4)} bits per byte{against}."
+    )
+    lines = []
+    for row in rows:
+        if row is not dense:
+            numbers = (
+                f"{fixed(row.get('difference'), 4, signed=True)} {interval(row.get('difference_ci'), 4, signed=True)}"
+            )
+            lines.append(Markup(f"<b>{escape(row.get('kind'))}</b> {numbers}: {escape(row.get('verdict'))}"))
+    note = "Difference from dense in bits per byte, 95\u00a0% confidence interval, verdict; negative is better."
+    return _join(
+        _paragraph(headline, "headline"),
+        _list(lines, "verdicts") if lines else "",
+        _paragraph(note, "note") if lines else "",
+        _paragraph(result.get("scope")),
+        _warnings(result),
+    )
+
+
+def _warnings(result: dict[str, Any]) -> Markup:
+    warnings = [Markup(f"<b>Warning:</b> {escape(text)}") for text in result.get("warnings") or []]
+    return _list(warnings, "warnings") if warnings else Markup("")
+
+
+EXPERTS = (
+    "Usage is the share of experts with any gate mass; unevenness is the KL divergence of the experts' shares of gate "
+    "mass from uniform, in nats, 0 when even. Both depend on the number of tokens they were measured on."
+)
+
+
+def _routing(result: dict[str, Any]) -> Markup:
+    rows, styles = result.get("rows") or [], styles_of(result)
+    parts: list[str] = [leak_table(rows), _paragraph(EXPERTS, "note")]
+    for i, row in enumerate(rows):
+        kind, routing = row.get("kind"), row.get("routing") or {}
+        if not any(routing.get(key) for key in ("passes", "predictor", "experts")):
+            continue
+        parts.append(Markup(f"<h3>{escape(kind)}</h3>"))
+        parts.append(passes(row, f"passes-{i}", styles[str(kind)]))
+        parts.append(predictor_table(row) if routing.get("predictor") else "")
+        if routing.get("experts"):
+            parts.append(f'<div class="pair">{loads(row, f"load-{i}", styles[str(kind)])}{experts_table(row)}</div>')
+    return _join(*parts)
+
+
+def _fairness(result: dict[str, Any]) -> Markup:
+    rows, epochs = result.get("rows") or [], result.get("epochs")
+    seeds = {tuple(run.get("seed") for run in row.get("runs") or []) for row in rows}
+    held = [
+        f"Training compute: {si(result.get('budget_flops'), 'FLOP')} for every run. A kind that spends fewer FLOPs per "
+        "token reads more tokens.",
+        "The text, its splits and the tokenizer: every kind read the same corpus (see Data).",
+        "The seeds of the runs."
+        if len(seeds) == 1
+        else "Not the seeds: kinds ran with different ones (see the table).",
+        "The effort spent on the learning rate: the same sweep for every kind, on validation loss."
+        if result.get("tuned")
+        else "Not the learning rate's quality: it was not tuned for each kind, which may favour some.",
+    ]
+    limits = [
+        "Other sizes and budgets. The ranking may change with scale.",
+        "Speed. Equal FLOPs are not equal seconds: times hold for this hardware and these kernels only.",
+        "Other text, other tokenizers, or anything after pre-training.",
+        "Settings other than the learning rate, which were not searched.",
+    ]
+    read = f"The training text was read {fixed(epochs, 2)} times." if is_number(epochs) else ""
+    return _join(
+        _list(held),
+        sizing_table(rows, result.get("budget_flops")),
+        _paragraph(read) if read else "",
+        Markup("<h3>How FLOPs were counted</h3>"),
+        _paragraph(result.get("convention")),
+        Markup("<h3>What this does not show</h3>"),
+        _list(limits),
+    )
+
+
+def _data(result: dict[str, Any]) -> Markup:
+    corpus = result.get("corpus") or {}
+    splits = {**(corpus.get("splits") or {}), "evaluated": corpus.get("evaluated") or {}}
+    lines = [
+        [name, si(of.get("bytes"), "B"), si(of.get("documents")), si(of.get("tokens")), fixed(_per_token(of), 2)]
+        for name, of in splits.items()
+    ]
+    facts = [
+        ["sources", Markup("<br>".join(escape(source) for source in corpus.get("sources") or [None]))],
+        ["size", f"{si(corpus.get('bytes'), 'B')} in {si(corpus.get('documents'))} documents"],
+        ["duplicates dropped", si(corpus.get("duplicates_dropped"))],
+        ["tokenizer", f"{corpus.get('tokenizer') or DASH}, vocabulary of {fixed(corpus.get('vocab_size'), 0)}"],
+        ["SHA-256 fingerprint", _code(corpus.get("fingerprint"))],
+    ]
+    return _join(
+        _facts("The corpus.", facts),
+        table("Splits, by document.", ["split", "size", "documents", "tokens", "bytes per token"], lines),
+    )
+
+
+def _per_token(split: dict[str, Any]) -> float | None:
+    size, tokens = split.get("bytes"), split.get("tokens")
+    return size / tokens if is_number(size) and is_number(tokens) and tokens else None
+
+
+def _code(value: object) -> Markup:
+    return Markup(DASH if value is None else f"<code>{escape(value)}</code>")
+
+
+def _facts(caption: str, facts: Sequence[Sequence[object]]) -> Markup:
+    return table(caption, ["what", "value"], facts, text=[1])
+
+
+def _reproduce(result: dict[str, Any]) -> Markup:
+    versions = [[name, version] for name, version in (result.get("versions") or {}).items()]
+    machine = [["hardware", result.get("hardware")], ["created", result.get("created")]]
+    settings = [[name, _code(value)] for name, value in (result.get("settings") or {}).items()]
+    runs = [
+        [
+            row.get("kind"),
+            run.get("seed"),
+            exponent(run.get("lr")),
+            fixed(run.get("bpb"), 4),
+            _link(run.get("folder")),
+        ]
+        for row in result.get("rows") or []
+        for run in row.get("runs") or []
+    ]
+    command = result.get("command")
+    return _join(
+        Markup(f"<pre><code>{escape(command)}</code></pre>"),
+        _facts("Machine and versions.", [*machine, *versions]),
+        table("Every run.", ["kind", "seed", "learning rate", "bits per byte", "folder"], runs, text=[4]),
+        Markup(f"<details><summary>All settings</summary>{_facts('Settings.', settings)}</details>")
+        if settings
+        else "",
+    )
+
+
+def _link(folder: Any) -> Markup | None:
+    return Markup(f'<a href="./{quote(str(folder))}/">{escape(folder)}</a>') if folder else None

@@ -1,0 +1,278 @@
+"""The main job: every kind trained at the same FLOP budget on the same text, with several seeds."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from sparsemix.config import Config, ConfigError, config_hash, parse, to_yaml
+from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.errors import TrainingError
+from sparsemix.layers import DenseConfig, LayerConfig
+from sparsemix.recipes import settings_of
+from sparsemix.run import Run, write_atomic
+from sparsemix.sweep.local import Job, Pool, pool, probe_job, train_job
+from sparsemix.sweep.sizing import mod_wrap, sized_ffn
+from sparsemix.sweep.watch import Watch
+from sparsemix.train import RunConfig
+
+SWEEP_STEP = 2.0
+MAX_RATES = 7
+
+
+class CompareConfig(Config):
+    """What to compare; a folder holds one comparison."""
+
+    text: tuple[str, ...] = ("stdlib",)
+    kinds: tuple[str, ...] = ("dense", "moe", "peer", "mh_moe", "mod")
+    budget: str = "auto:6min"
+    seeds: int = Field(default=3, ge=1)
+    lr: str = "rule"
+    placement: Literal["every", "every-2", "middle"] = "middle"
+    recipe: str = "tiny"
+    overrides: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _rules(self) -> "CompareConfig":
+        self.rule(len(set(self.kinds)) == len(self.kinds) > 0, "kinds", "must name each kind once")
+        self.rule("dense" in self.kinds, "kinds", "must hold dense, which the others are compared with")
+        if self.lr not in ("rule", "sweep"):
+            self.rule(_number(self.lr) > 0, "lr", "must be a positive number, rule, or sweep")
+        if self.seconds is None:
+            self.rule(
+                _number(self.budget) > 0, "budget", "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)"
+            )
+        return self
+
+    @property
+    def seconds(self) -> float | None:
+        """The time that an automatic budget has to fit, or None for a budget in FLOPs."""
+        found = re.fullmatch(r"auto:(\d+(?:\.\d+)?)(s|min|h)", self.budget)
+        return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
+
+
+def rate_by_rule(d_model: int) -> float:
+    """The learning rate without a sweep: 0.01 at width 64, 0.0035 at 128 (each near the best of a dense sweep)."""
+    return 0.01 * (64 / d_model) ** 1.5
+
+
+def kind_config(settings: CompareConfig, kind: str, data: DataConfig, budget: float) -> RunConfig:
+    """The run that stands for `kind`: the recipe's dense backbone with that kind in its place, at equal FLOPs."""
+    raw = settings_of(settings.recipe, [*settings.overrides, f"train.budget_flops={budget!r}"])
+    pattern = raw.get("model", {}).get("blocks")
+    if not isinstance(pattern, dict) or {"ffn", "wrap"} & set(pattern):
+        raise ConfigError(f"recipe={settings.recipe} must give blocks as count and each, with nothing replaced")
+    raw["data"] = data.model_dump(mode="json")
+    dense = parse(RunConfig, raw)
+    each = pattern["each"]
+    ffn = LayerConfig.model_validate(each["ffn"])
+    if not isinstance(ffn, DenseConfig):
+        raise ConfigError(
+            f"recipe={settings.recipe} must have a dense feed-forward to replace, not {each['ffn']['kind']}"
+        )
+    if kind == "mod":
+        pattern["wrap"] = mod_wrap(dense.model.d_model)
+    elif kind != "dense":
+        pattern["ffn"] = {"at": settings.placement, **sized_ffn(kind, ffn, dense.model.d_model, dense.model.seq_len)}
+    raw["train"]["lr"] = rate_by_rule(dense.model.d_model) if settings.lr in ("rule", "sweep") else float(settings.lr)
+    return parse(RunConfig, raw)
+
+
+class Comparison:
+    """A comparison folder: plan.yaml (settings, fingerprint, budget), data/, one folder per run."""
+
+    def __init__(
+        self,
+        settings: CompareConfig,
+        out: Path,
+        say: Callable[[str], None],
+        workers: int | None = None,
+        progress: Callable[[str, int, int | None], None] | None = None,
+    ) -> None:
+        """`say` gets lines to print, `progress` the stages of data preparation; `workers` runs go at a time."""
+        self.settings, self.out, self.say, self.progress = settings, out, say, progress
+        self.workers, self.threads = _share_cores(workers, len(settings.kinds))
+        self.began = time.monotonic()
+
+    def run(self) -> dict[str, list[tuple[RunConfig, Path]]]:
+        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed.
+        Raises ConfigError; an interrupt leaves a folder that the same call continues."""
+        plan = self._check_folder()
+        budget = plan.get("budget_flops") or (1e30 if self.settings.seconds else float(self.settings.budget))
+        for kind in self.settings.kinds:
+            _ = kind_config(self.settings, kind, self._data_config(), budget).steps
+        self.shards = self._prepare()
+        with pool(self.workers, self.threads) as workers:
+            self.data = self._data_config().replace(fingerprint=self.shards.manifest["fingerprint"])
+            if "budget_flops" not in plan:
+                budget = self._fit_budget(workers) if self.settings.seconds else budget
+                plan = {"settings": self.settings.model_dump(mode="json"), "budget_flops": budget}
+                write_atomic(self.out / "plan.yaml", yaml.safe_dump(plan, sort_keys=False))
+            self.budget = plan["budget_flops"]
+            configs = {kind: kind_config(self.settings, kind, self.data, self.budget) for kind in self.settings.kinds}
+            self._describe(configs)
+            self.lr_sweep = self._sweep(workers, configs) if self.settings.lr == "sweep" else {}
+            jobs = {
+                kind: [self._job(kind, config.replace(seed=seed)) for seed in range(self.settings.seeds)]
+                for kind, config in configs.items()
+            }
+            failed = self._train(workers, [job for several in jobs.values() for job in several], "training")
+            if failed:
+                raise TrainingError("; ".join(f"{folder.name}: {error}" for folder, error in failed.items()))
+        return {kind: [(job.config, job.folder) for job in several] for kind, several in jobs.items()}
+
+    def _data_config(self) -> DataConfig:
+        raw = settings_of(self.settings.recipe, self.settings.overrides)
+        vocab_size = raw.get("model", {}).get("vocab_size", 1024)
+        return parse(DataConfig, {"vocab_size": vocab_size, **raw.get("data", {}), "text": self.settings.text})
+
+    def _check_folder(self) -> dict[str, Any]:
+        path = self.out / "plan.yaml"
+        if not path.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(p.name != "data" for p in self.out.iterdir())):
+                raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
+            return {}
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        now = self.settings.model_dump(mode="json")
+        differ = [
+            f"{name}={plan['settings'].get(name)} there, {now[name]} asked"
+            for name in now
+            if plan["settings"].get(name) != now[name]
+        ]
+        if differ:
+            raise ConfigError(f"out={self.out} holds another comparison ({'; '.join(differ)}); choose another folder")
+        return plan
+
+    def _prepare(self) -> Shards:
+        existed = self.out.exists()
+        shards = prepare(self._data_config(), self.out / "data", self.progress)
+        try:
+            shards.num_windows(kind_config(self.settings, "dense", self._data_config(), 1e30).model.seq_len)
+        except ConfigError:
+            if not existed:
+                shutil.rmtree(self.out)
+            raise
+        split = shards.manifest["bytes"]
+        self.say(
+            f"text: {', '.join(self.settings.text)}; {shards.manifest['bytes_total'] / 1e6:.1f} MB in "
+            f"{sum(shards.manifest['documents'].values())} documents (train {split['train'] / 1e6:.1f}, validation "
+            f"{split['validation'] / 1e6:.1f}, test {split['test'] / 1e6:.1f} MB), "
+            f"{shards.manifest['duplicates_dropped']} near-duplicates dropped, "
+            f"SHA-256 {shards.manifest['fingerprint'][:16]}"
+        )
+        return shards
+
+    def _describe(self, configs: dict[str, RunConfig]) -> None:
+        dense = configs["dense"].model.cost()
+        for kind, config in configs.items():
+            cost = config.model.cost()
+            self.say(
+                f"{kind:>8}: {cost.params / 1e6:.2f} M parameters, {cost.flops / dense.flops:.3f} x dense FLOPs per "
+                f"token, {config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens"
+            )
+        self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.workers} runs at a time")
+
+    def _job(self, kind: str, config: RunConfig) -> Job:
+        return Job(config, self.out / f"{kind}-{config.seed}-{config_hash(config)}", self.out / "data")
+
+    def _train(self, workers: Pool, jobs: Sequence[Job], title: str) -> dict[Path, Exception]:
+        """Run the unfinished jobs; the folders that failed for a reason of their own, with it."""
+        failed: dict[Path, Exception] = {}
+        left = [job for job in jobs if not (job.folder.exists() and Run(job.folder, job.config).result)]
+        with Watch([job.folder for job in jobs], title, self.say) as watch:
+            for i, outcome in workers.map(train_job, [(job,) for job in left], watch):
+                if isinstance(outcome, BrokenProcessPool):
+                    raise TrainingError("a training process was killed (out of memory?); the same command resumes")
+                if isinstance(outcome, TrainingError):
+                    failed[left[i].folder] = outcome
+                elif isinstance(outcome, BaseException):
+                    raise outcome
+                watch.done(left[i].folder)
+        return failed
+
+    def _sweep(self, workers: Pool, configs: dict[str, RunConfig]) -> dict[str, list[dict[str, float]]]:
+        """Rates around the rule's, doubled or halved until each kind's best on validation is interior; `configs` get
+        the best."""
+        rates = {kind: [config.train.lr * SWEEP_STEP**i for i in (-1, 0, 1)] for kind, config in configs.items()}
+        losses: dict[str, dict[float, float]] = {kind: {} for kind in configs}
+        while any(todo := {kind: [r for r in rates[kind] if r not in losses[kind]] for kind in configs}.values()):
+            pairs = [(kind, rate) for kind, several in zip(configs, todo, strict=True) for rate in several]
+            jobs = [self._job(kind, _with_rate(configs[kind], rate)) for kind, rate in pairs]
+            failed = self._train(workers, jobs, "learning rates")
+            for (kind, rate), job in zip(pairs, jobs, strict=True):
+                result = None if job.folder in failed else Run(job.folder).result
+                losses[kind][rate] = result["validation_bpb"] if result else float("inf")
+            for kind, tried in losses.items():
+                best = min(tried, key=tried.__getitem__)
+                if len(tried) < MAX_RATES and best in (min(tried), max(tried)):
+                    rates[kind].append(best * (SWEEP_STEP if best == max(tried) else 1 / SWEEP_STEP))
+        for kind, tried in losses.items():
+            best = min(tried, key=tried.__getitem__)
+            configs[kind] = _with_rate(configs[kind], best)
+            self.say(f"{kind:>8}: learning rate {best:.3g} of {', '.join(f'{r:.3g}' for r in sorted(tried))}")
+        return {
+            kind: [{"lr": rate, "validation_bpb": tried[rate]} for rate in sorted(tried)]
+            for kind, tried in losses.items()
+        }
+
+    def _fit_budget(self, workers: Pool) -> float:
+        """FLOPs per run with which the whole comparison ends in time, from 20 steps of every kind."""
+        assert self.settings.seconds is not None
+        configs = [kind_config(self.settings, kind, self.data, 1e30) for kind in self.settings.kinds]
+        self.say("measuring 20 steps of each kind")
+        measured: dict[int, tuple[float, float]] = {}
+        for i, outcome in workers.map(probe_job, [(config, self.out / "data", 20) for config in configs], lambda: None):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            measured[i] = outcome
+        per_kind = self.settings.seeds + (2.5 if self.settings.lr == "sweep" else 0)
+        fixed = per_flop = 0.0
+        for i, config in enumerate(configs):
+            step_s, token_s = measured[i]
+            train = config.train
+            covered = int(self.shards.starts("test")[len(self.shards.eval_documents("test", train.test_tokens)[0])])
+            evaluated = (train.evals + 1) * train.eval_tokens + covered * (2 if config.model.looks_ahead else 1)
+            fixed += per_kind * (evaluated * token_s + 16 * step_s)
+            per_flop += per_kind * step_s / config.step_flops
+        left = 0.85 * self.settings.seconds - (time.monotonic() - self.began) - fixed / self.workers
+        budget = left * self.workers / per_flop
+        smallest = max(config.step_flops for config in configs)
+        if budget < 10 * smallest:
+            raise ConfigError(
+                f"budget={self.settings.budget} is too short here for 10 steps of every kind and seed; give more time, "
+                "fewer seeds or kinds, or a smaller recipe"
+            )
+        return float(f"{budget:.2g}")
+
+
+def _with_rate(config: RunConfig, rate: float) -> RunConfig:
+    return config.replace(train=config.train.replace(lr=rate))
+
+
+def _share_cores(workers: int | None, num_kinds: int) -> tuple[int, int]:
+    """(processes, threads each): one thread a process while the models are small, one process on a GPU."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else min(cores, 2 * num_kinds)
+    return workers, max(1, cores // workers)
+
+
+def settings_text(settings: CompareConfig) -> dict[str, str]:
+    """The settings as name -> text, for reports."""
+    return {name: str(value) for name, value in yaml.safe_load(to_yaml(settings)).items()}

@@ -1,0 +1,87 @@
+"""Feed-forward kinds sized to the FLOPs of the dense layer they replace."""
+
+from typing import Any
+
+from sparsemix.config import ConfigError, nearest
+from sparsemix.layers import DenseConfig, LayerConfig
+from sparsemix.layers.linear import num_matrices
+
+# Settings below this share of the dense layer's cost, or above its inverse, are no fair comparison.
+TOLERANCE = 0.10
+# Adam keeps three tensors of a table's size; beyond this a laptop's memory goes to one layer.
+MAX_TABLE_PARAMS = 128_000_000
+
+
+def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict[str, Any]:
+    """Settings of a `kind` layer that costs what `dense` costs per token, within 10 %. Raises ConfigError."""
+    if kind not in SIZES:
+        known = ["dense", "mod", *SIZES]
+        raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
+    target = dense.cost(d_model, 1).flops
+    settings = {"kind": kind, **SIZES[kind](target, dense, d_model)}
+    spent = LayerConfig.model_validate(settings).cost(d_model, 1).flops
+    if abs(spent / target - 1) > TOLERANCE:
+        raise ConfigError(
+            f"kinds={kind} cannot be sized to the dense layer's {target:.3g} FLOPs per token (nearest {spent:.3g}); "
+            "widen the model or its d_ff"
+        )
+    return settings
+
+
+def mod_wrap(d_model: int) -> dict[str, Any]:
+    """MoD around every other block, at the paper's 12.5 %; the predictor costs about 2 % of a dense block."""
+    return {"at": "every-2", "kind": "mod", "capacity": 0.125, "predictor_width": max(8, d_model // 4)}
+
+
+def _moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """8 experts, 2 of them a token, each of about half the dense width: 4 times the parameters."""
+    E, K = 8, 2
+    d_ff = (target - 2 * d_model * E) / (2 * K * num_matrices(dense.activation) * d_model)
+    return {"num_experts": E, "top_k": K, "d_ff": max(1, int(d_ff)), "activation": dense.activation}
+
+
+def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """2 heads, 2 experts a sub-token; the inner width pays for head and merge, the number of experts matches the
+    parameters of `moe` (arXiv:2411.16205, eqs. 8 and 9)."""
+    if d_model % 2:
+        raise ConfigError(f"kinds=mh_moe needs an even d_model, not {d_model}")
+    H, K, m = 2, 2, num_matrices(dense.activation)
+    moe = _moe(target, dense, d_model)
+    E, d_ff = 8, 1
+    for _ in range(4):  # E enters the router's cost, and so the width; it settles at once
+        d_ff = max(1, int((target - 4 * d_model**2 - 2 * d_model * E) / (2 * K * m * d_model)))
+        E = max(K, round(H * (moe["d_ff"] * moe["num_experts"] - 2 / m * d_model) / d_ff))
+    inner = {"kind": "moe", "num_experts": E, "top_k": K, "d_ff": d_ff, "activation": dense.activation}
+    return {"num_heads": H, "inner": inner}
+
+
+def _peer(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """d_key = d_model / 4, 16 experts a head; as many heads (at most 8, as in the paper, unless the table is full)
+    and then as many experts as the FLOPs allow."""
+    K, d_key = 16, max(2, d_model // 8 * 2)
+    largest = min(1024, int((MAX_TABLE_PARAMS / (2 * d_model)) ** 0.5))
+
+    def side(heads: int) -> int:
+        """Sub-keys a side that the FLOPs left after queries and experts pay for."""
+        return int((target / heads - 2 * d_model * d_key - 4 * K * d_model) / (2 * d_key))
+
+    heads = next((h for h in (8, 4, 2) if side(h) >= 32), 1)
+    while side(heads) > largest:
+        heads += 1
+    return {"num_experts": max(4, side(heads)) ** 2, "num_heads": heads, "top_k": K, "d_key": d_key}
+
+
+SIZES = {"moe": _moe, "peer": _peer, "mh_moe": _mh_moe}
+
+
+def example(kind: str, d_model: int, seq_len: int) -> LayerConfig | None:
+    """A layer of `kind` to quote costs for: feed-forwards sized to a dense one of 8/3 d_model, MoD around its block."""
+    dense: dict[str, Any] = {"kind": "dense", "d_ff": d_model * 8 // 3}
+    mixer = {"kind": "attention", "num_heads": 4}
+    block = {"kind": "block", "mixer": mixer, "ffn": dense}
+    wrapped = {**mod_wrap(d_model), "inner": block}
+    del wrapped["at"]
+    examples = {"dense": dense, "attention": mixer, "block": block, "mod": wrapped}
+    if kind in SIZES:
+        examples[kind] = sized_ffn(kind, DenseConfig(d_ff=d_model * 8 // 3), d_model, seq_len)
+    return LayerConfig.model_validate(examples[kind]) if kind in examples else None

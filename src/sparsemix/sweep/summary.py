@@ -1,0 +1,206 @@
+"""From finished runs to result.json: rows with intervals and verdicts, count-model baselines, provenance."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from sparsemix.data import Shards
+from sparsemix.evaluate.ngram import ngram_baselines
+from sparsemix.model import CONVENTION
+from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
+from sparsemix.run import Run, hardware, versions
+from sparsemix.sweep.compare import Comparison, settings_text
+from sparsemix.train import RunConfig
+
+Runs = dict[str, list[tuple[RunConfig, Path]]]
+
+
+def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any]:
+    """The content of result.json."""
+    settings, shards = comparison.settings, comparison.shards
+    losses = {kind: _document_losses([folder for _, folder in several]) for kind, several in runs.items()}
+    differences = {
+        kind: difference(nats, losses["dense"][0], num_bytes)
+        for kind, (nats, num_bytes) in losses.items()
+        if kind != "dense"
+    }
+    tuned = settings.lr == "sweep"
+    words = _verdicts(differences, untuned=not tuned)
+    rows = [
+        {**_measures(kind, *losses[kind]), **_compared(differences.get(kind)), **words.get(kind, BASELINE)}
+        | _costs(several[0][0])
+        | _spent(several)
+        for kind, several in runs.items()
+    ]
+    dense_config = runs["dense"][0][0]
+    baselines = _baselines(shards, dense_config)
+    corpus = _corpus(shards, dense_config)
+    tokens = max(row["tokens"] for row in rows)
+    result = {
+        "command": command,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "settings": settings_text(settings),
+        "budget_flops": comparison.budget,
+        "convention": CONVENTION,
+        "scope": _scope(dense_config, comparison.budget, settings.placement),
+        "tuned": tuned,
+        "rows": rows,
+        "baselines": baselines,
+        "lr_sweep": comparison.lr_sweep,
+        "corpus": corpus,
+        "epochs": tokens / corpus["splits"]["train"]["tokens"],
+        "versions": versions(),
+        "hardware": f"{hardware()}; {comparison.workers} runs at a time, {comparison.threads} thread(s) each",
+    }
+    return {**result, "warnings": _warnings(result, settings.seeds)}
+
+
+BASELINE = {"verdict": "baseline", "p_value": None}
+
+
+def _document_losses(folders: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """(nats (S, D), bytes (D,)) of the test documents, one row a seed."""
+    files = [np.load(folder / "documents.npz") for folder in folders]
+    return np.stack([file["nats"] for file in files]), files[0]["bytes"]
+
+
+def _verdicts(differences: dict[str, Difference], untuned: bool) -> dict[str, dict[str, Any]]:
+    """Verdict and Holm-adjusted p-value of every kind but dense."""
+    adjusted = holm([d.p_value for d in differences.values()])
+    return {
+        kind: {
+            "verdict": verdict(d, p, smallest_visible(d.interval, len(differences)), untuned),
+            "p_value": p,
+        }
+        for (kind, d), p in zip(differences.items(), adjusted, strict=True)
+    }
+
+
+def _measures(kind: str, nats: np.ndarray, num_bytes: np.ndarray) -> dict[str, Any]:
+    own = bits_per_byte(nats, num_bytes)
+    return {"kind": kind, "bpb": own.estimate, "bpb_ci": [own.low, own.high]}
+
+
+def _compared(d: Difference | None) -> dict[str, Any]:
+    if d is None:
+        return {"difference": None, "difference_ci": None}
+    return {"difference": d.interval.estimate, "difference_ci": [d.interval.low, d.interval.high]}
+
+
+def _costs(config: RunConfig) -> dict[str, Any]:
+    """What a token of this kind costs, by analysis of the settings."""
+    cost, T = config.model.cost(), config.model.seq_len
+    items = {name: value / T for name, value in cost.items.items() if value}
+    forward = cost.flops / T
+    return {
+        "flops_per_token": forward,
+        "train_flops_per_token": 3 * forward,
+        "flops_per_token_causal_half": forward - items.get("attention", 0.0) / 2,
+        "flops_per_token_no_logits": forward - items["logits"],
+        "cost_items": items,
+        "params": cost.params,
+        "active_params": cost.active_params,
+        "bytes_per_token": cost.bytes,
+        "outside_share": config.model.outside_flops() / cost.flops,
+    }
+
+
+def _spent(several: list[tuple[RunConfig, Path]]) -> dict[str, Any]:
+    """What the runs of a kind took and did, averaged over seeds where that means something."""
+    results = [Run(folder).result or {} for _, folder in several]
+    ahead = [r["lookahead_bpb"] for r in results if r["lookahead_bpb"] is not None]
+    lookahead = fmean(ahead) if ahead else None
+    return {
+        "perplexity": float(np.exp(fmean(np.log(r["perplexity"]) for r in results))),
+        "eval_flops_per_token": fmean(r["eval_flops_per_token"] for r in results),
+        "tokens": results[0]["tokens"],
+        "tokens_per_s": fmean(r["tokens_per_s"] for r in results),
+        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in results),
+        "wall_s": fmean(r["wall_s"] for r in results),
+        "lr": results[0]["lr"],
+        "lookahead_bpb": lookahead,
+        "leak": None if lookahead is None else lookahead - fmean(r["bpb"] for r in results),
+        "routing": results[0]["routing"],
+        "runs": [_run_row(r, folder) for r, (_, folder) in zip(results, several, strict=True)],
+    }
+
+
+def _run_row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    curve = [
+        {"flops": m["flops"], "wall_s": m["wall_s"], "tokens": m["tokens"], "bpb": m["validation_bpb"]}
+        for m in Run(folder).metrics()
+        if "validation_bpb" in m
+    ]
+    return {**{k: result[k] for k in ("seed", "lr", "bpb")}, "folder": folder.name, "curve": curve}
+
+
+def _baselines(shards: Shards, config: RunConfig) -> dict[str, float]:
+    """Count models trained on the whole training split, on the same test tokens."""
+    test_tokens = config.train.test_tokens
+    ids, num_bytes = shards.eval_documents("test", test_tokens)
+    end = int(shards.starts("test")[len(ids)]) + 1
+    return ngram_baselines(
+        np.asarray(shards.tokens("train")),
+        np.asarray(shards.tokens("test")[:end]),
+        int(num_bytes.sum()),
+        config.model.vocab_size,
+    )
+
+
+def _corpus(shards: Shards, config: RunConfig) -> dict[str, Any]:
+    manifest = shards.manifest
+    ids, num_bytes = shards.eval_documents("test", config.train.test_tokens)
+    measures = ("bytes", "documents", "tokens")
+    return {
+        "sources": manifest["sources"],
+        "bytes": manifest["bytes_total"],
+        "documents": sum(manifest["documents"].values()),
+        "fingerprint": manifest["fingerprint"],
+        "duplicates_dropped": manifest["duplicates_dropped"],
+        "vocab_size": manifest["vocab_size"],
+        "tokenizer": manifest["tokenizer"],
+        "splits": {s: {m: manifest[m][s] for m in measures} for s in ("train", "validation", "test")},
+        "evaluated": {
+            "documents": len(ids),
+            "bytes": int(num_bytes.sum()),
+            "tokens": int(shards.starts("test")[len(ids)]),
+        },
+    }
+
+
+def _scope(config: RunConfig, budget: float, placement: str) -> str:
+    cost = config.model.cost()
+    return (
+        f"The verdict is about this size only: a dense backbone of {cost.params / 1e6:.2f} M parameters (width "
+        f"{config.model.d_model}, {len(config.model.blocks)} blocks, sequences of {config.model.seq_len}), "
+        f"{budget:.3g} training FLOPs a run, routed feed-forwards at place: {placement}, MoD around every other "
+        "block. Other sizes and budgets may order the kinds differently."
+    )
+
+
+def _warnings(result: dict[str, Any], seeds: int) -> list[str]:
+    dense = next(row for row in result["rows"] if row["kind"] == "dense")
+    bigram = result["baselines"]["bigram_bpb"]
+    warnings = []
+    if dense["bpb"] > bigram:
+        warnings.append(
+            f"dense ({dense['bpb']:.3f} bits per byte) has not reached a bigram count model ({bigram:.3f}): these "
+            "models are still below a bigram, and a larger budget is needed before the comparison means anything"
+        )
+    unigram = result["baselines"]["unigram_bpb"]
+    if weak := [row["kind"] for row in result["rows"] if row["bpb"] > 0.9 * unigram]:
+        warnings.append(f"{', '.join(weak)} did not beat a unigram count model ({unigram:.3f}) by 10 %: hardly trained")
+    if not result["tuned"]:
+        warnings.append("untuned: one learning rate for all kinds; --lr sweep gives each kind its own")
+    if seeds == 1:
+        warnings.append("one seed: intervals are over documents only, and no difference can be called resolved")
+    if result["epochs"] > 4:
+        warnings.append(f"{result['epochs']:.1f} epochs over the training text: repeated text distorts the comparison")
+    for kind, tried in result["lr_sweep"].items():
+        best = min(tried, key=lambda point: point["validation_bpb"])
+        if best in (tried[0], tried[-1]):
+            warnings.append(f"{kind}: the best learning rate {best['lr']:.3g} lies at the edge of its sweep")
+    return warnings

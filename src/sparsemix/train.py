@@ -1,0 +1,297 @@
+"""Training: one function, one loop."""
+
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sparsemix import checkpoint
+from sparsemix.config import Config, ConfigError
+from sparsemix.data import Batch, DataConfig, Shards
+from sparsemix.errors import TrainingError
+from sparsemix.evaluate.perplexity import context, document_losses, flops_spent, reestimate, to_device
+from sparsemix.evaluate.routing import routing_report
+from sparsemix.layers import update
+from sparsemix.model import LM, ModelConfig, token_nats
+from sparsemix.optim import build_optimizer, clip_groups, schedule
+from sparsemix.run import Run, hardware, versions
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class TrainConfig(Config):
+    """How a model is trained; the number of steps follows from the budget."""
+
+    budget_flops: float = Field(gt=0)
+    lr: float = Field(default=3e-3, gt=0)
+    batch_tokens: int = Field(default=2048, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    evals: int = Field(default=8, ge=0)
+    eval_tokens: int = Field(default=16_384, ge=1)
+    test_tokens: int | None = Field(default=None, ge=1)
+    checkpoint_s: float = Field(default=60.0, ge=0)
+
+
+class RunConfig(Config):
+    """Everything that decides a run: model, text, training, seed. Its hash names the run."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> "RunConfig":
+        if self.data.tokenizer is None and self.model.vocab_size != self.data.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} must equal data.vocab_size={self.data.vocab_size}"
+            )
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per step, over all micro-batches."""
+        per_micro = max(1, round(self.train.batch_tokens / self.model.seq_len / self.train.accumulation))
+        return per_micro * self.train.accumulation
+
+    @property
+    def step_flops(self) -> float:
+        return 3.0 * self.model.cost().flops * self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Whole steps that the budget pays for. Raises ConfigError if it pays for none."""
+        steps = int(self.train.budget_flops / self.step_flops)
+        if steps < 1:
+            raise ConfigError(
+                f"train.budget_flops={self.train.budget_flops:.3g} is less than one step ({self.step_flops:.3g} "
+                "FLOPs); raise the budget or lower train.batch_tokens or the model's size"
+            )
+        return steps
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
+    if setting != "auto":
+        return torch.bfloat16 if setting == "bfloat16" else torch.float32
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
+    """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
+    at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError and TrainingError."""
+    steps = config.steps
+    if shards.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {shards.vocab_size}"
+        )
+    run = Run(folder, config)
+    if run.result is not None:
+        return run
+    device = pick_device()
+    model = config.model.build(config.seed).to(device).train()
+    optimizer = build_optimizer(model, config.train.lr, config.train.weight_decay)
+    state = checkpoint.load(folder / "checkpoints", model, optimizer)
+    run.rewind(state.step)
+    eval_steps = set(np.linspace(0, steps, config.train.evals + 1).round().astype(int)[1:].tolist())
+    log_every = max(1, steps // 1000)
+    batches = training_batches(config, shards, state, device)
+    peak, saved_at, began = PeakMemory(), time.monotonic(), time.monotonic() - state.wall_s
+    try:
+        with ctrl_c_waits() as interrupted:
+            while state.step < steps and not interrupted:
+                rate = schedule(state.step, steps, round(config.train.warmup * steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = config.train.lr * rate
+                line = train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
+                if not np.isfinite(sum(line.values())):
+                    raise _failure(config, model, optimizer, state, folder, line)
+                optimizer.step()
+                state.step += 1
+                state.cursor += config.batch_size
+                state.flops += config.step_flops
+                state.wall_s = time.monotonic() - began
+                tokens = state.cursor * config.model.seq_len
+                line |= {"step": state.step, "flops": state.flops, "tokens": tokens, "wall_s": state.wall_s}
+                line |= {"lr": config.train.lr * rate, "tokens_per_s": tokens / state.wall_s}
+                if state.step in eval_steps:
+                    line["validation_bpb"] = validation_bpb(config, model, shards)
+                    began += time.monotonic() - began - state.wall_s  # evaluation is not training time
+                if state.step % log_every == 0 or state.step in eval_steps or state.step == steps:
+                    run.log(**line)
+                if progress is not None:
+                    progress({**line, "steps": steps, "budget_flops": config.train.budget_flops})
+                if time.monotonic() - saved_at > config.train.checkpoint_s:
+                    checkpoint.save(folder / "checkpoints", state, model, optimizer)
+                    saved_at = time.monotonic()
+    except KeyboardInterrupt:
+        checkpoint.save(folder / "checkpoints", state, model, optimizer)
+        raise
+    checkpoint.save(folder / "checkpoints", state, model, optimizer)
+    reestimate(model, reestimation_batches(config, shards))
+    (folder / "model").mkdir(exist_ok=True)
+    checkpoint.save_weights(model, folder / "model" / "model.safetensors")
+    spent = {
+        "seed": config.seed,
+        "lr": config.train.lr,
+        "steps": steps,
+        "flops": state.flops,
+        "tokens": state.cursor * config.model.seq_len,
+        "wall_s": state.wall_s,
+        "tokens_per_s": state.cursor * config.model.seq_len / state.wall_s,
+        "peak_memory_bytes": peak.bytes(),
+    }
+    run.finish({**spent, **evaluate(config, model, shards, folder), "versions": versions(), "hardware": hardware()})
+    return run
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[list[bool]]:
+    """Ctrl-C fills the list instead, and acts at the end of the block: no checkpoint may hold half a step."""
+    asked: list[bool] = []
+    # Only the main thread may set a handler, and a program that has its own keeps it.
+    main = threading.current_thread() is threading.main_thread()
+    if ours := main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
+
+def training_batches(
+    config: RunConfig, shards: Shards, state: checkpoint.TrainState, device: torch.device
+) -> Iterator[Batch]:
+    """Micro-batches from the state's cursor on; the order depends on the seed alone."""
+    cursor, size = state.cursor, config.batch_size // config.train.accumulation
+    while True:
+        yield to_device(shards.batch(cursor, size, config.model.seq_len, config.seed), device)
+        cursor += size
+
+
+def train_step(
+    config: RunConfig, model: LM, optimizer: torch.optim.Optimizer, batches: list[Batch]
+) -> dict[str, float]:
+    """Gradients of one step, clipped, and running statistics moved; the caller steps the optimizer."""
+    optimizer.zero_grad()
+    losses: dict[str, float] = {}
+    stats: dict[str, Tensor] = {}
+    device = model.embed.weight.device
+    dtype = pick_dtype(config.train.dtype, device)
+    for batch in batches:
+        with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
+            output = model(batch.tokens, context(batch, causal=False))
+        nats = token_nats(output.logits, batch.targets).mean()
+        share = 1.0 / len(batches)
+        (share * (nats + sum(output.aux.losses.values()))).backward()
+        for name, value in {"loss": nats, **output.aux.losses}.items():
+            losses[name] = losses.get(name, 0.0) + share * value.item()
+        stats = {name: stats.get(name, 0) + share * value for name, value in output.aux.stats.items()}
+    norms = [float(nn.utils.clip_grad_norm_(group, config.train.clip_norm)) for group in clip_groups(model)]
+    scalars = {name: float(value) for name, value in stats.items() if value.numel() == 1}
+    line = {**losses, "grad_norm": norms[0], **scalars}
+    # A step that cannot be taken must leave the last good state as it was.
+    if np.isfinite(sum(line.values())):
+        update(model, stats)
+    return line
+
+
+def validation_bpb(config: RunConfig, model: LM, shards: Shards) -> float:
+    """Causal bits per byte on the first validation documents."""
+    _, num_bytes = shards.eval_documents("validation", config.train.eval_tokens)
+    return document_losses(model, _eval_batches(config, shards, "validation")).bits_per_byte(int(num_bytes.sum()))
+
+
+def _eval_batches(config: RunConfig, shards: Shards, split: str) -> Iterator[Batch]:
+    tokens = config.train.test_tokens if split == "test" else config.train.eval_tokens
+    return shards.eval_batches(split, config.batch_size, config.model.seq_len, tokens)
+
+
+def reestimation_batches(config: RunConfig, shards: Shards, num_batches: int = 16) -> Iterator[Batch]:
+    for i in range(num_batches):
+        yield shards.batch(i * config.batch_size, config.batch_size, config.model.seq_len, config.seed)
+
+
+def evaluate(config: RunConfig, model: LM, shards: Shards, folder: Path) -> dict[str, Any]:
+    """Causal test losses per document (kept in documents.npz), the leak of look-ahead routing, routing statistics."""
+    ids, num_bytes = shards.eval_documents("test", config.train.test_tokens)
+    causal = document_losses(model, _eval_batches(config, shards, "test"))
+    nats = np.array([causal.nats[int(i)] for i in ids])
+    np.savez(folder / "documents.npz", ids=ids, nats=nats, bytes=num_bytes)
+    result: dict[str, Any] = {
+        "bpb": causal.bits_per_byte(int(num_bytes.sum())),
+        "perplexity": float(np.exp(causal.total / causal.tokens)),
+        "test_tokens": causal.tokens,
+        "validation_bpb": validation_bpb(config, model, shards),
+        "routing": routing_report(causal.stats, causal.passes, causal.tokens),
+        "lookahead_bpb": None,
+    }
+    if config.model.looks_ahead:
+        ahead = document_losses(model, _eval_batches(config, shards, "test"), causal=False)
+        result["lookahead_bpb"] = ahead.bits_per_byte(int(num_bytes.sum()))
+    sample = [batch for _, batch in zip(range(4), _eval_batches(config, shards, "test"), strict=False)]
+    result["eval_flops_per_token"] = flops_spent(model, sample)
+    return result
+
+
+class PeakMemory:
+    """Peak memory of this process since construction: on the GPU its allocations, on a CPU its resident set."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            # Ask the kernel to start the high-water mark anew: a worker process runs several trainings.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def bytes(self) -> int:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        if sys.platform == "linux":
+            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _failure(
+    config: RunConfig,
+    model: LM,
+    optimizer: torch.optim.Optimizer,
+    state: checkpoint.TrainState,
+    folder: Path,
+    line: dict[str, float],
+) -> TrainingError:
+    """Saves the last good state and says where the numbers went wrong."""
+    checkpoint.save(folder / "checkpoints", state, model, optimizer)
+    sizes = [f"{name} {float(p.detach().abs().max()):.3g}" for name, p in model.named_parameters() if p.ndim >= 2]
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
+    return TrainingError(
+        f"step {state.step + 1}: non-finite loss or gradient ({losses}); gradients not finite in: "
+        f"{', '.join(bad[:4]) or 'none'}; largest weights: {', '.join(sizes[:8])}; the state before this step is saved "
+        f"in {folder / 'checkpoints'}; lower train.lr={config.train.lr:g} and train anew"
+    )

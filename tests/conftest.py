@@ -1,0 +1,18 @@
+"""Shapes and types of every annotated signature are checked while the tests run; one thread, one seed."""
+
+import pytest
+from jaxtyping import install_import_hook
+
+HOOKED = ["layers", "ops", "data", "evaluate", "model"]
+# The numeric tower lets an int stand where a float is annotated.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook([f"sparsemix.{name}" for name in HOOKED], CHECKER)
+
+import torch  # noqa: E402  (after the hook)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,252 @@
+"""Every mechanism spelled token by token, straight from its equation, over a built layer's own parameters.
+
+`loop(layer, x, ctx)` is (y, losses), comparable with the layer at the tokens that are real."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparsemix.layers.attention import Attention
+from sparsemix.layers.block import Block
+from sparsemix.layers.dense import Dense
+from sparsemix.layers.mh_moe import MHMoE
+from sparsemix.layers.mod import MoD
+from sparsemix.layers.moe import MoE
+from sparsemix.layers.peer import PEER
+from sparsemix.layers.query_norm import QueryBatchNorm, QueryLayerNorm
+
+ACTIVATION = {
+    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
+    "relu": lambda z: z.clamp(min=0),
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+}
+GATED = {"swiglu": "silu", "geglu": "gelu"}
+
+
+def loop(layer, x, ctx):
+    return LOOPS[type(layer)](layer, x, ctx)
+
+
+def positions_of(x, ctx):
+    return torch.arange(x.shape[1]).expand(x.shape[:2]) if ctx.positions is None else ctx.positions
+
+
+def real_of(x, ctx):
+    return torch.ones(x.shape[:2], dtype=torch.bool) if ctx.valid is None else ctx.valid
+
+
+def real_tokens(x, ctx):
+    real = real_of(x, ctx)
+    return [(b, t) for b in range(x.shape[0]) for t in range(x.shape[1]) if real[b, t]]
+
+
+def assemble(x, rows):
+    """(B, T, D) from {(b, t): vector}; zero where there is none."""
+    zero = torch.zeros_like(x[0, 0])
+    return torch.stack([torch.stack([rows.get((b, t), zero) for t in range(x.shape[1])]) for b in range(x.shape[0])])
+
+
+def turn(head, position, theta):
+    """Channel pairs (i, i + d/2) as complex numbers, multiplied by exp(i position theta^(-2i/d))."""
+    d = len(head)
+    angle = position * theta ** (-2 * torch.arange(d // 2, dtype=head.dtype) / d)
+    turned = torch.complex(head[: d // 2], head[d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag])
+
+
+def attention(layer, x, ctx):
+    positions, real = positions_of(x, ctx), real_of(x, ctx)
+    d, group = x.shape[2] // layer.num_heads, layer.num_heads // layer.num_kv_heads
+    rows = {}
+    for b, t in real_tokens(x, ctx):
+        seen = [
+            s for s in range(t + 1) if real[b, s] and (ctx.doc_ids is None or ctx.doc_ids[b, s] == ctx.doc_ids[b, t])
+        ]
+        heads = []
+        for h in range(layer.num_heads):
+            mine, theirs = slice(h * d, (h + 1) * d), slice(h // group * d, (h // group + 1) * d)
+            q = turn((layer.q.weight @ x[b, t])[mine], positions[b, t], layer.rope_theta)
+            keys = [turn((layer.k.weight @ x[b, s])[theirs], positions[b, s], layer.rope_theta) for s in seen]
+            weights = torch.stack([q @ k / math.sqrt(d) for k in keys]).exp()
+            values = [(layer.v.weight @ x[b, s])[theirs] for s in seen]
+            heads.append(sum(w * v for w, v in zip(weights, values, strict=True)) / weights.sum())
+        rows[b, t] = layer.o.weight @ torch.cat(heads)
+    return assemble(x, rows), {}
+
+
+def feed(token, up, down, gate, activation):
+    if activation in GATED:
+        return down @ (ACTIVATION[GATED[activation]](gate @ token) * (up @ token))
+    return down @ ACTIVATION[activation](up @ token)
+
+
+def dense(layer, x, ctx):
+    gate = layer.gate.weight if layer.activation in GATED else None
+    fed = {
+        (b, t): feed(x[b, t], layer.up.weight, layer.down.weight, gate, layer.activation)
+        for b, t in real_tokens(x, ctx)
+    }
+    return assemble(x, fed), {}
+
+
+def expert(bank, e, token):
+    if bank.activation in GATED:
+        F_ = bank.gate_up.shape[1] // 2
+        return feed(token, bank.gate_up[e, F_:], bank.down[e], bank.gate_up[e, :F_], bank.activation)
+    return feed(token, bank.up[e], bank.down[e], None, bank.activation)
+
+
+def moe(layer, x, ctx):
+    c = layer.config
+    rows, picks, mass, squares = {}, [0] * c.num_experts, torch.zeros(c.num_experts, dtype=x.dtype), []
+    for b, t in real_tokens(x, ctx):
+        logits = layer.router.weight @ x[b, t]
+        probs = logits.exp() / logits.exp().sum()
+        chosen = sorted(range(c.num_experts), key=lambda e: -float(probs[e].detach()))[: c.top_k]
+        scale = sum(probs[e] for e in chosen) if c.normalize_gates else 1
+        rows[b, t] = sum(probs[e] / scale * expert(layer.experts, e, x[b, t]) for e in chosen)
+        for e in chosen:
+            picks[e] += 1
+        mass = mass + probs
+        squares.append(logits.exp().sum().log() ** 2)
+    y, tokens = assemble(x, rows), len(rows)
+    if c.shared_d_ff:
+        y = y + dense(layer.shared, x, ctx)[0]
+    losses = {}
+    if c.balance_weight:
+        shares = [n / (tokens * c.top_k) for n in picks]
+        losses["balance"] = (
+            c.balance_weight * c.num_experts * sum(f * p for f, p in zip(shares, mass / tokens, strict=True))
+        )
+    if c.z_weight:
+        losses["router_z"] = c.z_weight * sum(squares) / tokens
+    return y, losses
+
+
+def normal_queries(norm, queries, causal):
+    """`queries` {(b, t): (H, C)} normalised as the layer says."""
+    if isinstance(norm, QueryBatchNorm):
+        if norm.training and not causal:
+            mean = sum(queries.values()) / len(queries)
+            variance = sum((q - mean) ** 2 for q in queries.values()) / len(queries)
+        else:
+            mean, variance = norm.mean, norm.square - norm.mean**2
+        return {at: (q - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias for at, q in queries.items()}
+    if isinstance(norm, QueryLayerNorm):
+
+        def one(q):
+            mean = q.mean(-1, keepdim=True)
+            variance = ((q - mean) ** 2).mean(-1, keepdim=True)
+            return (q - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+        return {at: one(q) for at, q in queries.items()}
+    return queries
+
+
+PEER_GATES = {
+    "softmax": lambda s: s.exp() / s.exp().sum(),
+    "sigmoid": lambda s: 1 / (1 + torch.exp(-s)),
+    "relu": lambda s: s.clamp(min=0),
+}
+
+
+def peer(layer, x, ctx):
+    c, half = layer.config, layer.config.d_key // 2
+    queries = {
+        (b, t): (layer.query.weight @ x[b, t] + layer.query.bias).view(c.num_heads, c.d_key)
+        for b, t in real_tokens(x, ctx)
+    }
+    rows = {}
+    for at, query in normal_queries(layer.query_norm, queries, ctx.causal).items():
+        y = torch.zeros_like(x[at])
+        for h in range(c.num_heads):
+            keys = layer.keys if c.share_keys else layer.keys[h]
+            scores = torch.stack(
+                [query[h, :half] @ keys[0, i] + query[h, half:] @ keys[1, j] for i in range(c.n) for j in range(c.n)]
+            )
+            best = scores.detach().argsort(descending=True)[: c.top_k]
+            for g, e in zip(PEER_GATES[c.gate](scores[best]), best.tolist(), strict=True):
+                y = y + g * ACTIVATION[c.activation](layer.w_in[e] @ x[at]) * layer.w_out[e]
+        rows[at] = y
+    return assemble(x, rows), {}
+
+
+def linear(module: nn.Module, token):
+    return module.weight @ token if module.bias is None else module.weight @ token + module.bias
+
+
+def mh_moe(layer, x, ctx):
+    h = layer.config.num_heads
+    heads = {at: linear(layer.head, x[at]).chunk(h) for at in real_tokens(x, ctx)}
+    blank = x.new_zeros(x.shape[0], x.shape[1] * h, x.shape[2] // h)
+    parts = assemble(blank, {(b, t * h + j): heads[b, t][j] for b, t in heads for j in range(h)})
+
+    def each(field):
+        return None if field is None else torch.stack([field] * h, dim=2).flatten(1)
+
+    inner_ctx = ctx._replace(positions=each(ctx.positions), doc_ids=each(ctx.doc_ids), valid=each(ctx.valid))
+    mixed, losses = loop(layer.inner, parts, inner_ctx)
+    if layer.config.inner_residual:
+        mixed = mixed + parts
+    merged = {(b, t): linear(layer.merge, torch.cat([mixed[b, t * h + j] for j in range(h)])) for b, t in heads}
+    return assemble(x, merged), {f"inner.{name}": value for name, value in losses.items()}
+
+
+MOD_GATES = {
+    "sigmoid": lambda r: 1 / (1 + torch.exp(-r)),
+    "raw": lambda r: r,
+    "two_sigmoid": lambda r: 2 / (1 + torch.exp(-r)),
+    "one": lambda r: torch.ones_like(r),
+}
+
+
+def mod(layer, x, ctx):
+    """At full size: the wrapped layer sees all T tokens, of which only the routed ones are real."""
+    c, real = layer.config, real_of(x, ctx)
+    scores = {at: (layer.router.weight[0] @ x[at]) for at in real_tokens(x, ctx)}
+    top = torch.zeros_like(real)
+    for b in range(x.shape[0]):
+        mine = [t for t in range(x.shape[1]) if real[b, t]]
+        quota = math.ceil(round(c.capacity * len(mine), 6))
+        for t in sorted(mine, key=lambda t: (-float(scores[b, t].detach()), t))[:quota]:
+            top[b, t] = True
+    losses, guess = {}, {}
+    if c.sampling == "predictor":
+        for at in scores:
+            hidden = ACTIVATION["silu"](linear(layer.predictor.up, x[at].detach()))
+            guess[at] = linear(layer.predictor.down, hidden)[0]
+        wrong = [F.softplus(-guess[at] if top[at] else guess[at]) for at in guess]
+        losses["predictor"] = sum(wrong) / len(wrong)
+    routed = top
+    if ctx.causal:
+        routed = torch.zeros_like(real)
+        for at in scores:
+            routed[at] = guess[at] > 0 if c.sampling == "predictor" else scores[at] > layer.threshold
+    inner_ctx = ctx._replace(positions=positions_of(x, ctx), valid=routed)
+    if not routed.any():
+        return torch.zeros_like(x), losses
+    out, inner = loop(layer.inner, x, inner_ctx)
+    gates = {at: MOD_GATES[c.gate](scores[at]) for at in scores if routed[at]}
+    full = c.block_output == "full"
+    rows = {at: gate * (x[at] + out[at] if full else out[at]) for at, gate in gates.items()}
+    return assemble(x, rows), losses | {f"inner.{name}": value for name, value in inner.items()}
+
+
+def rms(token, weight):
+    return token / (token.square().mean() + 1e-6).sqrt() * weight
+
+
+def block(layer, x, ctx):
+    tokens = real_tokens(x, ctx)
+    mixed, mixer_losses = loop(
+        layer.mixer, assemble(x, {at: rms(x[at], layer.mixer_norm.weight) for at in tokens}), ctx
+    )
+    middle = x + mixed
+    fed, ffn_losses = loop(layer.ffn, assemble(x, {at: rms(middle[at], layer.ffn_norm.weight) for at in tokens}), ctx)
+    losses = {f"mixer.{name}": value for name, value in mixer_losses.items()}
+    return mixed + fed, losses | {f"ffn.{name}": value for name, value in ffn_losses.items()}
+
+
+LOOPS = {Attention: attention, Dense: dense, MoE: moe, PEER: peer, MHMoE: mh_moe, MoD: mod, Block: block}

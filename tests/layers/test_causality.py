@@ -1,0 +1,155 @@
+"""Later tokens, and other documents, cannot change a logit; and where they can, the controls show it."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from sparsemix.api import build_model
+from sparsemix.config import parse
+from sparsemix.layers import Ctx, LayerConfig, update
+
+B, T, V = 2, 13, 11
+ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2}
+DENSE = {"kind": "dense", "d_ff": 8}
+MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
+PEER = {"kind": "peer", "num_experts": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
+MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
+
+
+def block(ffn, mixer=ATTENTION):
+    return {"kind": "block", "mixer": mixer, "ffn": ffn}
+
+
+def mod(inner, **settings):
+    return {"kind": "mod", "capacity": 0.4, "predictor_width": 4, "inner": inner, **settings}
+
+
+CASES = {
+    "attention": ATTENTION,
+    "dense": DENSE,
+    "moe": MOE,
+    "peer_batch": PEER,
+    "peer_layer": PEER | {"query_norm": "layer"},
+    "peer_none": PEER | {"query_norm": "none"},
+    "mh_moe": MH_MOE,
+    "mh_moe_peer": MH_MOE | {"inner": PEER},
+    "block": block(DENSE),
+    "mod_dense": mod(DENSE),
+    "mod_everything": mod(block(DENSE), capacity=1.0),
+    "mod_block": mod(block(DENSE)),
+    "mod_threshold": mod(block(DENSE), sampling="threshold"),
+    "mod_full": mod(block(DENSE), block_output="full", gate="raw"),
+    "mod_moe": mod(block(MOE)),
+    "mod_peer": mod(block(PEER)),
+    "mod_mh_moe": mod(block(MH_MOE)),
+    "mod_in_mod": mod(mod(block(DENSE)), capacity=0.7),
+    "mod_ffn": block(mod(DENSE)),
+    "mod_mixer": block(DENSE, mixer=mod(ATTENTION)),
+}
+FRAMED = {"attention", "dense", "moe", "peer_batch", "peer_layer", "peer_none", "mh_moe", "mh_moe_peer"}
+
+
+@lru_cache
+def model_of(name):
+    """An observed fp64 model whose first and last blocks are plain, so that a leak can travel."""
+    middle = block(CASES[name]) if name in FRAMED else CASES[name]
+    model = build_model({"d_model": 16, "vocab_size": V, "seq_len": T, "blocks": [block(DENSE), middle, block(DENSE)]})
+    model = model.double().requires_grad_(False)
+    with torch.no_grad():
+        model.embed.weight.mul_(50)
+        for parameter_name, parameter in model.named_parameters():
+            if "router" in parameter_name:
+                parameter.mul_(50)
+    update(model, model.train()(torch.randint(V, (B, T))).aux.stats)
+    return model
+
+
+def with_future_changed(tokens, t):
+    changed = tokens.clone()
+    changed[:, t:] = (changed[:, t:] + 1 + torch.randint(V - 1, changed[:, t:].shape)) % V
+    return changed
+
+
+def largest_move_of_the_past(model, ctx):
+    tokens = torch.randint(V, (B, T))
+    moves = []
+    for t in (1, 6, T - 1):
+        a, b = (model(x, ctx).logits for x in (tokens, with_future_changed(tokens, t)))
+        assert (a[:, t:] - b[:, t:]).abs().max() > 1e-3, "a test in which nothing changes proves nothing"
+        moves.append(float((a[:, :t] - b[:, :t]).abs().max()))
+    return max(moves)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_future_tokens_cannot_change_past_logits(name):
+    model = model_of(name).eval()
+    positions = torch.arange(T) * 3 + torch.arange(B)[:, None]
+    doc_ids = (torch.arange(T) >= 6).long().expand(B, T)
+    for ctx in (None, Ctx(positions, doc_ids, causal=True)):
+        assert largest_move_of_the_past(model, ctx) <= 1e-11
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_looking_ahead_while_training_moves_past_logits_exactly_where_the_settings_say_so(name):
+    model = model_of(name).train()
+    # A leak through batch statistics is thin, so it gets several tries.
+    moved = max(largest_move_of_the_past(model, Ctx(causal=False)) for _ in range(3))
+    says = parse(LayerConfig, CASES[name]).looks_ahead
+    assert says == model.config.looks_ahead
+    assert (moved > 1e-3) if says else (moved <= 1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("mod") and name != "mod_everything"])
+def test_top_k_at_evaluation_leaks_so_it_is_never_the_default(name):
+    model, tokens = model_of(name).eval(), torch.randint(V, (B, T))
+    assert largest_move_of_the_past(model, Ctx(causal=False)) > 1e-3
+    assert torch.equal(model(tokens).logits, model(tokens, Ctx(causal=True)).logits)
+
+
+DOC_IDS = torch.tensor([[0] * 5 + [1] * 8, [3] * 9 + [4] * 4])
+
+
+def largest_move_of_document_two(model, doc_ids):
+    tokens = torch.randint(V, (B, T))
+    changed = torch.where(DOC_IDS[:, :1] == DOC_IDS, with_future_changed(tokens, 0), tokens)
+    second = DOC_IDS[:, :1] != DOC_IDS
+    ctx = Ctx(doc_ids=doc_ids, causal=True)
+    a, b = (model(x, ctx).logits for x in (tokens, changed))
+    assert (a[~second] - b[~second]).abs().max() > 1e-3
+    return float((a[second] - b[second]).abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_document_cannot_change_the_logits_of_another(name):
+    model = model_of(name).eval()
+    assert largest_move_of_document_two(model, DOC_IDS) <= 1e-11
+    assert largest_move_of_document_two(model, None) > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_changes_no_real_logit_loss_or_statistic(name):
+    model, tokens = model_of(name), torch.randint(V, (B, T))
+    valid = torch.ones(B, T, dtype=torch.bool)
+    valid[0, 9:] = False
+    valid[1, [0, 4]] = False
+    other = torch.where(valid, tokens, (tokens + 1) % V)
+    # Training, causal evaluation, and evaluation by top-k.
+    for training, causal in ((True, False), (False, True), (False, False)):
+        ctx = Ctx(valid=valid, causal=causal)
+        a, b = (model.train(training)(x, ctx) for x in (tokens, other))
+        assert torch.isfinite(b.logits).all()
+        torch.testing.assert_close(a.logits[valid], b.logits[valid], rtol=0, atol=1e-11)
+        for mine, theirs in ((a.aux.losses, b.aux.losses), (a.aux.stats, b.aux.stats)):
+            assert set(mine) == set(theirs)
+            for key, value in mine.items():
+                torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_does_not_depend_on_its_batch_in_evaluation(name):
+    model, tokens = model_of(name).eval(), torch.randint(V, (5, T))
+    logits = model(tokens).logits
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(model(tokens[order]).logits, logits[order], rtol=0, atol=1e-11)
+    torch.testing.assert_close(model(tokens[2:3]).logits, logits[2:3], rtol=0, atol=1e-11)

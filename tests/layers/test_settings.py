@@ -1,0 +1,72 @@
+import pytest
+import torch
+from cases import BASES, DENSE, MOE, build, tokens
+
+from sparsemix.api import layer_cost
+from sparsemix.layers import Ctx, LayerConfig
+
+# Heads of width 4: at width 2 rotary positions have one frequency, and rope_theta no say.
+D = 20
+BASE = BASES | {"moe": MOE, "mh_moe": BASES["mh_moe"] | {"bias": False}}
+# Another value of every setting of every kind. A new kind or setting adds its own, or the test below fails.
+OTHER = {
+    "attention": {"num_heads": 1, "num_kv_heads": 1, "rope_theta": 100.0},
+    "dense": {"d_ff": 6, "activation": "geglu"},
+    "moe": {
+        "num_experts": 6,
+        "top_k": 1,
+        "d_ff": 4,
+        "shared_d_ff": 5,
+        "normalize_gates": True,
+        "balance_weight": 0.5,
+        "z_weight": 0.1,
+        "activation": "geglu",
+    },
+    "peer": {
+        "num_experts": 16,
+        "num_heads": 3,
+        "top_k": 2,
+        "d_key": 6,
+        "gate": "sigmoid",
+        "activation": "silu",
+        "query_norm": "layer",
+        "share_keys": False,
+    },
+    "mh_moe": {"num_heads": 2, "inner": DENSE, "bias": True, "inner_residual": True},
+    "mod": {
+        "inner": DENSE,
+        "capacity": 0.25,
+        "gate": "two_sigmoid",
+        "block_output": "full",
+        "sampling": "threshold",
+        "predictor_width": 4,
+    },
+    "block": {"mixer": DENSE, "ffn": DENSE},
+}
+
+
+def observe(config):
+    """What settings can change: output, losses, cost."""
+    layer = build(config, D)
+    torch.manual_seed(1)
+    y, aux = layer(tokens(d_model=D), Ctx())
+    return y.detach(), {name: float(value.detach()) for name, value in aux.losses.items()}, layer_cost(config, D, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [(kind, name) for kind, config in LayerConfig.family.items() for name in config.model_fields if name != "kind"],
+)
+def test_every_setting_changes_output_losses_or_cost(kind, setting):
+    assert kind in BASE, f"add a small layer of kind {kind} to BASES in cases.py"
+    assert setting in OTHER.get(kind, {}), f"add another value of {kind}.{setting} to OTHER"
+    before = observe(BASE[kind])
+    again = observe(BASE[kind])
+    assert torch.equal(before[0], again[0]) and before[1:] == again[1:], "the comparison itself must be exact"
+    after = observe(BASE[kind] | {setting: OTHER[kind][setting]})
+    assert not torch.equal(before[0], after[0]) or before[1:] != after[1:]
+
+
+def test_no_value_is_listed_for_a_setting_that_does_not_exist():
+    for kind, others in OTHER.items():
+        assert set(others) == set(LayerConfig.family[kind].model_fields) - {"kind"}

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from compare import assert_same, randn
+from torch.library import opcheck
+
+from sparsemix.ops.grouped_mm import grouped_mm
+from sparsemix.ops.grouped_mm.reference import grouped_mm as reference
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["gradient", "stride_0_gradient"])
+@pytest.mark.parametrize(
+    ("counts", "D", "F"),
+    [
+        ([7, 0, 13, 1, 0], 10, 3),
+        ([0, 0, 63], 5, 7),
+        ([63, 0, 0], 7, 5),
+        ([9], 3, 11),
+        ([1, 1, 1], 1, 1),
+        ([5, 0, 6], 640, 17),
+        ([0, 0], 4, 3),
+    ],
+    ids=["empty_experts", "all_on_the_last", "all_on_the_first", "one_expert", "width_one", "D_640", "no_rows"],
+)
+def test_grouped_product_is_its_reference_with_all_gradients(counts, D, F, expanded):
+    counts = torch.tensor(counts)
+    assert_same(grouped_mm, reference, randn(int(counts.sum()), D), randn(len(counts), F, D), counts, expanded=expanded)
+
+
+def test_grouped_product_takes_strided_rows_and_weights():
+    rows, weight = randn(5, 12).T, randn(3, 5, 7).mT
+    assert not rows.is_contiguous()
+    assert not weight.is_contiguous()
+    assert_same(grouped_mm, reference, rows, weight, torch.tensor([5, 0, 7]))
+
+
+def test_grouped_product_is_the_per_row_product():
+    counts, rows, weight = torch.tensor([2, 0, 3]), randn(5, 4), randn(3, 6, 4)
+    experts = [0, 0, 2, 2, 2]
+    wanted = torch.stack([weight[e] @ row for e, row in zip(experts, rows, strict=True)])
+    torch.testing.assert_close(grouped_mm(rows, weight, counts), wanted, rtol=0, atol=1e-11)
+
+
+def test_an_expert_without_rows_gets_a_zero_gradient():
+    weight = randn(3, 6, 4).requires_grad_()
+    grouped_mm(randn(5, 4), weight, torch.tensor([2, 0, 3])).square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[1].abs().max() == 0
+    assert weight.grad[0].abs().min() > 0
+
+
+def test_grouped_product_under_autocast_is_bf16_with_gradients_in_the_dtype_of_the_inputs():
+    rows, weight, counts = randn(9, 16).float(), randn(2, 5, 16).float(), torch.tensor([4, 5])
+    rows.requires_grad_()
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = grouped_mm(rows, weight, counts)
+        wanted = torch.cat([rows[:4] @ weight[0].T, rows[4:] @ weight[1].T])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wanted)
+    grads = torch.autograd.grad(out.float().sum(), (rows, weight))
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32]
+
+
+def test_only_the_asked_gradients_are_computed():
+    rows, weight, counts = randn(4, 3), randn(2, 5, 3).requires_grad_(), torch.tensor([1, 3])
+    (d_weight,) = torch.autograd.grad(grouped_mm(rows, weight, counts).sum(), weight)
+    (wanted,) = torch.autograd.grad(reference(rows, weight, counts).sum(), weight)
+    torch.testing.assert_close(d_weight, wanted, rtol=0, atol=1e-11)
+
+
+def test_torch_accepts_the_grouped_product_as_an_op():
+    counts = torch.tensor([2, 0, 3])
+    rows, weight = randn(5, 4).requires_grad_(), randn(3, 6, 4).requires_grad_()
+    opcheck(torch.ops.sparsemix.grouped_mm.default, (rows, weight, counts))
+    opcheck(torch.ops.sparsemix.grouped_mm_weight_grad.default, (randn(5, 6), randn(5, 4), counts))

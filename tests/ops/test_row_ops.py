@@ -1,0 +1,90 @@
+import pytest
+import torch
+from compare import assert_same, randn
+from torch.library import opcheck
+
+from sparsemix.ops.row_dot import row_dot
+from sparsemix.ops.row_dot.reference import row_dot as dot_reference
+from sparsemix.ops.row_mix import row_mix, table_grad
+from sparsemix.ops.row_mix.reference import row_mix as mix_reference
+
+OPS = {"row_dot": (row_dot, dot_reference), "row_mix": (row_mix, mix_reference)}
+
+
+def per_token(name, N, R, D):
+    return randn(N, D if name == "row_dot" else R)
+
+
+def ids_of(case, N, R, M):
+    return {
+        "random": torch.randint(M, (N, R)),
+        "one_row_for_all": torch.full((N, R), M - 1),
+        "twice_in_a_token": torch.randint(M, (N, 1)).expand(N, R),
+        "strided": torch.randint(M, (R, N)).T,
+    }[case]
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["gradient", "stride_0_gradient"])
+@pytest.mark.parametrize(("N", "R", "M", "D"), [(63, 5, 16, 10), (7, 3, 4, 640), (1, 1, 1, 1), (0, 3, 4, 2)])
+@pytest.mark.parametrize("case", ["random", "one_row_for_all", "twice_in_a_token", "strided"])
+@pytest.mark.parametrize("name", OPS)
+def test_row_op_is_its_reference_with_all_gradients(name, case, N, R, M, D, expanded):
+    op, reference = OPS[name]
+    assert_same(op, reference, per_token(name, N, R, D), ids_of(case, N, R, M), randn(M, D), expanded=expanded)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_row_op_takes_strided_inputs(name):
+    op, reference = OPS[name]
+    strided = per_token(name, 22, 6, 18)[::2, ::2]
+    table = randn(9, 5).T
+    assert not table.is_contiguous()
+    assert_same(op, reference, strided, torch.randint(5, (11, strided.shape[1] if name == "row_mix" else 3)), table)
+
+
+def test_row_ops_are_their_sums_over_looked_up_rows():
+    x, ids, table, coef = randn(3, 4), torch.tensor([[0, 2], [1, 1], [2, 0]]), randn(3, 4), randn(3, 2)
+    for n in range(3):
+        for r in range(2):
+            dot = sum(float(x[n, c] * table[ids[n, r], c]) for c in range(4))
+            assert float(row_dot(x, ids, table)[n, r]) == pytest.approx(dot, abs=1e-12)
+        mix = sum(coef[n, r] * table[ids[n, r]] for r in range(2))
+        torch.testing.assert_close(row_mix(coef, ids, table)[n], mix, rtol=0, atol=1e-12)
+
+
+def test_a_row_nobody_asked_for_gets_a_zero_gradient():
+    table = randn(5, 3).requires_grad_()
+    row_dot(randn(4, 3), torch.tensor([[0, 3]] * 4), table).square().sum().backward()
+    assert table.grad is not None
+    assert table.grad[[1, 2, 4]].abs().max() == 0
+    assert table.grad[[0, 3]].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_row_op_computes_in_the_dtype_of_the_table_whatever_autocast_says(name):
+    op, reference = OPS[name]
+    low = per_token(name, 9, 3, 16).bfloat16()
+    ids, table = torch.randint(8, (9, 3)), randn(8, 16).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = op(low, ids, table)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, reference(low.float(), ids, table))
+
+
+def test_torch_accepts_the_row_ops():
+    x, ids, table = randn(4, 3).requires_grad_(), torch.tensor([[0, 3]] * 4), randn(5, 3).requires_grad_()
+    coef = randn(4, 2).requires_grad_()
+    # Without symbolic sizes: num_rows would be one, and the tests' type checks want an int.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    opcheck(torch.ops.sparsemix.row_dot.default, (x, ids, table), test_utils=tests)
+    opcheck(torch.ops.sparsemix.row_mix.default, (coef, ids, table), test_utils=tests)
+    opcheck(torch.ops.sparsemix.row_table_grad.default, (randn(4, 2), ids, randn(4, 3), 5), test_utils=tests)
+
+
+def test_table_gradient_adds_up_picks_of_the_same_row():
+    coef, ids, vec = randn(3, 2), torch.tensor([[1, 1], [0, 1], [0, 0]]), randn(3, 4)
+    wanted = torch.zeros(3, 4, dtype=torch.float64)
+    for n in range(3):
+        for r in range(2):
+            wanted[ids[n, r]] += coef[n, r] * vec[n]
+    torch.testing.assert_close(table_grad(coef, ids, vec, 3), wanted, rtol=0, atol=1e-12)

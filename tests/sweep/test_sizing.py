@@ -1,0 +1,87 @@
+import math
+
+import pytest
+
+from sparsemix.config import ConfigError
+from sparsemix.layers import DenseConfig, LayerConfig
+from sparsemix.sweep.sizing import MAX_TABLE_PARAMS, SIZES, TOLERANCE, example, mod_wrap, sized_ffn
+
+WIDTHS = [32, 64, 96, 128, 192, 256, 512]
+
+
+def dense_at(d_model, activation="swiglu"):
+    return DenseConfig(d_ff=int(8 / 3 * d_model), activation=activation)
+
+
+def sized(kind, d_model, activation="swiglu"):
+    return LayerConfig.model_validate(sized_ffn(kind, dense_at(d_model, activation), d_model, 128))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("d_model", WIDTHS)
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_kind_costs_what_the_dense_layer_costs(kind, d_model, activation):
+    target = dense_at(d_model, activation).cost(d_model, 128).flops
+    assert abs(sized(kind, d_model, activation).cost(d_model, 128).flops / target - 1) <= TOLERANCE == 0.1
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_sized_layer_builds_at_its_width(kind):
+    layer = sized(kind, 32).build(32)
+    assert sum(p.numel() for p in layer.parameters()) == sized(kind, 32).cost(32, 1).params
+
+
+@pytest.mark.parametrize("d_model", WIDTHS)
+def test_peer_uses_as_many_experts_as_fit(d_model):
+    peer, target = sized("peer", d_model), dense_at(d_model).cost(d_model, 1).flops
+    assert peer.d_key == d_model // 4 and peer.top_k == 16
+    n = math.isqrt(peer.num_experts)
+    larger = peer.replace(num_experts=(n + 1) ** 2)
+    assert peer.cost(d_model, 1).flops <= target
+    full = larger.num_experts > 1024**2 or 2 * larger.num_experts * d_model > MAX_TABLE_PARAMS
+    assert larger.cost(d_model, 1).flops > target or full
+    assert 2 * peer.num_experts * d_model <= MAX_TABLE_PARAMS and n <= 1024
+
+
+@pytest.mark.parametrize("d_model", WIDTHS)
+def test_mh_moe_has_the_parameters_of_moe(d_model):
+    mh_moe, moe = (sized(kind, d_model).cost(d_model, 1).params for kind in ("mh_moe", "moe"))
+    assert abs(mh_moe / moe - 1) <= 0.1
+
+
+@pytest.mark.parametrize("d_model", WIDTHS)
+def test_moe_has_four_times_the_feed_forward_parameters(d_model):
+    assert abs(sized("moe", d_model).cost(d_model, 1).params / dense_at(d_model).cost(d_model, 1).params / 4 - 1) <= 0.1
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest_name():
+    with pytest.raises(
+        ConfigError, match=r"kinds=peeer is none of dense, mod, moe, peer, mh_moe; did you mean 'peer'\?"
+    ):
+        sized_ffn("peeer", dense_at(64), 64, 128)
+
+
+@pytest.mark.parametrize(("kind", "d_model", "d_ff"), [("peer", 4, 4), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)])
+def test_a_model_too_narrow_to_be_matched_is_refused(kind, d_model, d_ff):
+    with pytest.raises(ConfigError, match=r"cannot be sized to the dense layer's .* widen the model or its d_ff"):
+        sized_ffn(kind, DenseConfig(d_ff=d_ff), d_model, 128)
+
+
+def test_heads_that_cannot_split_the_width_are_refused():
+    with pytest.raises(ConfigError, match="kinds=mh_moe needs an even d_model, not 33"):
+        sized_ffn("mh_moe", DenseConfig(d_ff=88), 33, 128)
+
+
+@pytest.mark.parametrize("d_model", WIDTHS)
+def test_mod_wraps_every_other_block_and_its_predictor_is_cheap(d_model):
+    wrap = mod_wrap(d_model)
+    assert wrap.pop("at") == "every-2" and wrap["capacity"] == 0.125
+    mixer = {"kind": "attention", "num_heads": 4}
+    inner = {"kind": "block", "mixer": mixer, "ffn": dense_at(d_model).model_dump()}
+    wrapped = LayerConfig.model_validate({**wrap, "inner": inner}).cost(d_model, 128)
+    assert wrapped.items["predictor"] < 0.03 * LayerConfig.model_validate(inner).cost(d_model, 128).flops
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "dense", "attention", "block", "mod"])
+def test_there_is_an_example_of_every_kind(kind):
+    assert example(kind, 64, 128).kind == kind

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparsemix import build_model, build_optimizer, checkpoint
+from sparsemix.layers import Ctx, update
+from sparsemix.model import token_nats
+from tiny import BLOCKS, D, T, V
+
+
+def trained(steps=2, kind="nested_threshold"):
+    model = build_model({"d_model": D, "vocab_size": V, "seq_len": T, "blocks": BLOCKS[kind]}).train()
+    optimizer = build_optimizer(model, lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        tokens = torch.randint(V, (2, T), generator=generator)
+        optimizer.zero_grad()
+        output = model(tokens, Ctx())
+        (token_nats(output.logits, tokens).mean() + sum(output.aux.losses.values())).backward()
+        optimizer.step()
+        update(model, output.aux.stats)
+    return model, optimizer
+
+
+def bits(model, optimizer):
+    slots = {f"{i}.{name}": t for i, several in optimizer.state_dict()["state"].items() for name, t in several.items()}
+    return {name: t.clone() for name, t in (model.state_dict() | slots).items()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_load_brings_back_weights_running_state_moments_counters_and_generator(tmp_path):
+    model, optimizer = trained()
+    expected, state = bits(model, optimizer), checkpoint.TrainState(step=2, cursor=4, flops=1.5e9, wall_s=0.25)
+    checkpoint.save(tmp_path, state, model, optimizer)
+    drawn = torch.rand(3)
+    other, other_optimizer = trained(steps=1)
+    assert checkpoint.load(tmp_path, other, other_optimizer) == state
+    assert_same(bits(other, other_optimizer), expected)
+    assert int(other.blocks[1].num_updates) == 2
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_an_empty_or_missing_folder_gives_a_fresh_state_and_changes_nothing(tmp_path):
+    model, optimizer = trained(steps=1)
+    expected = bits(model, optimizer)
+    (tmp_path / ".step-00000004.77").mkdir()
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert checkpoint.load(folder, model, optimizer) == checkpoint.TrainState()
+    assert_same(bits(model, optimizer), expected)
+
+
+def test_the_newest_checkpoint_stays_alone_and_half_written_ones_go(tmp_path):
+    model, optimizer = trained(steps=1)
+    half = tmp_path / ".step-00000011.123"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    for step in (9, 10):
+        checkpoint.save(tmp_path, checkpoint.TrainState(step=step), model, optimizer)
+        assert [path.name for path in tmp_path.iterdir()] == [f"step-{step:08d}"]
+    assert checkpoint.load(tmp_path, model, optimizer).step == 10
+
+
+@pytest.mark.parametrize("call", [0, 1, "rename"])
+def test_a_save_that_fails_anywhere_leaves_the_former_checkpoint(tmp_path, monkeypatch, call):
+    model, optimizer = trained(steps=1)
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
+    expected, calls = bits(model, optimizer), []
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    def failing(tensors, path):
+        calls.append(path)
+        return fail() if len(calls) == call + 1 else save_file(tensors, path)
+
+    if call == "rename":
+        monkeypatch.setattr(type(tmp_path), "rename", fail)
+    else:
+        monkeypatch.setattr(checkpoint, "save_file", failing)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path, checkpoint.TrainState(step=2), *trained(steps=2))
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path, model, optimizer).step == 1
+    assert_same(bits(model, optimizer), expected)
+
+
+def test_saving_a_step_again_never_leaves_a_moment_without_its_checkpoint(tmp_path, monkeypatch):
+    model, optimizer = trained(steps=1)
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
+    (tmp_path / "step-00000000").mkdir()
+    there, gone = tmp_path / "step-00000001", []
+    real = checkpoint.shutil.rmtree
+
+    def watched(path, **kwargs):
+        real(path, **kwargs)
+        gone.append((path, (there / "state.json").is_file()))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
+    assert gone and all(whole for _, whole in gone)
+    assert [path.name for path in tmp_path.iterdir()] == [there.name]
+
+
+def test_weights_with_another_name_or_shape_are_refused(tmp_path):
+    model, _ = trained(steps=1, kind="dense")
+    checkpoint.save_weights(model, tmp_path / "model.safetensors")
+    moe, _ = trained(steps=1, kind="moe")
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.ffn"):
+        checkpoint.load_weights(moe, tmp_path / "model.safetensors")

@@ -1,0 +1,185 @@
+"""The command line as a user meets it: one-line errors, exit codes, nothing half-written, nothing overwritten."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsemix import cli
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+SMALL = ["--set", "train.test_tokens=3000", "--set", "train.eval_tokens=1000", "--set", "train.evals=1"]
+
+
+def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of one command."""
+    monkeypatch.setattr(sys, "argv", ["sparsemix", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    return ended.value.code if isinstance(ended.value.code, int) else 0, said.out, said.err
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        line = " ".join(WORDS[(i * j + i // 3) % 8] for j in range(1, 200 + i))
+        (folder / f"{i}.txt").write_text(f"document {i}\n{line}\n" * 2)
+    return folder
+
+
+def bad_files(tmp_path: Path) -> dict[str, Path]:
+    files = {name: tmp_path / name for name in ("latin.txt", "empty.txt", "cut.jsonl.gz", "short.txt", "odd.xyz")}
+    files["latin.txt"].write_bytes(b"caf\xe9")
+    files["empty.txt"].write_text("")
+    whole = gzip.compress(json.dumps({"text": "word " * 9000}).encode())
+    files["cut.jsonl.gz"].write_bytes(whole[: len(whole) // 2])
+    files["short.txt"].write_text("one two\n\nthree four\n\nfive six\n")
+    files["odd.xyz"].write_text("text")
+    files["missing"] = tmp_path / "missing.txt"
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("missing", "no such file"),
+        ("empty.txt", "no text"),
+        ("latin.txt", "not UTF-8 at byte 3"),
+        ("cut.jsonl.gz", "truncated or corrupt"),
+        ("short.txt", "seq_len=128 must be below"),
+        ("odd.xyz", "odd.xyz"),
+    ],
+)
+def test_unreadable_text_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, name, says):
+    text = bad_files(tmp_path)[name]
+    before = sorted(tmp_path.iterdir())
+    code, out, err = call(monkeypatch, capsys, "compare", "--out", tmp_path / "out", "--text", text, "--budget", "1e12")
+    errors = [line for line in err.splitlines() if not line.startswith("data: ")]
+    assert code == 2
+    assert not out
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BLOCK = "model.blocks.1.ffn."
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["compare", "--budget", "1e3"], "is less than one step"),
+        (["compare", "--budget", "soon"], "budget=soon must be FLOPs"),
+        (["compare", "--kinds", "dense,pear"], "did you mean 'peer'?"),
+        (["compare", "--kinds", "moe"], "kinds=moe must hold dense"),
+        (["compare", "--lr", "-1"], "lr=-1 must be"),
+        (["compare", "--seeds", "0"], "seeds=0"),
+        (["compare", "--recipe", "tinny"], "did you mean 'tiny'?"),
+        (["compare", "--placement", "all"], "placement=all"),
+        (["compare", "--set", "model.d_modl=3"], "did you mean 'd_model'?"),
+        (
+            ["train", "tiny", f"{BLOCK}kind=moe", f"{BLOCK}num_experts=4", f"{BLOCK}top_k=9", f"{BLOCK}d_ff=8"],
+            "model.blocks.1.ffn.top_k=9 must lie in [1, num_experts=4]",
+        ),
+        (["train", "tiny-peer", "model.blocks.2.ffn.num_experts=10"], "must be a square; the nearest are 9 and 16"),
+        (["train", "tiny-mod", "model.blocks.1.capacity=1.5"], "model.blocks.1.capacity=1.5"),
+        (["train", "tiny-mod", "model.blocks.1.capacity=0"], "model.blocks.1.capacity=0"),
+        (["train", "tiny", "model.blocks.9.mixer.num_heads=2"], "list position from 0 to 3"),
+        (["train", "tiny", "train.budget_flops=1"], "is less than one step"),
+        (["train", "tiny", "model.d_model=66"], "num_heads=4"),
+        (["kinds", "moo"], "did you mean 'mo"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, args, says):
+    monkeypatch.chdir(tmp_path)
+    where = [] if args[0] == "kinds" else ["--out", tmp_path / "out"]
+    code, _, err = call(monkeypatch, capsys, *args, *where)
+    errors = [line for line in err.splitlines() if " steps of " not in line]
+    assert code == 2, err
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_answers_without_torch(tmp_path):
+    code = (
+        "import sys; from sparsemix import cli; sys.argv = ['sparsemix', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+
+
+def test_kinds_and_recipes_are_listed(monkeypatch, capsys):
+    _, out, _ = call(monkeypatch, capsys, "kinds")
+    for name in ("attention", "block", "dense", "moe", "peer", "mh_moe", "mod", "num_experts", "MFLOPs"):
+        assert name in out
+    _, out, _ = call(monkeypatch, capsys, "recipes")
+    assert "tiny" in out
+    assert "small" in out
+
+
+def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, capsys, tmp_path, corpus):
+    out = tmp_path / "out"
+    asked = ["compare", "--out", out, "--text", corpus, "--kinds", "dense,mod", "--seeds", "2", "--budget", "1e10"]
+    code, said, err = call(monkeypatch, capsys, *asked, *SMALL)
+    assert code == 0, err
+    assert "report: " in said
+    result = json.loads((out / "result.json").read_text())
+    dense, mod = result["rows"]
+    assert [dense["kind"], mod["kind"]] == ["dense", "mod"]
+    assert {"bpb", "bpb_ci", "perplexity", "verdict", "flops_per_token", "params", "active_params"} <= set(mod)
+    assert {"bytes_per_token", "tokens", "tokens_per_s", "peak_memory_bytes", "wall_s"} <= set(mod)
+    assert set(result["baselines"]) == {"uniform_bpb", "unigram_bpb", "bigram_bpb", "fivegram_bpb"}
+    assert result["baselines"]["uniform_bpb"] > result["baselines"]["unigram_bpb"] > result["baselines"]["bigram_bpb"]
+    assert mod["lookahead_bpb"] is not None
+    assert mod["leak"] == pytest.approx(mod["lookahead_bpb"] - sum(r["bpb"] for r in mod["runs"]) / 2)
+    assert sum(mod["routing"]["passes"]) == result["corpus"]["evaluated"]["tokens"]
+    assert "untuned" in mod["verdict"]
+    assert (out / "report.html").stat().st_size > 10_000
+    for row in result["rows"]:
+        for run in row["runs"]:
+            assert (out / run["folder"] / "model" / "model.safetensors").is_file()
+            assert row["bpb_ci"][0] <= row["bpb"] <= row["bpb_ci"][1]
+    # Every run spent the same budget, to within one step.
+    folders = [out / run["folder"] for row in result["rows"] for run in row["runs"]]
+    spent = [json.loads((folder / "result.json").read_text())["flops"] for folder in folders]
+    assert max(spent) <= 1e10
+    assert min(spent) > 0.75 * 1e10
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    code, _, err = call(monkeypatch, capsys, *asked, *SMALL)
+    assert code == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == stamps  # nothing trained again
+    assert json.loads((out / "result.json").read_text())["rows"] == result["rows"]
+
+    before = (out / "plan.yaml").read_text()
+    code, _, err = call(monkeypatch, capsys, *asked, *SMALL, "--lr", "0.1")
+    assert code == 2
+    assert "lr=rule there, 0.1 asked" in err
+    assert (out / "plan.yaml").read_text() == before
+
+    (out / "report.html").unlink()
+    code, said, _ = call(monkeypatch, capsys, "report", out, "--markdown")
+    assert code == 0
+    assert (out / "report.html").is_file()
+    assert f"| mod | {mod['bpb']:.4f} |" in said
+    assert result["corpus"]["fingerprint"] in said
+
+
+def test_a_foreign_folder_is_not_touched(monkeypatch, capsys, tmp_path, corpus):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for command in (["compare", "--budget", "1e10"], ["train", "tiny", "train.budget_flops=1e10"]):
+        code, _, err = call(monkeypatch, capsys, *command, "--text", corpus, "--out", out)
+        assert code == 2
+        assert "not empty" in err
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+
+from sparsemix.api import build_model
+from sparsemix.config import ConfigError, parse
+from sparsemix.layers import Ctx
+from sparsemix.model import ModelConfig, places, token_nats
+
+BLOCK = {
+    "kind": "block",
+    "mixer": {"kind": "attention", "num_heads": 2},
+    "ffn": {"kind": "dense", "d_ff": 6},
+}
+MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5}
+PEER = {"kind": "peer", "num_experts": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
+
+
+def raw(blocks):
+    return {"d_model": 8, "vocab_size": 17, "seq_len": 9, "blocks": blocks}
+
+
+def kinds(pattern):
+    return [(block.kind, getattr(block, "inner", block).ffn.kind) for block in parse(ModelConfig, raw(pattern)).blocks]
+
+
+@pytest.mark.parametrize(
+    ("at", "count", "wanted"),
+    [
+        ("every", 3, [0, 1, 2]),
+        ("every-1", 3, [0, 1, 2]),
+        ("every-2", 5, [1, 3]),
+        ("every-3", 6, [2, 5]),
+        ("middle", 12, [6]),
+        ("middle", 1, [0]),
+        ([2, 0], 3, [2, 0]),
+        ([], 3, []),
+    ],
+)
+def test_block_positions_by_pattern(at, count, wanted):
+    assert places(at, count) == wanted
+
+
+def test_patterns_replace_feed_forwards_and_wrap_blocks():
+    plain, moe, mod = ("block", "dense"), ("block", "moe"), ("mod", "dense")
+    assert kinds({"count": 3, "each": BLOCK}) == [plain] * 3
+    assert kinds({"count": 4, "each": BLOCK, "ffn": {"at": "middle", **MOE}}) == [plain, plain, moe, plain]
+    assert kinds({"count": 4, "each": BLOCK, "wrap": {"at": "every-2", "kind": "mod"}}) == [plain, mod, plain, mod]
+    both = {"count": 2, "each": BLOCK, "ffn": {"at": [1], **MOE}, "wrap": {"at": [1], "kind": "mod"}}
+    assert kinds(both) == [plain, ("mod", "moe")]
+    assert kinds({"count": 2, "each": BLOCK, "ffn": MOE}) == [moe, moe]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wanted"),
+    [
+        ({"count": 2, "each": BLOCK, "ffn": {"at": "every-0", **MOE}}, "at=every-0 must be every, every-N, middle"),
+        ({"count": 2, "each": BLOCK, "ffn": {"at": "last", **MOE}}, "at=last must be every, every-N, middle"),
+        ({"count": 2, "each": BLOCK, "ffn": {"at": [2], **MOE}}, "or a list of block positions from 0 to 1"),
+        ({"count": 2, "each": BLOCK, "ffn": {"at": 1, **MOE}}, "at=1 must be every, every-N, middle, or a list"),
+        ({"count": 2, "each": BLOCK, "fnn": MOE}, "blocks.fnn is no part of a pattern; known: count, each, ffn, wrap"),
+        ({"count": 2, "each": BLOCK, "ffn": "moe"}, "blocks.ffn=moe must be settings"),
+        ({"count": 0, "each": BLOCK}, "a pattern of blocks needs count"),
+        ({"count": 2}, "a pattern of blocks needs count"),
+        ([], "blocks"),
+        ([BLOCK, BLOCK | {"ffn": MOE | {"top_k": 9}}], r"blocks.1.ffn.top_k=9 must lie in [1, num_experts=4]"),
+        ([{"kind": "mod", "inner": BLOCK | {"ffn": {"kind": "mo"}}}], "blocks.0.inner.ffn.kind=mo is none of "),
+        (
+            [BLOCK | {"mixer": {"kind": "attention", "num_head": 2}}],
+            "blocks.0.mixer.num_head=2 is no setting here; did you",
+        ),
+    ],
+)
+def test_bad_blocks_are_refused_in_one_line(blocks, wanted):
+    with pytest.raises(ConfigError) as caught:
+        parse(ModelConfig, raw(blocks))
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_width_that_fits_no_head_is_refused_with_the_block():
+    with pytest.raises(ConfigError, match=r"^blocks.1: num_heads=3 must give every head an even width"):
+        build_model(raw([BLOCK, BLOCK | {"mixer": {"kind": "attention", "num_heads": 3}}]))
+
+
+def test_models_of_different_kinds_share_the_values_of_the_parts_they_share():
+    plain = build_model(raw([BLOCK, BLOCK])).state_dict()
+    for ffn in (MOE, PEER):
+        other = build_model(raw([BLOCK, BLOCK | {"ffn": ffn}])).state_dict()
+        shared = plain.keys() & other.keys()
+        assert {"embed.weight", "blocks.0.ffn.up.weight", "blocks.1.mixer.q.weight"} <= shared
+        assert all(torch.equal(plain[name], other[name]) for name in shared)
+
+
+def test_the_seed_alone_decides_the_initial_values():
+    torch.manual_seed(5)
+    first = build_model(raw([BLOCK | {"ffn": PEER}]), seed=1).state_dict()
+    torch.manual_seed(6)
+    again, other = (build_model(raw([BLOCK | {"ffn": PEER}]), seed=seed).state_dict() for seed in (1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name in first if "norm" not in name and "bias" not in name]
+    assert all(not torch.equal(first[name], other[name]) for name in drawn)
+    weights = [first[f"blocks.0.mixer.{name}.weight"] for name in "qkvo"]
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_logits_are_the_normed_stream_against_the_embeddings():
+    model, tokens = build_model(raw([BLOCK, BLOCK])).double().eval(), torch.randint(17, (2, 9))
+    x = model.embed.weight[tokens]
+    for block in model.blocks:
+        x = x + block(x, Ctx(causal=True))[0]
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * model.norm.weight
+    torch.testing.assert_close(model(tokens).logits, normed @ model.embed.weight.T, rtol=0, atol=1e-11)
+    assert [name for name, p in model.named_parameters() if p.shape[0] == 17] == ["embed.weight"]
+
+
+def test_losses_and_statistics_are_named_by_module_paths():
+    wrapped = {"kind": "mod", "inner": BLOCK | {"ffn": PEER}}
+    model = build_model(raw([BLOCK | {"ffn": MOE}, wrapped]))
+    aux = model(torch.randint(17, (2, 9))).aux
+    assert set(aux.losses) == {"blocks.0.ffn.balance", "blocks.1.predictor"}
+    paths = dict(model.named_modules())
+    for name in (*aux.losses, *aux.stats):
+        assert name.rpartition(".")[0] in paths, name
+    assert "blocks.1.inner.ffn.query_norm.mean" in aux.stats
+
+
+def test_an_untrained_model_guesses():
+    model, tokens = build_model(raw([BLOCK, BLOCK])), torch.randint(17, (8, 9))
+    nats = token_nats(model(tokens).logits, tokens.roll(-1, 1)).detach()
+    assert float(nats.mean()) == pytest.approx(math.log(17), rel=0.02)
+
+
+def test_token_nats_are_minus_log_softmax_and_zero_without_a_target():
+    logits, targets = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([[0, 4, -100], [-100, 2, 1]])
+    nats = token_nats(logits, targets)
+    for b in range(2):
+        for t in range(3):
+            scores = logits[b, t].tolist()
+            own = math.log(sum(map(math.exp, scores))) - scores[targets[b, t]] if targets[b, t] >= 0 else 0
+            assert float(nats[b, t]) == pytest.approx(own, abs=1e-12)
+    assert token_nats(logits.bfloat16(), targets).dtype == torch.float32

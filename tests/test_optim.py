@@ -1,0 +1,103 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sparsemix.api import build_model, build_optimizer
+from sparsemix.optim import clip_groups, schedule
+
+MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
+ATTENTION = {"kind": "attention", "num_heads": 2}
+PEER = {"kind": "peer", "num_experts": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
+MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE, "bias": True}
+
+
+def block(ffn):
+    return {"kind": "block", "mixer": ATTENTION, "ffn": ffn}
+
+
+def model_of_every_kind():
+    blocks = [block(PEER), block(PEER | {"query_norm": "layer", "share_keys": False}), block(MH_MOE)]
+    blocks += [{"kind": "mod", "inner": block({"kind": "dense", "d_ff": 6})}]
+    return build_model({"d_model": 8, "vocab_size": 17, "seq_len": 9, "blocks": blocks})
+
+
+EXPERTS = ["router.weight", "experts.gate_up", "experts.down"]
+FEED = ["gate.weight", "up.weight", "down.weight"]
+DECAYED = {
+    *(f"blocks.{i}.{name}.weight" for i in ("0.mixer", "1.mixer", "2.mixer", "3.inner.mixer") for name in "qkvo"),
+    "blocks.0.ffn.query.weight",
+    "blocks.1.ffn.query.weight",
+    "blocks.2.ffn.head.weight",
+    "blocks.2.ffn.merge.weight",
+    *(f"blocks.2.ffn.inner.{name}" for name in EXPERTS),
+    *(f"blocks.2.ffn.inner.shared.{name}" for name in FEED),
+    *(f"blocks.3.inner.ffn.{name}" for name in FEED),
+    "blocks.3.router.weight",
+    "blocks.3.predictor.up.weight",
+    "blocks.3.predictor.down.weight",
+}
+
+
+def groups_by_name(model, optimizer):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+
+
+def test_matrices_decay_and_nothing_else():
+    model = model_of_every_kind()
+    groups = groups_by_name(model, build_optimizer(model, lr=1e-3, weight_decay=0.1))
+    assert {name for name in groups[0.1] if "query." in name} == {name for name in DECAYED if "query." in name}
+    assert groups[0.1] == DECAYED
+    assert groups[0.0] == {name for name, _ in model.named_parameters()} - DECAYED
+    assert {"embed.weight", "blocks.0.ffn.keys", "blocks.0.ffn.w_in", "blocks.0.ffn.query_norm.weight"} <= groups[0.0]
+
+
+def test_decay_shrinks_a_matrix_without_gradient_and_leaves_a_norm():
+    model = model_of_every_kind()
+    matrix, norm = model.blocks[2].mixer.q.weight, model.norm.weight
+    before = matrix.detach().clone()
+    for parameter in (matrix, norm):
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, lr=0.5, weight_decay=0.1).step()
+    torch.testing.assert_close(matrix.detach(), before * 0.95)
+    assert torch.equal(norm.detach(), torch.ones_like(norm))
+
+
+def test_frozen_parameters_are_left_out():
+    model = model_of_every_kind()
+    model.embed.requires_grad_(False)
+    groups = groups_by_name(model, build_optimizer(model, lr=1e-3))
+    assert "embed.weight" not in groups[0.0] | groups[0.1]
+
+
+def test_the_rate_warms_up_peaks_once_and_ends_at_its_floor():
+    shares = [schedule(step, 100, 10) for step in range(101)]
+    assert shares[0] == pytest.approx(1 / 11)
+    assert shares[9] == pytest.approx(10 / 11)
+    assert shares[10] == max(shares) == 1
+    assert shares[100] == min(shares[10:]) == pytest.approx(0.1)
+    assert shares[55] == pytest.approx(0.55)
+    assert all(a < b for a, b in pairwise(shares[:11]))
+    assert all(a > b for a, b in pairwise(shares[10:]))
+
+
+def test_a_schedule_without_warm_up_starts_at_its_peak_and_the_floor_is_a_setting():
+    assert schedule(0, 7, 0) == 1
+    assert schedule(7, 7, 0, floor=0) == pytest.approx(0)
+    assert schedule(1, 1, 1) == 1
+
+
+def test_predictors_are_clipped_apart_from_the_trunk():
+    model = model_of_every_kind()
+    trunk, predictors = clip_groups(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in predictors} == {
+        f"blocks.3.predictor.{part}.{name}" for part in ("up", "down") for name in ("weight", "bias")
+    }
+    assert len(trunk) + len(predictors) == len(names) == len({id(p) for p in (*trunk, *predictors)})
+
+
+def test_a_model_without_predictors_has_one_clip_group():
+    model = build_model({"d_model": 8, "vocab_size": 17, "seq_len": 9, "blocks": [block(PEER)]})
+    assert [len(group) for group in clip_groups(model)] == [len(list(model.parameters()))]

@@ -1,0 +1,172 @@
+"""A run that was killed or interrupted, and resumed, ends with the same bits as one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsemix import checkpoint, train
+from sparsemix.config import to_yaml
+from sparsemix.run import Run
+from tiny import prepared, run_config, unchecked_shapes
+
+STEPS = 8
+CLOCK = ("wall_s", "tokens_per_s", "peak_memory_bytes")
+MOMENTS = ("train_step", "optimizer_step", "log", "weights_file", "rename")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed process is forked: POSIX only")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    with unchecked_shapes():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """MoD with a predictor around PEER with batch statistics, after a MoE; two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    data, shards = prepared(folder)
+    config = run_config(data, "nested", STEPS, accumulation=2, evals=2, checkpoint_s=0)
+    train.train(config, folder / "run", shards)
+    return config, shards, folder / "run"
+
+
+def tensors(run, file):
+    (newest,) = (run / "checkpoints").iterdir()
+    return load_file(run / "model" / "model.safetensors" if file == "model" else newest / f"{file}.safetensors")
+
+
+def without_clock(line):
+    return {name: value for name, value in line.items() if name not in CLOCK}
+
+
+def assert_same_end(run, reference):
+    for file in ("model", "optimizer"):
+        there, expected = tensors(run, file), tensors(reference, file)
+        assert there.keys() == expected.keys()
+        # The generator's state is the process's own; training draws nothing from it.
+        for name in expected.keys() - {"rng"}:
+            assert torch.equal(there[name], expected[name]), name
+    lines, logged = ([without_clock(line) for line in Run(folder).metrics()] for folder in (run, reference))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines == logged
+    assert without_clock(Run(run).result) == without_clock(Run(reference).result)
+    nats = [np.load(folder / "documents.npz")["nats"] for folder in (run, reference)]
+    np.testing.assert_array_equal(*nats)
+
+
+def steps_of(names):
+    return [int(name.removeprefix("step-")) for name in names.split(",")]
+
+
+def test_a_run_killed_at_random_points_and_inside_a_checkpoint_ends_with_the_same_bits(unbroken, tmp_path):
+    config, shards, reference = unbroken
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    rng = random.Random(0)
+    kills = [f"{moment}:{rng.randrange(1, 4)}" for moment in rng.sample(MOMENTS, 5)]
+    kills[2:2] = ["optimizer_file:2", "rewind:1"]
+    script = Path(__file__).with_name("killed_runs.py")
+    command = [sys.executable, str(script), str(shards.folder), str(tmp_path / "run"), str(tmp_path / "config.yaml")]
+    done = subprocess.run([*command, *kills, "evaluate:1"], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    *deaths, last = [line.split(" ") for line in done.stdout.splitlines()]
+    assert [death[0] for death in deaths] == [*kills, "evaluate:1"]
+    assert {death[1] for death in deaths} == {str(signal.SIGKILL.value)}, done.stderr
+    # The one that died while it wrote left half a checkpoint, and the next to save (see `last`) removed it.
+    assert int(deaths[2][3]) > 0
+    reached = [max(steps_of(death[2])) for death in deaths if death[2]]
+    assert reached == sorted(reached) and 0 < reached[0] < STEPS
+    assert last == ["None", "0", f"step-{STEPS:08d}", "0"], done.stderr
+    assert_same_end(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_interrupt_from_the_progress_callback_saves_and_resumes_to_the_same_bits(unbroken, tmp_path, step):
+    config, shards, reference = unbroken
+    config = config.replace(train=config.train.replace(checkpoint_s=1e6))
+
+    def interrupt(line):
+        if line["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path, shards, interrupt)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert Run(tmp_path).result is None
+    train.train(config, tmp_path, shards)
+    assert_same_end(tmp_path, reference)
+
+
+@pytest.mark.parametrize("moment", ["update", "AdamW.step"])
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(unbroken, tmp_path, monkeypatch, moment):
+    config, shards, reference = unbroken
+    config = config.replace(train=config.train.replace(checkpoint_s=1e6))
+    owner, name = (torch.optim.AdamW, "step") if moment == "AdamW.step" else (train, moment)
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        made = real(*args, **kwargs)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path, shards)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    train.train(config, tmp_path, shards)
+    assert_same_end(tmp_path, reference)
+
+
+def test_a_half_written_checkpoint_and_a_torn_line_are_dropped(unbroken, tmp_path):
+    config, shards, reference = unbroken
+
+    def interrupt(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path, shards, interrupt)
+    half = tmp_path / "checkpoints" / ".step-00000007.123"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"loss": 5.1, "step": 4}\n{"loss": 4.9, "st')
+    train.train(config, tmp_path, shards)
+    assert not half.exists()
+    assert_same_end(tmp_path, reference)
+
+
+def test_a_run_that_resumes_from_too_early_a_state_would_be_noticed(unbroken, tmp_path):
+    """The control: one step taken twice gives other bits."""
+    config, shards, reference = unbroken
+
+    def interrupt(line):
+        if line["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path, shards, interrupt)
+    (there,) = (tmp_path / "checkpoints").iterdir()
+    state = (there / "state.json").read_text(encoding="utf-8")
+    (there / "state.json").write_text(state.replace('"step": 4', '"step": 3'), encoding="utf-8")
+    train.train(config, tmp_path, shards)
+    with pytest.raises(AssertionError):
+        assert_same_end(tmp_path, reference)
+
+
+def test_a_finished_run_returns_at_once(unbroken, monkeypatch):
+    config, shards, reference = unbroken
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("a finished run was loaded"))
+    assert train.train(config, reference, shards).result == Run(reference).result

@@ -1,0 +1,254 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsemix import build_optimizer, train
+from sparsemix.checkpoint import TrainState
+from sparsemix.config import ConfigError
+from sparsemix.errors import TrainingError
+from sparsemix.evaluate.ngram import ngram_baselines
+from sparsemix.layers import Ctx
+from sparsemix.model import token_nats
+from sparsemix.optim import schedule
+from sparsemix.run import Run
+from tiny import KINDS, T, prepared, run_config, unchecked_shapes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    with unchecked_shapes():
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("corpus"))
+
+
+def trained_steps(config, shards, steps):
+    """The model after `steps` steps of the training loop's own parts, without evaluation."""
+    model = config.model.build(config.seed).train()
+    optimizer = build_optimizer(model, config.train.lr, config.train.weight_decay)
+    batches = train.training_batches(config, shards, TrainState(), CPU)
+    for _ in range(steps):
+        train.train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
+        optimizer.step()
+    return model
+
+
+def result_of(config, folder, shards):
+    result = train.train(config, folder, shards).result
+    assert result is not None
+    return result
+
+
+def trunk(model):
+    return {name: p for name, p in model.named_parameters() if "predictor" not in name.split(".")}
+
+
+def changed(left, right):
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def test_a_predictor_of_any_width_leaves_the_trunk_bit_identical_to_none(corpus, monkeypatch):
+    data, shards = corpus
+    settings = {"clip_norm": 0.05}
+    config = run_config(data, "nested", **settings)
+    without = trunk(trained_steps(run_config(data, "nested_threshold", **settings), shards, 20))
+    for width in (1, 32):
+        blocks = config.model_dump()["model"]["blocks"]
+        blocks[1]["predictor_width"] = width
+        assert changed(trunk(trained_steps(run_config(data, blocks, **settings), shards, 20)), without) == []
+    # The control: clipped together with the trunk, the predictor's gradient changes the trunk.
+    monkeypatch.setattr(train, "clip_groups", lambda model: [list(model.parameters())])
+    assert "embed.weight" in changed(trunk(trained_steps(config, shards, 20)), without)
+
+
+def test_training_ends_at_the_budget_with_the_schedule(corpus, tmp_path):
+    data, shards = corpus
+    config = run_config(data, "moe", steps=7, warmup=0.3)
+    assert config.steps == math.floor(config.train.budget_flops / config.step_flops) == 7
+    result = result_of(config, tmp_path, shards)
+    assert result["steps"] == 7 and result["flops"] == pytest.approx(7 * config.step_flops, rel=1e-12)
+    assert result["flops"] <= config.train.budget_flops < result["flops"] + config.step_flops
+    assert result["tokens"] == 7 * 4 * T
+    lines = list(Run(tmp_path).metrics())
+    assert [line["lr"] for line in lines] == pytest.approx([config.train.lr * schedule(i, 7, 2) for i in range(7)])
+    assert max(line["lr"] for line in lines) == lines[2]["lr"] == config.train.lr and schedule(7, 7, 2) == 0.1
+    assert lines[-1]["validation_bpb"] == pytest.approx(result["validation_bpb"], rel=1e-6)
+
+
+def test_a_budget_below_one_step_is_refused(corpus):
+    config = run_config(corpus[0])
+    less = config.replace(train=config.train.replace(budget_flops=0.99 * config.step_flops))
+    with pytest.raises(
+        ConfigError, match=r"train\.budget_flops=.* is less than one step \(.* raise the budget or lower"
+    ):
+        _ = less.steps
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(corpus, tmp_path):
+    data, shards = corpus
+    smaller = data.replace(vocab_size=280)
+    config = run_config(data).model_dump() | {"data": smaller.model_dump()}
+    config["model"]["vocab_size"] = 280
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=280 is less than the tokenizer's"):
+        train.train(train.RunConfig.model_validate(config), tmp_path / "run", shards)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_order_of_the_data_depends_on_the_seed_alone(corpus):
+    data, shards = corpus
+
+    def order(kind, accumulation=1, **settings):
+        """The tokens of the first two steps."""
+        config = run_config(data, kind, accumulation=accumulation, **settings)
+        batches = train.training_batches(config, shards, TrainState(), CPU)
+        return torch.cat([next(batches).tokens for _ in range(2 * accumulation)])
+
+    dense = order("dense")
+    for kind in KINDS:
+        assert torch.equal(order(kind), dense)
+    assert len(dense) == 8 and torch.equal(order("moe", accumulation=2), dense)
+    assert not torch.equal(order("dense", seed=1), dense)
+    config = run_config(data)
+    resumed = train.training_batches(config, shards, TrainState(cursor=4), CPU)
+    assert torch.equal(next(resumed).tokens, dense[4:8])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_more_than_the_frequencies_of_words(corpus, tmp_path, kind):
+    data, shards = corpus
+    config = run_config(data, kind, steps=45, lr=2e-2, evals=0, eval_tokens=10**6)
+    bpb = result_of(config, tmp_path, shards)["validation_bpb"]
+    num_bytes = int(shards.bytes("validation").sum())
+    baselines = ngram_baselines(shards.tokens("train"), shards.tokens("validation"), num_bytes, 300)
+    assert bpb < 0.8 * baselines["unigram_bpb"]
+    losses = [line["loss"] for line in Run(tmp_path).metrics()]
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+
+
+def test_two_micro_batches_have_the_gradient_of_one_batch(corpus):
+    data, shards = corpus
+    gradients, lines = [], []
+    for accumulation in (1, 2, 4):
+        config = run_config(data, "dense", accumulation=accumulation, clip_norm=1e9)
+        model = config.model.build(0).train()
+        batches = train.training_batches(config, shards, TrainState(), CPU)
+        micro = [next(batches) for _ in range(accumulation)]
+        lines.append(train.train_step(config, model, build_optimizer(model, 1e-3), micro))
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for line, several in zip(lines[1:], gradients[1:], strict=True):
+        assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-6)
+        for name, gradient in several.items():
+            torch.testing.assert_close(gradient, gradients[0][name], msg=name)
+
+
+@pytest.mark.parametrize("kind", ["mh_moe", "nested"])
+def test_bf16_trains_to_finite_weights_near_those_of_fp32(corpus, tmp_path, kind):
+    data, shards = corpus
+    bpb = {}
+    for dtype in ("float32", "bfloat16"):
+        result = result_of(run_config(data, kind, steps=5, dtype=dtype), tmp_path / dtype, shards)
+        weights = load_file(tmp_path / dtype / "model" / "model.safetensors")
+        assert all(t.isfinite().all() for t in weights.values())
+        assert all(t.dtype == torch.float32 for t in weights.values() if t.is_floating_point())
+        bpb[dtype] = result["bpb"]
+    assert bpb["bfloat16"] != bpb["float32"]
+    assert bpb["bfloat16"] == pytest.approx(bpb["float32"], rel=0.02)
+
+
+def test_weight_decay_leaves_norms_embeddings_biases_and_tables_alone(corpus):
+    config = run_config(corpus[0], "nested")
+    model = config.model.build(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, lr=0.5, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = ("embed", "norm", "mixer_norm", "ffn_norm", "query_norm", "keys", "w_in", "w_out", "bias")
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")) & set(kept):
+            assert torch.equal(parameter, before[name]), name
+        else:
+            torch.testing.assert_close(parameter, 0.95 * before[name], msg=name)
+
+
+def test_a_rate_far_too_high_stops_with_the_step_and_the_layers_and_saves_a_finite_state(corpus, tmp_path):
+    data, shards = corpus
+    config = run_config(data, "nested", steps=9, lr=1e30, warmup=0)
+    with pytest.raises(TrainingError) as caught:
+        train.train(config, tmp_path, shards)
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    step = int(newest.name.removeprefix("step-"))
+    assert 0 < step < 9 and str(caught.value).startswith(f"step {step + 1}: non-finite loss or gradient (loss ")
+    assert "largest weights: embed.weight 1e+30" in str(caught.value)
+    assert "lower train.lr=1e+30" in str(caught.value) and str(newest.parent) in str(caught.value)
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+    assert Run(tmp_path).result is None
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_turns_nan_leaves_the_state_before_that_step(corpus, tmp_path, monkeypatch, accumulation):
+    data, shards = corpus
+    config = run_config(data, "nested", steps=6, accumulation=accumulation)
+    calls = []
+
+    def poisoned(logits, targets):
+        calls.append(1)
+        # The last micro-batch of step 4: the running statistics of the others must not count either.
+        return token_nats(logits, targets) * (math.nan if len(calls) == 4 * accumulation else 1.0)
+
+    monkeypatch.setattr(train, "token_nats", poisoned)
+    with pytest.raises(
+        TrainingError, match=r"^step 4: .*loss nan.*not finite in: embed\.weight, .*before this step is"
+    ):
+        train.train(config, tmp_path / "poisoned", shards)
+    monkeypatch.undo()
+
+    def interrupt(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "sound", shards, interrupt)
+    for file in ("model", "optimizer"):
+        path = f"checkpoints/step-00000003/{file}.safetensors"
+        assert changed(load_file(tmp_path / "poisoned" / path), load_file(tmp_path / "sound" / path)) in ([], ["rng"])
+
+
+def test_the_result_says_what_was_measured(corpus, tmp_path):
+    data, shards = corpus
+    result = result_of(run_config(data, "nested", steps=3), tmp_path, shards)
+    documents = np.load(tmp_path / "documents.npz")
+    ids, num_bytes = shards.eval_documents("test", 150)
+    np.testing.assert_array_equal(documents["ids"], ids)
+    np.testing.assert_array_equal(documents["bytes"], num_bytes)
+    total = documents["nats"].sum()
+    assert result["bpb"] == pytest.approx(total / math.log(2) / num_bytes.sum(), rel=1e-12)
+    assert result["perplexity"] == pytest.approx(math.exp(total / result["test_tokens"]), rel=1e-12)
+    assert result["lookahead_bpb"] not in (None, result["bpb"])
+    assert sum(result["routing"]["passes"]) == result["test_tokens"] == shards.starts("test")[len(ids)]
+    assert set(result["routing"]["predictor"]) == {"blocks.1"}
+    assert {"blocks.0.ffn"} <= set(result["routing"]["experts"]) <= {"blocks.0.ffn", "blocks.1.inner.ffn"}
+    assert result["peak_memory_bytes"] > 10**7 and result["wall_s"] > 0
+    dense = result_of(run_config(data, steps=1), tmp_path / "dense", shards)
+    assert dense["lookahead_bpb"] is None and dense["routing"]["passes"] is None
+
+
+def test_the_first_loss_is_that_of_an_untrained_model(corpus, tmp_path):
+    data, shards = corpus
+    config = run_config(data, "moe", steps=2)
+    train.train(config, tmp_path, shards)
+    batch = shards.batch(0, 4, T, seed=0)
+    with torch.no_grad():
+        output = config.model.build(0).train()(batch.tokens, Ctx(batch.positions, batch.doc_ids))
+    first = next(Run(tmp_path).metrics())
+    assert first["loss"] == pytest.approx(float(token_nats(output.logits, batch.targets).mean()), rel=1e-6)
+    assert first["blocks.1.ffn.balance"] == pytest.approx(float(output.aux.losses["blocks.1.ffn.balance"]), rel=1e-6)

@@ -1,0 +1,94 @@
+"""A corpus, models and runs small enough to train in a second: structured text, d_model 16, two blocks."""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jaxtyping
+
+from sparsemix.config import parse
+from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.train import RunConfig
+
+D, T, V = 16, 16, 300
+ATTENTION = {"kind": "attention", "num_heads": 2}
+DENSE = {"kind": "dense", "d_ff": 40}
+MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 20}
+PEER = {"kind": "peer", "num_experts": 64, "num_heads": 2, "top_k": 4, "d_key": 8}
+MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
+
+
+@contextmanager
+def unchecked_shapes() -> Iterator[None]:
+    """Whole runs without the checks of every call's shapes, which take half their time; layers have their own tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def block(ffn):
+    return {"kind": "block", "mixer": ATTENTION, "ffn": ffn}
+
+
+def mod(inner, **settings):
+    return {"kind": "mod", "capacity": 0.25, "predictor_width": 8, "inner": inner} | settings
+
+
+BLOCKS = {
+    "dense": [block(DENSE), block(DENSE)],
+    "moe": [block(DENSE), block(MOE)],
+    "peer": [block(DENSE), block(PEER)],
+    "mh_moe": [block(DENSE), block(MH_MOE)],
+    "mod": [block(DENSE), mod(block(DENSE))],
+    "threshold": [block(DENSE), mod(block(DENSE), sampling="threshold")],
+    # Every kind of running state and of extra loss at once.
+    "nested": [block(MOE), mod(block(PEER))],
+    "nested_threshold": [block(MOE), mod(block(PEER), sampling="threshold")],
+}
+KINDS = ("dense", "moe", "peer", "mh_moe", "mod")
+
+
+def sentence(rng):
+    """An order of words that the word before, but not the word's frequency, gives away."""
+    who, what = rng.choice(["cat", "dog", "hen", "fox"]), rng.choice(["sees", "hears", "finds"])
+    return f"the {who} {what} one {rng.choice(['red', 'big', 'old'])} {rng.choice(['hat', 'box', 'egg'])}. "
+
+
+def write_corpus(folder: Path, documents: int = 80, seed: int = 0) -> DataConfig:
+    """Settings of a corpus that is written to `folder`."""
+    rng = random.Random(seed)
+    texts = ["".join(sentence(rng) for _ in range(rng.randrange(1, 12))) for _ in range(documents)]
+    path = folder / "corpus.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return DataConfig(text=(str(path),), vocab_size=V, validation_fraction=0.15, test_fraction=0.15)
+
+
+def prepared(folder: Path) -> tuple[DataConfig, Shards]:
+    """The corpus as shards in `folder`, and their settings."""
+    data = write_corpus(folder)
+    return data, prepare(data, folder / "shards")
+
+
+def run_config(data: DataConfig, blocks="dense", steps: int = 4, seed: int = 0, **train) -> RunConfig:
+    """A run of `steps` steps of 4 sequences; `blocks` is a name in BLOCKS or a list of blocks."""
+    model = {
+        "d_model": D,
+        "vocab_size": V,
+        "seq_len": T,
+        "blocks": BLOCKS.get(blocks) if isinstance(blocks, str) else blocks,
+    }
+    defaults = {
+        "budget_flops": 1.0,
+        "batch_tokens": 4 * T,
+        "dtype": "float32",
+        "evals": 1,
+        "eval_tokens": 100,
+        "test_tokens": 150,
+    }
+    config = parse(RunConfig, {"model": model, "data": data.model_dump(), "train": defaults | train, "seed": seed})
+    # Half a step more than whole steps: the budget buys `steps` of them.
+    return config.replace(train=config.train.replace(budget_flops=(steps + 0.5) * config.step_flops))
