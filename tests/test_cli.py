@@ -174,6 +174,27 @@ def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, caps
     assert result["corpus"]["fingerprint"] in said
 
 
+def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch, capsys, tmp_path, corpus):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsemix.sweep.compare.Comparison.run", interrupted)
+    code, _, err = call(monkeypatch, capsys, "compare", "--out", tmp_path / "out", "--text", corpus)
+    assert code == 130
+    assert err == "sparsemix: interrupted; what was done is saved, and the same command resumes\n"
+
+
+def test_one_test_document_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, corpus):
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(corpus.iterdir())[:4]:
+        path.rename(few / path.name)
+    code, _, err = call(monkeypatch, capsys, "compare", "--out", tmp_path / "out", "--text", few, "--budget", "1e11")
+    assert code == 2
+    assert "leaves 1 test document" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_foreign_folder_is_not_touched(monkeypatch, capsys, tmp_path, corpus):
     out = tmp_path / "mine"
     out.mkdir()

@@ -3,6 +3,8 @@
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,15 +30,13 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one line and exit code 2; a training that failed is 1; Ctrl-C is 130."""
+    """Entry point: what a user can mend is one line and exit code 2; a training that failed is 1."""
     # The Hugging Face libraries print notices that no user of this command needs.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app()
     except ConfigError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes", 130)
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror}; free space or choose another folder", 2)
     except TrainingError as error:
@@ -46,6 +46,15 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     print(f"sparsemix: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C inside is one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; what was done is saved, and the same command resumes", 130)
 
 
 def _say(message: str) -> None:
@@ -82,7 +91,7 @@ def compare(
         "recipe": recipe,
         "overrides": tuple(override or ()),
     }
-    with _Preparation() as preparation:
+    with _resumable(), _Preparation() as preparation:
         comparison = Comparison(parse(CompareConfig, settings), out, _say, workers, preparation)
         runs = comparison.run()
     _report(comparison, runs)
@@ -162,11 +171,12 @@ def train(
     config = parse(RunConfig, raw)
     _say(f"{config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens")
     place = data or out.parent / f"data-{config_hash(parse(DataConfig, raw['data']))}"
-    with _Preparation() as preparation:
-        shards = prepare(config.data, place, preparation)
-    config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
-    with Watch([out], "training", _say) as watch:
-        result = train_run(config, out, shards, lambda _: watch()).result
+    with _resumable():
+        with _Preparation() as preparation:
+            shards = prepare(config.data, place, preparation)
+        config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
+        with Watch([out], "training", _say) as watch:
+            result = train_run(config, out, shards, lambda _: watch()).result
     assert result is not None
     print(f"{result['bpb']:.4f} bits per byte, perplexity {result['perplexity']:.2f} on {result['test_tokens']} tokens")
     print(f"run: {out}")

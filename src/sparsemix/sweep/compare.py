@@ -160,8 +160,14 @@ class Comparison:
     def _prepare(self) -> Shards:
         existed = self.out.exists()
         shards = prepare(self._data_config(), self.out / "data", self.progress)
+        dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
         try:
-            shards.num_windows(kind_config(self.settings, "dense", self._data_config(), 1e30).model.seq_len)
+            shards.num_windows(dense.model.seq_len)
+            if (count := len(shards.eval_documents("test", dense.train.test_tokens)[0])) < 2:
+                raise ConfigError(
+                    f"text={', '.join(self.settings.text)} leaves {count} test document; intervals need at least 2: "
+                    "give more documents, or a larger share: --set data.test_fraction=0.3"
+                )
         except ConfigError:
             if not existed:
                 shutil.rmtree(self.out)
