@@ -105,6 +105,15 @@ def test_an_interrupt_from_the_progress_callback_saves_and_resumes_to_the_same_b
     assert_same_end(tmp_path, reference)
 
 
+@pytest.fixture
+def answers_ctrl_c():
+    """Ctrl-C as in a terminal: a process started in the background by a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("answers_ctrl_c")
 @pytest.mark.parametrize("moment", ["update", "AdamW.step"])
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(unbroken, tmp_path, monkeypatch, moment):
     config, shards, reference = unbroken
