@@ -143,7 +143,10 @@ class Comparison:
     def _check_folder(self) -> dict[str, Any]:
         path = self.out / "plan.yaml"
         if not path.is_file():
-            if self.out.exists() and (not self.out.is_dir() or any(p.name != "data" for p in self.out.iterdir())):
+            # Prepared data, and what a killed preparation left (hidden), may stand alone: the plan comes after them.
+            if self.out.exists() and (
+                not self.out.is_dir() or any(p.name != "data" and p.name[0] != "." for p in self.out.iterdir())
+            ):
                 raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
             return {}
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
