@@ -174,6 +174,20 @@ def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, caps
     assert result["corpus"]["fingerprint"] in said
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("compare --text a b --out o", "compare --text a --text b --out o"),
+        ("train tiny x=1 --text a b c", "train tiny x=1 --text a --text b --text c"),
+        ("compare --text a --text b --out o", "compare --text a --text b --out o"),
+        ("compare --text --out o", "compare --text --out o"),
+        ("compare --out o x", "compare --out o x"),
+    ],
+)
+def test_text_takes_several_words(typed, meant):
+    assert cli.spread_text(typed.split()) == meant.split()
+
+
 def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch, capsys, tmp_path, corpus):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -25,7 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Text = Annotated[list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib.")]
+Text = Annotated[
+    list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib; one or more.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
 
 
@@ -34,13 +36,24 @@ def main() -> None:
     # The Hugging Face libraries print notices that no user of this command needs.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        app()
+        app(args=spread_text(sys.argv[1:]))
     except ConfigError as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'file system'}: {error.strerror}; free space or choose another folder", 2)
     except TrainingError as error:
         _fail(str(error), 1)
+
+
+def spread_text(args: list[str]) -> list[str]:
+    """`--text a b` as `--text a --text b`: the shell expands a glob into several words."""
+    spread: list[str] = []
+    for i, word in enumerate(args):
+        start = max((j for j in range(i) if args[j].startswith("-")), default=None)
+        if start is not None and args[start] == "--text" and start < i - 1 and not word.startswith("-"):
+            spread.append("--text")
+        spread.append(word)
+    return spread
 
 
 def _fail(message: str, code: int) -> None:
