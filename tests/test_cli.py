@@ -143,6 +143,7 @@ def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, caps
     assert mod["leak"] == pytest.approx(mod["lookahead_bpb"] - sum(r["bpb"] for r in mod["runs"]) / 2)
     assert sum(mod["routing"]["passes"]) == result["corpus"]["evaluated"]["tokens"]
     assert "untuned" in mod["verdict"]
+    assert any("every other block" in line for line in result["fairness"])
     assert (out / "report.html").stat().st_size > 10_000
     for row in result["rows"]:
         for run in row["runs"]:

@@ -137,6 +137,7 @@ def _fairness(result: dict[str, Any]) -> Markup:
     rows, epochs = result.get("rows") or [], result.get("epochs")
     seeds = {tuple(run.get("seed") for run in row.get("runs") or []) for row in rows}
     held = [
+        *(result.get("fairness") or []),
         f"Training compute: {si(result.get('budget_flops'), 'FLOP')} for every run. A kind that spends fewer FLOPs per "
         "token reads more tokens.",
         "The text, its splits and the tokenizer: every kind read the same corpus (see Data).",

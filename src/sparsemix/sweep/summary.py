@@ -9,6 +9,7 @@ import numpy as np
 
 from sparsemix.data import Shards
 from sparsemix.evaluate.ngram import ngram_baselines
+from sparsemix.layers import BlockConfig
 from sparsemix.model import CONVENTION
 from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
 from sparsemix.run import Run, hardware, versions
@@ -46,6 +47,7 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         "budget_flops": comparison.budget,
         "convention": CONVENTION,
         "scope": _scope(dense_config, comparison.budget, settings.placement),
+        "fairness": _fairness({kind: several[0][0] for kind, several in runs.items()}, settings.placement),
         "tuned": tuned,
         "rows": rows,
         "baselines": baselines,
@@ -179,6 +181,41 @@ def _scope(config: RunConfig, budget: float, placement: str) -> str:
         f"{budget:.3g} training FLOPs a run, routed feed-forwards at place: {placement}, MoD around every other "
         "block. Other sizes and budgets may order the kinds differently."
     )
+
+
+def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
+    """What the kinds share, and how each feed-forward was sized."""
+    dense = configs["dense"]
+    model, train = dense.model, dense.train
+    said = [
+        f"Backbone: {len(model.blocks)} blocks of width {model.d_model}, the first "
+        f"{_words(model.blocks[0].model_dump())}; vocabulary {model.vocab_size}, "
+        f"sequences of {model.seq_len} tokens, tied embeddings.",
+        f"Training: {dense.batch_size * model.seq_len} tokens a step in the same order for every kind, AdamW with "
+        f"weight decay {train.weight_decay:g} on matrices, gradient norm clipped to {train.clip_norm:g}, warm-up over "
+        f"{train.warmup:.0%} of the steps, cosine to a tenth of the rate at the end of the budget.",
+        f"Placement of routed feed-forwards: {placement}, the same for every kind; Mixture-of-Depths wraps every other "
+        "block.",
+        "Rows are packed: attention stays within a document, and the documents of a row share the row's quota of "
+        "Mixture-of-Depths.",
+        "Intervals: paired t over seeds and ratio bootstrap over documents; p-values and verdicts are corrected for "
+        "the number of kinds (Holm).",
+    ]
+    for kind, config in configs.items():
+        for old, new in zip(model.blocks, config.model.blocks, strict=True):
+            if isinstance(new, BlockConfig) and isinstance(old, BlockConfig) and new != old:
+                share = new.ffn.cost(model.d_model, 1).flops / old.ffn.cost(model.d_model, 1).flops
+                said.append(
+                    f"{kind}: {share:.3f} of the dense feed-forward's FLOPs per token; {_words(new.ffn.model_dump())}"
+                )
+                break
+    return said
+
+
+def _words(settings: dict[str, Any]) -> str:
+    """'moe (num_experts 8, top_k 2)': a layer's settings to read."""
+    parts = [f"{k} {_words(v) if isinstance(v, dict) else v}" for k, v in settings.items() if k != "kind"]
+    return f"{settings['kind']} ({', '.join(parts)})"
 
 
 def _warnings(result: dict[str, Any], seeds: int) -> list[str]:
