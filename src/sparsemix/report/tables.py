@@ -114,7 +114,7 @@ def ranked(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 BASELINES = (
-    ("uniform_bpb", "uniform bytes"),
+    ("uniform_bpb", "uniform"),
     ("unigram_bpb", "unigram"),
     ("bigram_bpb", "bigram"),
     ("fivegram_bpb", "5-gram"),
@@ -124,8 +124,8 @@ BASELINES = (
 def comparison_table(result: dict[str, Any]) -> Markup:
     """Loss, interval and verdict of each kind, best first, and the baselines below."""
     columns = [
-        "kind", "bits per byte", "95\u00a0% interval", "difference", "95\u00a0% interval", "p", "verdict", "perplexity",
-        "seeds",
+        "kind", "bits per byte", "95\u00a0% interval", "difference", "95\u00a0% interval", "p (Holm)", "verdict",
+        "perplexity", "seeds",
     ]  # fmt: skip
     lines = [
         [
