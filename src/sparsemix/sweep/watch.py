@@ -22,6 +22,7 @@ class Watch:
         self.finished = {folder for folder in self.folders if (folder / "result.json").is_file()}
         self.said_at = time.monotonic()
         self.tasks: dict[Path, TaskID] = {}
+        self.budgets: dict[Path, float] = {}
         console = Console(stderr=True)
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -30,6 +31,7 @@ class Watch:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            refresh_per_second=2,
             disable=not console.is_terminal,
         )
 
@@ -56,10 +58,11 @@ class Watch:
         for folder in self.folders:
             if folder in self.finished or not (line := _last(folder)):
                 continue
-            settings = Run(folder).settings["train"]
-            share = line["flops"] / settings["budget_flops"]
+            if folder not in self.budgets:
+                self.budgets[folder] = float(Run(folder).settings["train"]["budget_flops"])
+            share = line["flops"] / self.budgets[folder]
             # After the last whole step, less than one step's FLOPs are left.
-            ended = line["flops"] * (1 + 1 / line["step"]) > settings["budget_flops"]
+            ended = line["flops"] * (1 + 1 / line["step"]) > self.budgets[folder]
             note = (
                 "evaluating"
                 if ended
