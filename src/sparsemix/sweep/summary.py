@@ -178,7 +178,7 @@ def _scope(config: RunConfig, budget: float, placement: str) -> str:
     return (
         f"The verdict is about this size only: a dense backbone of {cost.params / 1e6:.2f} M parameters (width "
         f"{config.model.d_model}, {len(config.model.blocks)} blocks, sequences of {config.model.seq_len}), "
-        f"{budget:.3g} training FLOPs a run, routed feed-forwards at place: {placement}, MoD around every other "
+        f"{budget:.3g} training FLOPs a run, placement of routed feed-forwards: {placement}, MoD around every other "
         "block. Other sizes and budgets may order the kinds differently."
     )
 
