@@ -14,6 +14,8 @@ def decays(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     """Weight decay reaches matrices only: not norms, biases, embeddings, product keys or their tables."""
     if isinstance(module, (nn.Embedding, RMSNorm, QueryNorm)) or (isinstance(module, PEER) and name != "query"):
         return False
+    if name == "sub_norm":  # an expert bank's norms, stacked
+        return False
     return parameter.ndim >= 2
 
 

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
+from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.linear import Linear
+from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 
 
 class AttentionConfig(LayerConfig):
@@ -20,6 +22,7 @@ class AttentionConfig(LayerConfig):
     num_heads: int = Field(default=4, ge=1)
     num_kv_heads: int | None = Field(default=None, ge=1)
     rope_theta: float = Field(default=10_000.0, gt=1)
+    precision: PrecisionConfig = FLOAT
 
     @model_validator(mode="after")
     def _heads(self) -> "AttentionConfig":
@@ -39,7 +42,8 @@ class AttentionConfig(LayerConfig):
         kv_width = self.d_head(d_model) * (self.num_kv_heads or self.num_heads)
         params = 2 * d_model * d_model + 2 * d_model * kv_width
         scores = Cost.of("attention", 4.0 * seq_len * seq_len * d_model)
-        return Cost.of("linear", 2.0 * params * seq_len, params) + scores
+        linear = Cost.of("linear", 2.0 * params * seq_len, params, weight_bytes=self.precision.weight_bytes)
+        return linear + Cost.of("linear", 0.0, d_model if self.precision.normed else 0) + scores
 
     def build(self, d_model: int) -> "Attention":
         return Attention(self, d_model)
@@ -55,10 +59,11 @@ class Attention(Layer):
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.rope_theta = config.rope_theta
         d_head = config.d_head(d_model)
-        self.q = Linear(d_model, d_model)
-        self.k = Linear(d_model, self.num_kv_heads * d_head)
-        self.v = Linear(d_model, self.num_kv_heads * d_head)
-        self.o = Linear(d_model, d_model)
+        self.q = Linear(d_model, d_model, precision=config.precision)
+        self.k = Linear(d_model, self.num_kv_heads * d_head, precision=config.precision)
+        self.v = Linear(d_model, self.num_kv_heads * d_head, precision=config.precision)
+        self.sub_norm = RMSNorm(d_model) if config.precision.normed else None
+        self.o = Linear(d_model, d_model, precision=config.precision)
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
@@ -72,7 +77,8 @@ class Attention(Layer):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
         )
-        return self.o(y.transpose(1, 2).reshape(B, T, D)), Aux()
+        y = y.transpose(1, 2).reshape(B, T, D)
+        return self.o(y if self.sub_norm is None else self.sub_norm(y)), Aux()
 
 
 def visible(ctx: Ctx, T: int) -> Bool[Tensor, "B 1 T T"] | None:

@@ -74,7 +74,8 @@ class Cost:
 
     flops: forward FLOPs of one sequence (matrix multiplies, 2 per multiply-add; attention over the full square;
     index reads 0; PEER's looked-up rows count). items: the same by component. params: all of them.
-    active_params, bytes: parameters and weight bytes (fp32) that one token at batch 1 touches, in expectation."""
+    active_params, bytes: parameters and weight bytes (fp32; ternary weights int8) that one token at batch 1 touches,
+    in expectation."""
 
     items: dict[str, float] = field(default_factory=dict)
     params: int = 0
@@ -97,10 +98,12 @@ class Cost:
         return Cost(self.items, self.params, self.active_params * share, self.bytes * share)
 
     @classmethod
-    def of(cls, item: str, flops: float, params: int = 0, active: float | None = None) -> "Cost":
-        """One component; `active` parameters per token default to all of them, each 4 bytes."""
+    def of(
+        cls, item: str, flops: float, params: int = 0, active: float | None = None, weight_bytes: float = 4.0
+    ) -> "Cost":
+        """One component; `active` parameters per token default to all of them, each of `weight_bytes` bytes."""
         active = params if active is None else active
-        return cls({item: flops}, params, active, 4.0 * active)
+        return cls({item: flops}, params, active, weight_bytes * active)
 
 
 class LayerConfig(Config):

@@ -1,10 +1,13 @@
 """Plain matrix multiplies and expert banks: every one in the library goes through here."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsemix.layers.ternary import FLOAT, PrecisionConfig, experts_of, ternary_experts_mm, ternary_linear
 from sparsemix.ops.grouped_mm import grouped_mm
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -12,13 +15,19 @@ GATED = {"swiglu": F.silu, "geglu": F.gelu}
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b). W ~ N(0, gain^2 / d_in), b = 0: at gain 1 unit-variance inputs give unit-variance outputs."""
+    """y = x W^T (+ b). W ~ N(0, gain^2 / d_in), b = 0: at gain 1 unit-variance inputs give unit-variance outputs.
 
-    def __init__(self, d_in: int, d_out: int, bias: bool = False, gain: float = 1.0) -> None:
+    With ternary precision x and W are quantised on the way (layers/ternary.py); W is what is trained, b stays."""
+
+    def __init__(
+        self, d_in: int, d_out: int, bias: bool = False, gain: float = 1.0, precision: PrecisionConfig = FLOAT
+    ) -> None:
         super().__init__()
         self.gain = gain
+        self.precision = precision
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.warmup = precision.warmup()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -27,7 +36,10 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
-        return F.linear(x, self.weight, self.bias)
+        if not self.precision.ternary:
+            return F.linear(x, self.weight, self.bias)
+        y = ternary_linear(x, self.weight, self.warmup)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def num_matrices(activation: str) -> int:
@@ -45,25 +57,62 @@ def act(up: Float[Tensor, "*B F"], gate: Float[Tensor, "*B F"] | None, activatio
 class Experts(nn.Module):
     """E feed-forwards in stacked tensors: rows sorted by expert go in, rows in the same order come out.
 
-    Parameters: gated `gate_up` (E, 2F, D), gate first; plain `up` (E, F, D); `down` (E, D, F)."""
+    Parameters: gated `gate_up` (E, 2F, D), gate first; plain `up` (E, F, D); `down` (E, D, F); with a norm before
+    down `sub_norm` (E, F). With ternary precision every matrix of every expert has its own scale."""
 
-    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str) -> None:
+    def __init__(
+        self, num_experts: int, d_model: int, d_ff: int, activation: str, precision: PrecisionConfig = FLOAT
+    ) -> None:
         super().__init__()
         self.activation = activation
+        self.precision = precision
         if activation in GATED:
             self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * d_ff, d_model))
         else:
             self.up = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.sub_norm = nn.Parameter(torch.empty(num_experts, d_ff)) if precision.normed else None
+        self.warmup = precision.warmup()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for weight in self.parameters():
+        for weight in (self.first, self.down):
             nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
+        if self.sub_norm is not None:
+            nn.init.ones_(self.sub_norm)
+
+    @property
+    def first(self) -> Tensor:
+        """The weight that the rows meet first."""
+        return self.gate_up if self.activation in GATED else self.up
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
-        if self.activation in GATED:
-            gate, up = grouped_mm(rows, self.gate_up, counts).chunk(2, dim=-1)  # (R, F) each
-        else:
-            gate, up = None, grouped_mm(rows, self.up, counts)  # (R, F)
-        return grouped_mm(act(up, gate, self.activation), self.down, counts)
+        def first(rows: Tensor) -> Tensor:
+            return self._multiply(rows, self.first, counts, num_matrices(self.activation) - 1)
+
+        def down(hidden: Tensor) -> Tensor:
+            return self._multiply(hidden, self.down, counts, 1)
+
+        return feed_experts(rows, counts, first, down, self.activation, self.sub_norm)
+
+    def _multiply(self, rows: Tensor, weight: Tensor, counts: Tensor, matrices: int) -> Tensor:
+        if self.precision.ternary:
+            return ternary_experts_mm(rows, weight, counts, matrices, self.warmup)
+        return grouped_mm(rows, weight, counts)
+
+
+def feed_experts(
+    rows: Float[Tensor, "R D"],
+    counts: Int[Tensor, " E"],
+    first: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+    activation: str,
+    sub_norm: Float[Tensor, "E F"] | None,
+) -> Float[Tensor, "R D"]:
+    """down(norm(act(gate) * up)) with (gate, up) = first(rows); without `sub_norm` no norm, plain ones no gate."""
+    gate, up = first(rows).chunk(2, dim=-1) if activation in GATED else (None, first(rows))  # (R, F) each
+    hidden = act(up, gate, activation)
+    if sub_norm is not None:
+        gain = sub_norm[experts_of(counts, len(rows))]
+        hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6) * gain.to(hidden.dtype)
+    return down(hidden)

@@ -8,17 +8,21 @@ from torch import Tensor
 
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
+from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.linear import Linear
+from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 
 
 class MHMoEConfig(LayerConfig):
-    """y = merge(inner(split(head(x)))); `inner` works at width d_model / num_heads."""
+    """y = merge(inner(split(head(x)))); `inner` works at width d_model / num_heads. `precision` is that of head and
+    merge, with the norm before merge; the inner layer has its own."""
 
     kind: Literal["mh_moe"] = "mh_moe"
     num_heads: int = Field(ge=1)
     inner: LayerConfig
     bias: bool = False
     inner_residual: bool = False
+    precision: PrecisionConfig = FLOAT
 
     def d_head(self, d_model: int) -> int:
         if d_model % self.num_heads:
@@ -27,12 +31,14 @@ class MHMoEConfig(LayerConfig):
 
     def cost(self, d_model: int, seq_len: int) -> Cost:
         projections = 2 * d_model * d_model
-        params = projections + (2 * d_model if self.bias else 0)
+        others = (2 * d_model if self.bias else 0) + (d_model if self.precision.normed else 0)
         inner = self.inner.cost(self.d_head(d_model), seq_len * self.num_heads)
         # A token's sub-tokens may pick different experts: at most num_heads times one sub-token's share.
         share = min(1.0, self.num_heads * inner.active_params / max(1, inner.params))
-        touched = Cost(inner.items, inner.params, share * inner.params, 4.0 * share * inner.params)
-        return Cost.of("linear", 2.0 * projections * seq_len, params) + touched
+        per_param = inner.bytes / inner.active_params if inner.active_params else 0.0
+        touched = Cost(inner.items, inner.params, share * inner.params, per_param * share * inner.params)
+        matrices = Cost.of("linear", 2.0 * projections * seq_len, projections, weight_bytes=self.precision.weight_bytes)
+        return matrices + Cost.of("linear", 0.0, others) + touched
 
     def build(self, d_model: int) -> "MHMoE":
         return MHMoE(self, d_model)
@@ -48,8 +54,9 @@ class MHMoE(Layer):
         super().__init__()
         self.config = config
         d_head = config.d_head(d_model)
-        self.head = Linear(d_model, d_model, config.bias, gain=2**-0.5)
-        self.merge = Linear(d_model, d_model, config.bias)
+        self.head = Linear(d_model, d_model, config.bias, gain=2**-0.5, precision=config.precision)
+        self.merge_norm = RMSNorm(d_model) if config.precision.normed else None
+        self.merge = Linear(d_model, d_model, config.bias, precision=config.precision)
         self.inner = config.inner.build(d_head)
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
@@ -60,4 +67,5 @@ class MHMoE(Layer):
         mixed, aux = self.inner(parts, ctx.split(h))
         if self.config.inner_residual:
             mixed = parts + mixed
-        return self.merge(mixed.reshape(B, T, D)), aux.under("inner")
+        mixed = mixed.reshape(B, T, D)
+        return self.merge(mixed if self.merge_norm is None else self.merge_norm(mixed)), aux.under("inner")

@@ -11,6 +11,7 @@ from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.dense import Activation, Dense, DenseConfig
 from sparsemix.layers.linear import Experts, num_matrices
 from sparsemix.layers.router import Router, balance_loss, load_of, route, usage_stats, z_loss
+from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 
 
 class MoEConfig(LayerConfig):
@@ -25,6 +26,7 @@ class MoEConfig(LayerConfig):
     balance_weight: float = Field(default=0.01, ge=0)
     z_weight: float = Field(default=0.0, ge=0)
     activation: Activation = "swiglu"
+    precision: PrecisionConfig = FLOAT
 
     @model_validator(mode="after")
     def _fits(self) -> "MoEConfig":
@@ -33,18 +35,28 @@ class MoEConfig(LayerConfig):
 
     @property
     def shared(self) -> DenseConfig | None:
-        return DenseConfig(d_ff=self.shared_d_ff, activation=self.activation) if self.shared_d_ff else None
+        if not self.shared_d_ff:
+            return None
+        return DenseConfig(d_ff=self.shared_d_ff, activation=self.activation, precision=self.precision)
 
     def cost(self, d_model: int, seq_len: int) -> Cost:
-        expert = num_matrices(self.activation) * d_model * self.d_ff
         router = Cost.of("router", 2.0 * d_model * self.num_experts * seq_len, d_model * self.num_experts)
-        experts = Cost.of(
-            "experts", 2.0 * self.top_k * expert * seq_len, self.num_experts * expert, self.top_k * expert
+        experts = experts_cost(
+            self.num_experts, d_model, self.d_ff, self.activation, self.precision, self.top_k, self.top_k * seq_len
         )
         return router + experts + (self.shared.cost(d_model, seq_len) if self.shared else Cost())
 
     def build(self, d_model: int) -> "MoE":
         return MoE(self, d_model)
+
+
+def experts_cost(
+    num_experts: int, d_model: int, d_ff: int, activation: str, precision: PrecisionConfig, active: float, rows: float
+) -> Cost:
+    """Cost of an expert bank that runs `rows` rows a sequence; a token touches `active` experts."""
+    expert, norm = num_matrices(activation) * d_model * d_ff, d_ff if precision.normed else 0
+    matrices = Cost.of("experts", 2.0 * rows * expert, num_experts * expert, active * expert, precision.weight_bytes)
+    return matrices + Cost.of("experts", 0.0, num_experts * norm, active * norm)
 
 
 class MoE(Layer):
@@ -55,7 +67,7 @@ class MoE(Layer):
         super().__init__()
         self.config = config
         self.router = Router(d_model, config.num_experts)
-        self.experts = Experts(config.num_experts, d_model, config.d_ff, config.activation)
+        self.experts = Experts(config.num_experts, d_model, config.d_ff, config.activation, config.precision)
         self.shared = Dense(config.shared, d_model) if config.shared else None
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:

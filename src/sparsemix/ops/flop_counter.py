@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 import sparsemix.ops.grouped_mm
 import sparsemix.ops.row_dot
-import sparsemix.ops.row_mix  # noqa: F401  (each registers its own formula)
+import sparsemix.ops.row_mix
+import sparsemix.ops.ternary_mm  # noqa: F401  (each registers its own formula)
 
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
