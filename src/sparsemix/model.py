@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsemix.config import Config, ConfigError
+from sparsemix.config import Config, ConfigError, parse
 from sparsemix.layers import AttentionConfig, Aux, BlockConfig, Cost, Ctx, DenseConfig, Layer, LayerConfig
 from sparsemix.layers.block import RMSNorm
+from sparsemix.layers.ternary import PrecisionConfig
 
 CONVENTION = (
     "FLOPs count matrix multiplies, 2 per multiply-add: linear layers, attention scores and values over the full "
@@ -29,10 +30,11 @@ class ModelConfig(Config):
     seq_len: int = Field(ge=1)
     blocks: tuple[LayerConfig, ...] = Field(min_length=1)
 
-    @model_validator(mode="before")
+    # Outermost, so that the shorthands are gone before names are checked.
+    @model_validator(mode="wrap")
     @classmethod
-    def _expand(cls, raw: Any) -> Any:
-        return expand_blocks(raw) if isinstance(raw, dict) else raw
+    def _expand(cls, raw: Any, handler: Any) -> Any:
+        return handler(spread_precision(expand_blocks(raw)) if isinstance(raw, dict) else raw)
 
     @property
     def looks_ahead(self) -> bool:
@@ -102,6 +104,31 @@ def expand_blocks(raw: dict[str, Any]) -> dict[str, Any]:
                     {**blocks[place], "ffn": settings} if part == "ffn" else {**settings, "inner": blocks[place]}
                 )
     return {**raw, "blocks": blocks}
+
+
+class _Shorthand(Config):
+    precision: PrecisionConfig
+
+
+def spread_precision(raw: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model with its `precision` written into every layer that has this setting and gives none itself.
+
+    Layers without the setting (PEER's tables, routers, norms, the embedding) stay float. Raises ConfigError."""
+    if "precision" not in raw:
+        return raw
+    rest = {name: value for name, value in raw.items() if name != "precision"}
+    word = parse(_Shorthand, {"precision": raw["precision"]}).precision.model_dump()
+
+    def spread(node: Any) -> Any:
+        if isinstance(node, (list, tuple)):
+            return [spread(part) for part in node]
+        if not isinstance(node, dict):
+            return node
+        known = (LayerConfig.family or {}).get(str(node.get("kind")))
+        own = {"precision": word} if known is not None and "precision" in known.model_fields else {}
+        return own | {name: spread(value) for name, value in node.items()}
+
+    return rest | {"blocks": spread(rest.get("blocks"))}
 
 
 class Output(NamedTuple):

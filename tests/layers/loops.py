@@ -56,6 +56,43 @@ def turn(head, position, theta):
     return torch.cat([turned.real, turned.imag])
 
 
+def share_of(module):
+    return 1.0 if module.warmup is None else float(module.warmup.share())
+
+
+def ternary_row(token, share):
+    """x + share (Q(x) - x), gradient one; Q rounds to 127 steps of the row's largest magnitude."""
+    s = 127 / max(float(token.detach().abs().max()), 1e-5)
+    return token + share * ((token * s).round() / s - token).detach()
+
+
+def ternary_matrix(weight, share):
+    """W + share (Q(W) - W), gradient one; Q rounds to -1, 0, 1 times the mean magnitude."""
+    scale = max(float(weight.detach().abs().mean()), 1e-5)
+    return weight + share * ((weight / scale).round().clamp(-1, 1) * scale - weight).detach()
+
+
+def times(module, weight, token):
+    """weight token in the precision of `module`."""
+    if not module.precision.ternary:
+        return weight @ token
+    return ternary_matrix(weight, share_of(module)) @ ternary_row(token, share_of(module))
+
+
+def linear(module: nn.Module, token):
+    out = times(module, module.weight, token)
+    return out if module.bias is None else out + module.bias
+
+
+def normed(norm, token):
+    """RMSNorm where there is one: `norm` is its gain, or None."""
+    return token if norm is None else rms(token, norm)
+
+
+def gain(norm):
+    return None if norm is None else norm.weight
+
+
 def attention(layer, x, ctx):
     positions, real = positions_of(x, ctx), real_of(x, ctx)
     d, group = x.shape[2] // layer.num_heads, layer.num_heads // layer.num_kv_heads
@@ -67,35 +104,35 @@ def attention(layer, x, ctx):
         heads = []
         for h in range(layer.num_heads):
             mine, theirs = slice(h * d, (h + 1) * d), slice(h // group * d, (h // group + 1) * d)
-            q = turn((layer.q.weight @ x[b, t])[mine], positions[b, t], layer.rope_theta)
-            keys = [turn((layer.k.weight @ x[b, s])[theirs], positions[b, s], layer.rope_theta) for s in seen]
+            q = turn(linear(layer.q, x[b, t])[mine], positions[b, t], layer.rope_theta)
+            keys = [turn(linear(layer.k, x[b, s])[theirs], positions[b, s], layer.rope_theta) for s in seen]
             weights = torch.stack([q @ k / math.sqrt(d) for k in keys]).exp()
-            values = [(layer.v.weight @ x[b, s])[theirs] for s in seen]
+            values = [linear(layer.v, x[b, s])[theirs] for s in seen]
             heads.append(sum(w * v for w, v in zip(weights, values, strict=True)) / weights.sum())
-        rows[b, t] = layer.o.weight @ torch.cat(heads)
+        rows[b, t] = linear(layer.o, normed(gain(layer.sub_norm), torch.cat(heads)))
     return assemble(x, rows), {}
 
 
-def feed(token, up, down, gate, activation):
-    if activation in GATED:
-        return down @ (ACTIVATION[GATED[activation]](gate @ token) * (up @ token))
-    return down @ ACTIVATION[activation](up @ token)
+def activated(activation, up, gate):
+    return ACTIVATION[GATED[activation]](gate) * up if activation in GATED else ACTIVATION[activation](up)
 
 
 def dense(layer, x, ctx):
-    gate = layer.gate.weight if layer.activation in GATED else None
-    fed = {
-        (b, t): feed(x[b, t], layer.up.weight, layer.down.weight, gate, layer.activation)
-        for b, t in real_tokens(x, ctx)
-    }
+    fed = {}
+    for at in real_tokens(x, ctx):
+        gate = linear(layer.gate, x[at]) if layer.activation in GATED else None
+        hidden = activated(layer.activation, linear(layer.up, x[at]), gate)
+        fed[at] = linear(layer.down, normed(gain(layer.sub_norm), hidden))
     return assemble(x, fed), {}
 
 
 def expert(bank, e, token):
     if bank.activation in GATED:
-        F_ = bank.gate_up.shape[1] // 2
-        return feed(token, bank.gate_up[e, F_:], bank.down[e], bank.gate_up[e, :F_], bank.activation)
-    return feed(token, bank.up[e], bank.down[e], None, bank.activation)
+        gate, up = (times(bank, weight, token) for weight in bank.gate_up[e].chunk(2))
+    else:
+        gate, up = None, times(bank, bank.up[e], token)
+    hidden = activated(bank.activation, up, gate)
+    return times(bank, bank.down[e], normed(None if bank.sub_norm is None else bank.sub_norm[e], hidden))
 
 
 def moe(layer, x, ctx):
@@ -173,10 +210,6 @@ def peer(layer, x, ctx):
     return assemble(x, rows), {}
 
 
-def linear(module: nn.Module, token):
-    return module.weight @ token if module.bias is None else module.weight @ token + module.bias
-
-
 def mh_moe(layer, x, ctx):
     h = layer.config.num_heads
     heads = {at: linear(layer.head, x[at]).chunk(h) for at in real_tokens(x, ctx)}
@@ -190,7 +223,10 @@ def mh_moe(layer, x, ctx):
     mixed, losses = loop(layer.inner, parts, inner_ctx)
     if layer.config.inner_residual:
         mixed = mixed + parts
-    merged = {(b, t): linear(layer.merge, torch.cat([mixed[b, t * h + j] for j in range(h)])) for b, t in heads}
+    merged = {
+        (b, t): linear(layer.merge, normed(gain(layer.merge_norm), torch.cat([mixed[b, t * h + j] for j in range(h)])))
+        for b, t in heads
+    }
     return assemble(x, merged), {f"inner.{name}": value for name, value in losses.items()}
 
 

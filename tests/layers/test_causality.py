@@ -14,6 +14,7 @@ ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2}
 DENSE = {"kind": "dense", "d_ff": 8}
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
 PEER = {"kind": "peer", "num_experts": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
+TERNARY = {"precision": "ternary"}
 MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
 
 
@@ -34,6 +35,7 @@ CASES = {
     "peer_none": PEER | {"query_norm": "none"},
     "mh_moe": MH_MOE,
     "mh_moe_peer": MH_MOE | {"inner": PEER},
+    "ternary": block(MH_MOE | TERNARY | {"inner": MOE | TERNARY}, ATTENTION | TERNARY),
     "block": block(DENSE),
     "mod_dense": mod(DENSE),
     "mod_everything": mod(block(DENSE), capacity=1.0),

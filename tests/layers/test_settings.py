@@ -10,8 +10,8 @@ D = 20
 BASE = BASES | {"moe": MOE, "mh_moe": BASES["mh_moe"] | {"bias": False}}
 # Another value of every setting of every kind. A new kind or setting adds its own, or the test below fails.
 OTHER = {
-    "attention": {"num_heads": 1, "num_kv_heads": 1, "rope_theta": 100.0},
-    "dense": {"d_ff": 6, "activation": "geglu"},
+    "attention": {"num_heads": 1, "num_kv_heads": 1, "rope_theta": 100.0, "precision": "ternary"},
+    "dense": {"d_ff": 6, "activation": "geglu", "precision": "ternary"},
     "moe": {
         "num_experts": 6,
         "top_k": 1,
@@ -21,6 +21,7 @@ OTHER = {
         "balance_weight": 0.5,
         "z_weight": 0.1,
         "activation": "geglu",
+        "precision": "ternary",
     },
     "peer": {
         "num_experts": 16,
@@ -32,7 +33,7 @@ OTHER = {
         "query_norm": "layer",
         "share_keys": False,
     },
-    "mh_moe": {"num_heads": 2, "inner": DENSE, "bias": True, "inner_residual": True},
+    "mh_moe": {"num_heads": 2, "inner": DENSE, "bias": True, "inner_residual": True, "precision": "ternary"},
     "mod": {
         "inner": DENSE,
         "capacity": 0.25,
