@@ -182,6 +182,17 @@ def test_a_zero_token_and_a_huge_one_give_finite_updates_and_gradients(config):
     assert all(torch.isfinite(p.grad).all() for p in (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_changes_a_ternary_layer_only_by_bf16_rounding(name):
+    layer, x = build(LAYERS[name]).float(), tokens().float().requires_grad_()
+    wanted = layer(x)[0].detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, aux = layer(x)
+    (y.float().sum() + sum(aux.losses.values())).backward()
+    assert all(torch.isfinite(p.grad).all() for p in (x, *layer.parameters()) if p.grad is not None)
+    assert float((y - wanted).detach().norm() / wanted.norm()) < 0.1
+
+
 COMPILE = """
 import sys, json, torch, sparsemix
 torch.manual_seed(0)

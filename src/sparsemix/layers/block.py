@@ -24,10 +24,13 @@ class BlockConfig(LayerConfig):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, over the last axis. Source: arXiv:1910.07467."""
+    """x / rms(x) * weight, over the last axis, in the precision of the weight. Source: arXiv:1910.07467."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Block(Layer):

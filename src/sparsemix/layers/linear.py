@@ -114,5 +114,5 @@ def feed_experts(
     hidden = act(up, gate, activation)
     if sub_norm is not None:
         gain = sub_norm[experts_of(counts, len(rows))]
-        hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6) * gain.to(hidden.dtype)
+        hidden = (F.rms_norm(hidden.to(gain.dtype), hidden.shape[-1:], eps=1e-6) * gain).to(hidden.dtype)
     return down(hidden)

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.dense import Activation, Dense, DenseConfig
@@ -94,10 +94,12 @@ def dispatch(
     tokens: Float[Tensor, "N D"],
     expert_ids: Int[Tensor, "N K"],
     gates: Float[Tensor, "N K"],
-    experts: Experts,
+    experts: nn.Module,
     num_experts: int,
 ) -> Float[Tensor, "N D"]:
-    """y_n = sum_k gates_nk expert[expert_ids_nk](tokens_n), every expert run once over its sorted rows."""
+    """y_n = sum_k gates_nk expert[expert_ids_nk](tokens_n), every expert run once over its sorted rows.
+
+    `experts` maps (rows, counts) to rows: the bank of layers/linear.py, or its packed form."""
     N, K = expert_ids.shape
     order = expert_ids.reshape(-1).argsort(stable=True)  # (N K,) picks, sorted by expert
     counts = torch.bincount(expert_ids.reshape(-1), minlength=num_experts)
