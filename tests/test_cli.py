@@ -78,6 +78,10 @@ BLOCK = "model.blocks.1.ffn."
         (["compare", "--budget", "soon"], "budget=soon must be FLOPs"),
         (["compare", "--kinds", "dense,pear"], "did you mean 'peer'?"),
         (["compare", "--kinds", "moe"], "kinds=moe must hold dense"),
+        (["compare", "--kinds", "dense,moe@ternery"], "kinds=moe@ternery: 'ternery' is none of float, ternary"),
+        (["compare", "--kinds", "dense,moo@ternary"], "kinds=moo is none of dense, mod, moe"),
+        (["train", "tiny", "model.precision=ternery"], "did you mean 'ternary'?"),
+        (["train", "tiny", "train.schedule=two_stages"], "train.schedule=two_stages"),
         (["compare", "--lr", "-1"], "lr=-1 must be"),
         (["compare", "--seeds", "0"], "seeds=0"),
         (["compare", "--recipe", "tinny"], "did you mean 'tiny'?"),
@@ -121,6 +125,7 @@ def test_kinds_and_recipes_are_listed(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "kinds")
     for name in ("attention", "block", "dense", "moe", "peer", "mh_moe", "mod", "num_experts", "MFLOPs"):
         assert name in out
+    assert "float, ternary" in out
     _, out, _ = call(monkeypatch, capsys, "recipes")
     assert "tiny" in out
     assert "small" in out

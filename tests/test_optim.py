@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sparsemix.api import build_model, build_optimizer
-from sparsemix.optim import clip_groups, schedule
+from sparsemix.api import build_layer, build_model, build_optimizer
+from sparsemix.optim import clip_groups, schedule, second_stage
 
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
 ATTENTION = {"kind": "attention", "num_heads": 2}
@@ -86,6 +86,25 @@ def test_a_schedule_without_warm_up_starts_at_its_peak_and_the_floor_is_a_settin
     assert schedule(0, 7, 0) == 1
     assert schedule(7, 7, 0, floor=0) == pytest.approx(0)
     assert schedule(1, 1, 1) == 1
+
+
+def test_two_stages_are_one_line_that_drops_by_a_third_at_half_of_the_run():
+    shares = [schedule(step, 100, 10, shape="two_stage") for step in range(101)]
+    assert shares[:10] == [schedule(step, 100, 10) for step in range(10)]
+    assert shares[10] == max(shares) == 1
+    steps = [b - a for a, b in pairwise(shares[10:50])]
+    assert steps == pytest.approx([-0.9 / 90] * 39)
+    assert shares[50] == pytest.approx(2 / 3 * (1 - 0.9 * 40 / 90))
+    assert shares[49] / shares[50] > 1.5
+    assert [b - a for a, b in pairwise(shares[50:])] == pytest.approx([-2 / 3 * 0.9 / 90] * 50)
+    assert shares[100] == pytest.approx(2 / 3 * 0.1)
+    assert [second_stage(step, 7) for step in range(7)] == [False] * 4 + [True] * 3
+
+
+def test_the_stacked_norms_of_ternary_experts_do_not_decay():
+    layer = build_layer(MOE | {"precision": "ternary"}, 8)
+    groups = groups_by_name(layer, build_optimizer(layer, lr=1e-3, weight_decay=0.1))
+    assert groups[0.0] == {"experts.sub_norm", "shared.sub_norm.weight"}
 
 
 def test_predictors_are_clipped_apart_from_the_trunk():

@@ -14,7 +14,7 @@ from sparsemix.layers import Ctx
 from sparsemix.model import token_nats
 from sparsemix.optim import schedule
 from sparsemix.run import Run
-from tiny import KINDS, T, prepared, run_config, unchecked_shapes
+from tiny import ATTENTION, KINDS, MH_MOE, MOE, T, prepared, run_config, unchecked_shapes
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,46 @@ def test_a_predictor_of_any_width_leaves_the_trunk_bit_identical_to_none(corpus,
     # The control: clipped together with the trunk, the predictor's gradient changes the trunk.
     monkeypatch.setattr(train, "clip_groups", lambda model: [list(model.parameters())])
     assert "embed.weight" in changed(trunk(trained_steps(config, shards, 20)), without)
+
+
+def test_two_stages_drop_the_rate_and_the_weight_decay_at_half_of_the_run(corpus, tmp_path, monkeypatch):
+    data, shards = corpus
+    decays = []
+    built = train.build_optimizer
+
+    def watched(*args):
+        optimizer = built(*args)
+        optimizer.register_step_pre_hook(lambda o, *_: decays.append([g["weight_decay"] for g in o.param_groups]))
+        return optimizer
+
+    monkeypatch.setattr(train, "build_optimizer", watched)
+    config = run_config(data, "moe", steps=9, schedule="two_stage", lr=0.01)
+    result_of(config, tmp_path, shards)
+    assert decays == [[0.1, 0.0]] * 5 + [[0.0, 0.0]] * 4
+    rates = [line["lr"] for line in Run(tmp_path, config).metrics()]
+    assert rates == pytest.approx([0.01 * schedule(step, 9, 0, shape="two_stage") for step in range(9)])
+
+
+def test_a_ternary_model_trains_resumes_bit_for_bit_and_keeps_latent_weights_in_fp32(corpus, tmp_path):
+    data, shards = corpus
+    precision = {"precision": {"weights": "ternary", "warmup_steps": 5}}
+    blocks = [
+        {"kind": "block", "mixer": ATTENTION | precision, "ffn": ffn} for ffn in (MOE | precision, MH_MOE | precision)
+    ]
+    config = run_config(data, blocks, steps=8)
+    whole = result_of(config, tmp_path / "whole", shards)
+
+    def stop(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "twice", shards, stop)
+    assert result_of(config, tmp_path / "twice", shards)["bpb"] == whole["bpb"]
+    weights, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "twice"))
+    assert changed(weights, again) == []
+    assert int(weights["blocks.0.mixer.q.warmup.step"]) >= 8
+    assert {str(v.dtype) for name, v in weights.items() if "step" not in name} == {"torch.float32"}
 
 
 def test_training_ends_at_the_budget_with_the_schedule(corpus, tmp_path):

@@ -81,7 +81,9 @@ def _say(message: str) -> None:
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
     text: Text = None,
-    kinds: Annotated[str, typer.Option(help="What to compare; dense is the baseline.")] = "dense,moe,peer,mh_moe,mod",
+    kinds: Annotated[
+        str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
+    ] = "dense,moe,peer,mh_moe,mod",
     budget: Annotated[str, typer.Option(help="Training FLOPs a run (1e13), or auto:TIME (auto:6min).")] = "auto:6min",
     seeds: Annotated[int, typer.Option(help="Seeds per kind; intervals need at least 2.")] = 3,
     lr: Annotated[str, typer.Option(help="A rate, `rule` (by width), or `sweep` (per kind, on validation).")] = "rule",
@@ -272,6 +274,8 @@ def _settings_table(config_type: "type[LayerConfig]") -> "Table":
     from pydantic_core import PydanticUndefined
     from rich.table import Table
 
+    from sparsemix.layers.ternary import PRECISIONS, PrecisionConfig
+
     table = Table("  setting", "default", "values", box=None, pad_edge=False)
     for name, info in config_type.model_fields.items():
         if name != "kind":
@@ -279,6 +283,8 @@ def _settings_table(config_type: "type[LayerConfig]") -> "Table":
             values = getattr(annotation, "__name__", str(annotation))
             if get_origin(annotation) is Literal:
                 values = ", ".join(get_args(annotation))
+            if annotation is PrecisionConfig:
+                values = ", ".join(PRECISIONS)
             bounds = [str(rule).split("(")[1].rstrip(")") for rule in info.metadata if "(" in str(rule)]
             default = "required" if info.default is PydanticUndefined else str(info.default)
             table.add_row(f"  {name}", default, ", ".join([values, *bounds]))

@@ -23,7 +23,7 @@ from sparsemix.evaluate.perplexity import context, document_losses, flops_spent,
 from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
 from sparsemix.model import LM, ModelConfig, token_nats
-from sparsemix.optim import build_optimizer, clip_groups, schedule
+from sparsemix.optim import Schedule, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import Run, hardware, versions
 
 Progress = Callable[[dict[str, Any]], None]
@@ -34,6 +34,7 @@ class TrainConfig(Config):
 
     budget_flops: float = Field(gt=0)
     lr: float = Field(default=3e-3, gt=0)
+    schedule: Schedule = "cosine"
     batch_tokens: int = Field(default=2048, ge=1)
     accumulation: int = Field(default=1, ge=1)
     warmup: float = Field(default=0.05, ge=0, lt=1)
@@ -119,9 +120,11 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     try:
         with ctrl_c_waits() as interrupted:
             while state.step < steps and not interrupted:
-                rate = schedule(state.step, steps, round(config.train.warmup * steps))
+                rate = schedule(state.step, steps, round(config.train.warmup * steps), shape=config.train.schedule)
                 for group in optimizer.param_groups:
                     group["lr"] = config.train.lr * rate
+                    if config.train.schedule == "two_stage" and second_stage(state.step, steps):
+                        group["weight_decay"] = 0.0
                 line = train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
                 if not np.isfinite(sum(line.values())):
                     raise _failure(config, model, optimizer, state, folder, line)

@@ -226,3 +226,37 @@ def test_the_best_rate_at_the_edge_of_its_sweep_is_reported(result, written):
 
 def test_the_constant_skip_stands_beside_the_predictor(result, written):
     assert re.search(r"blocks\.1\s*12\.5 %\s*11\.8 %\s*93\.1 %\s*87\.5 %", written(result)[1].sections["routing"])
+
+
+MANY = [f"{kind}{at}" for kind in ("dense", "expert_choice", "peer", "mh_moe", "pkm", "mod") for at in ("", "@ternary")]
+
+
+@pytest.fixture
+def crowded(result):
+    """Twelve kinds, half of them with a precision in their name."""
+    rows = [result["rows"][i % 5] for i in range(len(MANY))]
+    result["rows"] = [
+        row
+        | {"kind": kind, "runs": [run | {"folder": f"{kind}-0-ab"} for run in row["runs"]]}
+        | ({} if kind == "dense" else {"difference": 0.01 * i - 0.05, "difference_ci": [0.01 * i - 0.06, 0.01 * i]})
+        for i, (kind, row) in enumerate(zip(MANY, rows, strict=True))
+    ]
+    result["lr_sweep"] = dict.fromkeys(MANY, result["lr_sweep"]["moe"])
+    return result
+
+
+def test_twelve_kinds_stay_apart_by_marker_and_dash_and_by_marker_and_colour(crowded, written):
+    text, page, _ = written(crowded)
+    chart = re.findall(r'<ul class="legend">.*?</ul>', text)[0]
+    samples = re.findall(r'class="(s\d)"><path class="mean" stroke-dasharray="(.*?)".*?/><path d="(.*?)"', chart)
+    assert len(samples) == len(MANY)
+    assert len({(dash, marker) for _, dash, marker in samples}) == len(MANY)
+    assert len({(colour, marker) for colour, _, marker in samples}) == len(MANY)
+    assert all(kind in page.sections["table"] for kind in MANY)
+    assert "./dense%40ternary-0-ab/" in page.links
+    for kind in MANY[1:]:
+        assert f">{kind}</text>" in text, "its name is whole in the chart of differences"
+
+
+def test_no_text_of_a_crowded_chart_leaves_its_frame_or_covers_another(crowded, written, browser):
+    test_no_text_of_a_chart_leaves_its_frame_or_covers_another(crowded, written, browser)

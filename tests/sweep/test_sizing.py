@@ -4,7 +4,7 @@ import pytest
 
 from sparsemix.config import ConfigError
 from sparsemix.layers import DenseConfig, LayerConfig
-from sparsemix.sweep.sizing import MAX_TABLE_PARAMS, SIZES, TOLERANCE, example, mod_wrap, sized_ffn
+from sparsemix.sweep.sizing import MAX_TABLE_PARAMS, SIZES, TOLERANCE, example, mod_wrap, sized_ffn, split_kind
 
 WIDTHS = [32, 64, 96, 128, 192, 256, 512]
 
@@ -52,6 +52,15 @@ def test_mh_moe_has_the_parameters_of_moe(d_model):
 @pytest.mark.parametrize("d_model", WIDTHS)
 def test_moe_has_four_times_the_feed_forward_parameters(d_model):
     assert abs(sized("moe", d_model).cost(d_model, 1).params / dense_at(d_model).cost(d_model, 1).params / 4 - 1) <= 0.1
+
+
+def test_a_kind_may_name_its_precision():
+    assert split_kind("dense") == ("dense", None)
+    assert split_kind("mh_moe@ternary") == ("mh_moe", "ternary")
+    with pytest.raises(ConfigError, match=r"^kinds=moe@ternery: 'ternery' is none of float, ternary; did you mean"):
+        split_kind("moe@ternery")
+    with pytest.raises(ConfigError, match="'' is none of float, ternary"):
+        split_kind("moe@")
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_name():

@@ -243,7 +243,7 @@ def bars(id: str, title: str, x_label: str, values: Sequence[float], style: int)
 
 def intervals(id: str, title: str, x_label: str, rows: Sequence[tuple[str, int, float, float, float]]) -> Markup:
     """Differences as dots with their intervals and a line at zero, one row (name, style, value, low, high) each."""
-    left, step = 150, 30
+    left, step = 164, 30
     bottom = TOP + step * len(rows)
     height = bottom + BOTTOM
     x_axis = _Axis([0.0, *(x for row in rows for x in row[2:])], left, WIDTH - RIGHT)
@@ -256,7 +256,7 @@ def intervals(id: str, title: str, x_label: str, rows: Sequence[tuple[str, int, 
     parts.append(f'<path class="reference" d="M{x_axis(0):.1f},{TOP - 8}V{bottom}"/>')
     for i, (name, style, value, low, high) in enumerate(rows):
         y = TOP + step * (i + 0.5)
-        short = name if len(name) <= 15 else f"{name[:14]}…"
+        short = name if len(name) <= 23 else f"{name[:22]}…"
         parts.append(f'<text x="{left - 12}" y="{y}" dy=".35em" text-anchor="end">{escape(short)}</text>')
         parts.append(
             f'<g class="s{style % COLOURS}"><path class="mean" d="M{x_axis(low):.1f},{y}H{x_axis(high):.1f}"/>'

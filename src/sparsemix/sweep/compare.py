@@ -15,15 +15,17 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, config_hash, parse, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.errors import TrainingError
-from sparsemix.layers import DenseConfig, LayerConfig
+from sparsemix.layers import DenseConfig
 from sparsemix.recipes import settings_of
 from sparsemix.run import Run, write_atomic
 from sparsemix.sweep.local import Job, Pool, pool, probe_job, train_job
-from sparsemix.sweep.sizing import mod_wrap, sized_ffn
+from sparsemix.sweep.sizing import mod_wrap, sized_ffn, split_kind
 from sparsemix.sweep.watch import Watch
 from sparsemix.train import RunConfig
 
 SWEEP_STEP = 2.0
+# Ternary weights want a larger rate than float ones (docs/LOG.md).
+TERNARY_RATE = 1.0
 MAX_RATES = 7
 
 
@@ -71,24 +73,29 @@ def rate_by_rule(d_model: int) -> float:
 
 
 def kind_config(settings: CompareConfig, kind: str, data: DataConfig, budget: float) -> RunConfig:
-    """The run that stands for `kind`: the recipe's dense backbone with that kind in its place, at equal FLOPs."""
+    """The run that stands for `kind`: the recipe's dense backbone with that kind in its place, at equal FLOPs.
+
+    `kind@ternary` is the same run with every matrix ternary that can be (model.precision)."""
+    kind, precision = split_kind(kind)
     raw = settings_of(settings.recipe, [*settings.overrides, f"train.budget_flops={budget!r}"])
+    if precision:
+        raw.setdefault("model", {})["precision"] = precision
     pattern = raw.get("model", {}).get("blocks")
     if not isinstance(pattern, dict) or {"ffn", "wrap"} & set(pattern):
         raise ConfigError(f"recipe={settings.recipe} must give blocks as count and each, with nothing replaced")
     raw["data"] = data.model_dump(mode="json")
     dense = parse(RunConfig, raw)
-    each = pattern["each"]
-    ffn = LayerConfig.model_validate(each["ffn"])
+    ffn = getattr(dense.model.blocks[0], "ffn", None)
     if not isinstance(ffn, DenseConfig):
         raise ConfigError(
-            f"recipe={settings.recipe} must have a dense feed-forward to replace, not {each['ffn']['kind']}"
+            f"recipe={settings.recipe} must have a dense feed-forward to replace, not {pattern['each']['ffn']['kind']}"
         )
     if kind == "mod":
         pattern["wrap"] = mod_wrap(dense.model.d_model)
     elif kind != "dense":
         pattern["ffn"] = {"at": settings.placement, **sized_ffn(kind, ffn, dense.model.d_model, dense.model.seq_len)}
-    raw["train"]["lr"] = rate_by_rule(dense.model.d_model) if settings.lr in ("rule", "sweep") else float(settings.lr)
+    by_rule = rate_by_rule(dense.model.d_model) * (TERNARY_RATE if ffn.precision.ternary else 1)
+    raw["train"]["lr"] = by_rule if settings.lr in ("rule", "sweep") else float(settings.lr)
     return parse(RunConfig, raw)
 
 
@@ -187,11 +194,12 @@ class Comparison:
 
     def _describe(self, configs: dict[str, RunConfig]) -> None:
         dense = configs["dense"].model.cost()
+        width = max(8, *map(len, configs))
         for kind, config in configs.items():
             cost = config.model.cost()
             self.say(
-                f"{kind:>8}: {cost.params / 1e6:.2f} M parameters, {cost.flops / dense.flops:.3f} x dense FLOPs per "
-                f"token, {config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens"
+                f"{kind:>{width}}: {cost.params / 1e6:.2f} M parameters, {cost.flops / dense.flops:.3f} x dense FLOPs "
+                f"per token, {config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens"
             )
         self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.workers} runs at a time")
 
@@ -229,10 +237,11 @@ class Comparison:
                 best = min(tried, key=tried.__getitem__)
                 if len(tried) < MAX_RATES and best in (min(tried), max(tried)):
                     rates[kind].append(best * (SWEEP_STEP if best == max(tried) else 1 / SWEEP_STEP))
+        width = max(8, *map(len, configs))
         for kind, tried in losses.items():
             best = min(tried, key=tried.__getitem__)
             configs[kind] = _with_rate(configs[kind], best)
-            self.say(f"{kind:>8}: learning rate {best:.3g} of {', '.join(f'{r:.3g}' for r in sorted(tried))}")
+            self.say(f"{kind:>{width}}: learning rate {best:.3g} of {', '.join(f'{r:.3g}' for r in sorted(tried))}")
         return {
             kind: [{"lr": rate, "validation_bpb": tried[rate]} for rate in sorted(tried)]
             for kind, tried in losses.items()

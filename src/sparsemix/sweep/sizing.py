@@ -5,6 +5,7 @@ from typing import Any
 from sparsemix.config import ConfigError, nearest
 from sparsemix.layers import DenseConfig, LayerConfig
 from sparsemix.layers.linear import num_matrices
+from sparsemix.layers.ternary import PRECISIONS
 
 # Settings below this share of the dense layer's cost, or above its inverse, are no fair comparison.
 TOLERANCE = 0.10
@@ -26,6 +27,16 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
             "widen the model or its d_ff"
         )
     return settings
+
+
+def split_kind(kind: str) -> tuple[str, str | None]:
+    """(kind, precision) of `kind@precision`; no precision where there is no @. Raises ConfigError."""
+    name, at, precision = kind.partition("@")
+    if at and precision not in PRECISIONS:
+        raise ConfigError(
+            f"kinds={kind}: {precision!r} is none of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
+        )
+    return name, precision or None
 
 
 def mod_wrap(d_model: int) -> dict[str, Any]:

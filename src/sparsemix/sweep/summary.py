@@ -14,6 +14,7 @@ from sparsemix.model import CONVENTION
 from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
 from sparsemix.run import Run, hardware, versions
 from sparsemix.sweep.compare import Comparison, settings_text
+from sparsemix.sweep.sizing import split_kind
 from sparsemix.train import RunConfig
 
 Runs = dict[str, list[tuple[RunConfig, Path]]]
@@ -183,6 +184,17 @@ def _scope(config: RunConfig, budget: float, placement: str) -> str:
     )
 
 
+SCHEDULES = {
+    "cosine": "cosine to a tenth of the rate at the end of the budget",
+    "two_stage": "a straight line to a tenth, times 2/3 and without weight decay from half of the budget on",
+}
+TERNARY = (
+    "KIND@ternary: every matrix of attention, feed-forwards and experts is BitNet b1.58 (weights -1, 0, 1 times one "
+    "scale, int8 rows, RMSNorm before the last matrix); embeddings, norms, routers, tables and logits are not. Its "
+    "FLOPs are counted as if they were of floats, and its bytes per token as one a weight."
+)
+
+
 def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
     """What the kinds share, and how each feed-forward was sized."""
     dense = configs["dense"]
@@ -193,7 +205,7 @@ def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
         f"sequences of {model.seq_len} tokens, tied embeddings.",
         f"Training: {dense.batch_size * model.seq_len} tokens a step in the same order for every kind, AdamW with "
         f"weight decay {train.weight_decay:g} on matrices, gradient norm clipped to {train.clip_norm:g}, warm-up over "
-        f"{train.warmup:.0%} of the steps, cosine to a tenth of the rate at the end of the budget.",
+        f"{train.warmup:.0%} of the steps, {SCHEDULES[train.schedule]}.",
         f"Placement of routed feed-forwards: {placement}, the same for every kind; Mixture-of-Depths wraps every other "
         "block.",
         "Rows are packed: attention stays within a document, and the documents of a row share the row's quota of "
@@ -201,20 +213,28 @@ def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
         "Intervals: paired t over seeds and ratio bootstrap over documents; p-values and verdicts are corrected for "
         "the number of kinds (Holm).",
     ]
+    if any(split_kind(kind)[1] for kind in configs):
+        said.append(TERNARY)
     for kind, config in configs.items():
-        for old, new in zip(model.blocks, config.model.blocks, strict=True):
-            if isinstance(new, BlockConfig) and isinstance(old, BlockConfig) and new != old:
-                share = new.ffn.cost(model.d_model, 1).flops / old.ffn.cost(model.d_model, 1).flops
-                said.append(
-                    f"{kind}: {share:.3f} of the dense feed-forward's FLOPs per token; {_words(new.ffn.model_dump())}"
-                )
-                break
+        pairs = zip(model.blocks, config.model.blocks, strict=True)
+        changed = [
+            (old.ffn, new.ffn)
+            for old, new in pairs
+            if isinstance(new, BlockConfig) and isinstance(old, BlockConfig) and new != old
+        ]
+        # A precision changes every block, a kind only those where it is placed.
+        placed = [(old, new) for old, new in changed if type(old) is not type(new) or split_kind(kind)[0] == "dense"]
+        for old, new in placed[:1]:
+            share = new.cost(model.d_model, 1).flops / old.cost(model.d_model, 1).flops
+            said.append(f"{kind}: {share:.3f} of the dense feed-forward's FLOPs per token; {_words(new.model_dump())}")
     return said
 
 
 def _words(settings: dict[str, Any]) -> str:
     """'moe (num_experts 8, top_k 2)': a layer's settings to read."""
-    parts = [f"{k} {_words(v) if isinstance(v, dict) else v}" for k, v in settings.items() if k != "kind"]
+    parts = [
+        f"{k} {_words(v) if isinstance(v, dict) and 'kind' in v else v}" for k, v in settings.items() if k != "kind"
+    ]
     return f"{settings['kind']} ({', '.join(parts)})"
 
 

@@ -1,0 +1,48 @@
+"""The runs that a comparison makes of its kinds."""
+
+import pytest
+
+from sparsemix.data import DataConfig
+from sparsemix.layers.ternary import PrecisionConfig
+from sparsemix.sweep.compare import TERNARY_RATE, CompareConfig, kind_config, rate_by_rule
+from sparsemix.sweep.sizing import SIZES
+
+SETTINGS = CompareConfig()
+
+
+def config_of(kind, settings=SETTINGS):
+    return kind_config(settings, kind, DataConfig(), 1e13)
+
+
+def precisions(layer):
+    own = [layer.precision] if hasattr(layer, "precision") else []
+    return own + [precision for child in layer.children() for precision in precisions(child)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "mod", *SIZES])
+def test_a_ternary_kind_is_that_kind_with_ternary_matrices_at_the_same_flops(kind):
+    plain, ternary = config_of(kind), config_of(f"{kind}@ternary")
+    assert ternary.model.cost().flops == plain.model.cost().flops
+    assert ternary.steps == plain.steps
+    assert ternary.model.cost().bytes < plain.model.cost().bytes
+    for config, weights in ((plain, "float"), (ternary, "ternary")):
+        found = [p for block in config.model.blocks for p in precisions(block)]
+        assert found and set(found) == {PrecisionConfig(weights=weights)}
+    dumped = ternary.model.model_dump(mode="json")
+    assert str(dumped).replace("'precision': 'ternary'", "'precision': 'float'") == str(
+        plain.model.model_dump(mode="json")
+    )
+
+
+def test_the_rate_by_rule_of_ternary_weights_is_its_own_and_a_given_one_is_kept():
+    assert config_of("dense").train.lr == rate_by_rule(64)
+    assert config_of("moe@ternary").train.lr == pytest.approx(rate_by_rule(64) * TERNARY_RATE)
+    for kind in ("dense", "dense@ternary"):
+        assert config_of(kind, SETTINGS.replace(lr="0.003")).train.lr == 0.003
+
+
+def test_a_recipe_may_be_ternary_and_a_kind_float():
+    settings = SETTINGS.replace(overrides=("model.precision=ternary",))
+    assert config_of("dense", settings) == config_of("dense@ternary")
+    assert config_of("dense@float", settings) == config_of("dense")
+    assert config_of("dense@float") == config_of("dense")
