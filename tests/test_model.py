@@ -141,3 +141,38 @@ def test_token_nats_are_minus_log_softmax_and_zero_without_a_target():
             own = math.log(sum(map(math.exp, scores))) - scores[targets[b, t]] if targets[b, t] >= 0 else 0
             assert float(nats[b, t]) == pytest.approx(own, abs=1e-12)
     assert token_nats(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_one_precision_reaches_every_layer_that_has_it_and_gives_none_itself():
+    moe = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5}
+    raw = {
+        "d_model": 8,
+        "vocab_size": 17,
+        "seq_len": 9,
+        "precision": "ternary",
+        "blocks": {
+            "count": 4,
+            "each": {
+                "kind": "block",
+                "mixer": {"kind": "attention", "num_heads": 2, "precision": "float"},
+                "ffn": {"kind": "dense", "d_ff": 6},
+            },
+            "ffn": {"at": [1], "kind": "mh_moe", "num_heads": 2, "inner": moe},
+            "wrap": {"at": [1, 3], "kind": "mod"},
+        },
+    }
+    config = parse(ModelConfig, raw)
+    blocks = config.model_dump(mode="json")["blocks"]
+    assert [block.get("inner", block)["mixer"]["precision"] for block in blocks] == ["float"] * 4
+    assert [block.get("inner", block)["ffn"]["precision"] for block in blocks] == ["ternary"] * 4
+    assert blocks[1]["inner"]["ffn"]["inner"]["precision"] == "ternary"
+    assert parse(ModelConfig, config.model_dump(mode="json")) == config
+    assert config.replace(seq_len=10).blocks == config.blocks
+    long = raw | {"precision": {"weights": "ternary", "warmup_steps": 3}}
+    assert parse(ModelConfig, long).blocks[0].ffn.precision.warmup_steps == 3
+    with pytest.raises(
+        ConfigError, match=r"^precision: 'ternery' is none of float, ternary; did you mean 'ternary'\?$"
+    ):
+        parse(ModelConfig, raw | {"precision": "ternery"})
+    with pytest.raises(ConfigError, match=r"precision\.warmup_steps=-3"):
+        parse(ModelConfig, raw | {"precision": {"weights": "ternary", "warmup_steps": -3}})

@@ -44,7 +44,7 @@ def build_optimizer(
 
 
 Schedule = Literal["cosine", "two_stage"]
-# Second peak over first: 1e-3 after 1.5e-3 for the smallest model of arXiv:2411.04965, table 9 (0.53 for its 3B).
+# Second peak over first: 1e-3 after 1.5e-3 for the smallest model of arXiv:2411.04965, appendix (0.53 for its 3B).
 SECOND_PEAK = 2 / 3
 
 

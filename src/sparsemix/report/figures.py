@@ -243,7 +243,8 @@ def bars(id: str, title: str, x_label: str, values: Sequence[float], style: int)
 
 def intervals(id: str, title: str, x_label: str, rows: Sequence[tuple[str, int, float, float, float]]) -> Markup:
     """Differences as dots with their intervals and a line at zero, one row (name, style, value, low, high) each."""
-    left, step = 164, 30
+    # A kind's precision goes below its name: side by side they would not fit a phone's letters.
+    left, step = 150, 44 if any("@" in row[0] for row in rows) else 30
     bottom = TOP + step * len(rows)
     height = bottom + BOTTOM
     x_axis = _Axis([0.0, *(x for row in rows for x in row[2:])], left, WIDTH - RIGHT)
@@ -256,8 +257,13 @@ def intervals(id: str, title: str, x_label: str, rows: Sequence[tuple[str, int, 
     parts.append(f'<path class="reference" d="M{x_axis(0):.1f},{TOP - 8}V{bottom}"/>')
     for i, (name, style, value, low, high) in enumerate(rows):
         y = TOP + step * (i + 0.5)
-        short = name if len(name) <= 23 else f"{name[:22]}…"
-        parts.append(f'<text x="{left - 12}" y="{y}" dy=".35em" text-anchor="end">{escape(short)}</text>')
+        kind, at, precision = name.partition("@")
+        lines = [part if len(part) <= 15 else f"{part[:14]}…" for part in (kind, at + precision) if part]
+        spans = "".join(
+            f'<tspan x="{left - 12}" dy="{0.35 - 0.5 * (len(lines) - 1) if j == 0 else 1}em">{escape(part)}</tspan>'
+            for j, part in enumerate(lines)
+        )
+        parts.append(f'<text y="{y}" text-anchor="end">{spans}</text>')
         parts.append(
             f'<g class="s{style % COLOURS}"><path class="mean" d="M{x_axis(low):.1f},{y}H{x_axis(high):.1f}"/>'
             f'<path d="{MARKERS[style % len(MARKERS)]}" transform="translate({x_axis(value):.1f},{y})"/></g>'
