@@ -133,13 +133,18 @@ def test_kinds_and_recipes_are_listed(monkeypatch, capsys):
 
 def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, capsys, tmp_path, corpus):
     out = tmp_path / "out"
-    asked = ["compare", "--out", out, "--text", corpus, "--kinds", "dense,mod", "--seeds", "2", "--budget", "1e10"]
+    asked = ["compare", "--out", out, "--text", corpus, "--kinds", "dense,mod,moe@ternary"]
+    asked += ["--seeds", "2", "--budget", "1e10"]
     code, said, err = call(monkeypatch, capsys, *asked, *SMALL)
     assert code == 0, err
     assert "report: " in said
     result = json.loads((out / "result.json").read_text())
-    dense, mod = result["rows"]
-    assert [dense["kind"], mod["kind"]] == ["dense", "mod"]
+    dense, mod, ternary = result["rows"]
+    assert [row["kind"] for row in result["rows"]] == ["dense", "mod", "moe@ternary"]
+    assert {run["folder"].split("-")[0] for run in ternary["runs"]} == {"moe@ternary"}
+    assert ternary["bytes_per_token"] < dense["bytes_per_token"] < ternary["params"] * 4
+    assert [line for line in result["fairness"] if line.startswith("KIND@ternary")]
+    assert any("moe@ternary" in line and "precision ternary" in line for line in result["fairness"])
     assert {"bpb", "bpb_ci", "perplexity", "verdict", "flops_per_token", "params", "active_params"} <= set(mod)
     assert {"bytes_per_token", "tokens", "tokens_per_s", "peak_memory_bytes", "wall_s"} <= set(mod)
     assert set(result["baselines"]) == {"uniform_bpb", "unigram_bpb", "bigram_bpb", "fivegram_bpb"}

@@ -144,13 +144,13 @@ def test_without_an_exact_int8_product_the_float_one_serves(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr("sparsemix.ops.ternary_mm.int_mm_is_exact_here", lambda: False)
-    monkeypatch.setattr(torch, "_int_mm", refuse)
+    monkeypatch.setattr("sparsemix.ops.ternary_mm.int_mm", refuse)
     assert torch.equal(ternary_mm(rows, weight), reference.ternary_mm(rows, weight))
 
 
 def test_the_probe_sees_a_product_that_saturates(monkeypatch):
     exact = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: exact(a, b).clamp(-32768, 32767))
+    monkeypatch.setattr("sparsemix.ops.ternary_mm.int_mm", lambda a, b: exact(a, b).clamp(-32768, 32767))
     assert not int_mm_is_exact_here.__wrapped__()
 
 

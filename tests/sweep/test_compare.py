@@ -4,7 +4,7 @@ import pytest
 
 from sparsemix.data import DataConfig
 from sparsemix.layers.ternary import PrecisionConfig
-from sparsemix.sweep.compare import TERNARY_RATE, CompareConfig, kind_config, rate_by_rule
+from sparsemix.sweep.compare import CompareConfig, kind_config, rate_by_rule
 from sparsemix.sweep.sizing import SIZES
 
 SETTINGS = CompareConfig()
@@ -34,9 +34,9 @@ def test_a_ternary_kind_is_that_kind_with_ternary_matrices_at_the_same_flops(kin
     )
 
 
-def test_the_rate_by_rule_of_ternary_weights_is_its_own_and_a_given_one_is_kept():
-    assert config_of("dense").train.lr == rate_by_rule(64)
-    assert config_of("moe@ternary").train.lr == pytest.approx(rate_by_rule(64) * TERNARY_RATE)
+def test_the_rate_by_rule_is_that_of_the_width_for_every_precision_and_a_given_one_is_kept():
+    for kind in ("dense", "moe@ternary"):
+        assert config_of(kind).train.lr == rate_by_rule(64)
     for kind in ("dense", "dense@ternary"):
         assert config_of(kind, SETTINGS.replace(lr="0.003")).train.lr == 0.003
 

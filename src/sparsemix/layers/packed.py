@@ -67,25 +67,35 @@ class TernaryWeight(nn.Module):
         destination[f"{prefix}codes"] = pack_hf(self.codes)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *errors: list[str]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        name, (*_, messages) = f"{prefix}codes", errors
+        name = f"{prefix}codes"
         packed = state_dict.get(name)
         if packed is not None:
             # The caller's dict must stay as it was read.
             state_dict = dict(state_dict)
             wanted = (*self.codes.shape[:-2], -(-self.codes.shape[-2] // 4), self.codes.shape[-1])
             if packed.dtype != torch.uint8 or packed.shape != wanted:
-                messages.append(
+                error_msgs.append(
                     f"{name} must be packed ternary weights, uint8 {wanted}, not {packed.dtype} {tuple(packed.shape)}"
                 )
-                del state_dict[name]
+                state_dict[name] = self.codes
             else:
                 try:
                     state_dict[name] = unpack_hf(packed, self.codes.shape[-2])
                 except ValueError as error:
-                    messages.append(f"{name}: {error}")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *errors)
+                    error_msgs.append(f"{name}: {error}")
+                    state_dict[name] = self.codes
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class PackedLinear(nn.Module):

@@ -24,8 +24,6 @@ from sparsemix.sweep.watch import Watch
 from sparsemix.train import RunConfig
 
 SWEEP_STEP = 2.0
-# Ternary weights want a larger rate than float ones (docs/LOG.md).
-TERNARY_RATE = 1.0
 MAX_RATES = 7
 
 
@@ -68,7 +66,9 @@ def _number(text: str) -> float:
 
 
 def rate_by_rule(d_model: int) -> float:
-    """The learning rate without a sweep: 0.01 at width 64, 0.0035 at 128 (each near the best of a dense sweep)."""
+    """The learning rate without a sweep: 0.01 at width 64, 0.0035 at 128 (each near the best of a dense sweep).
+
+    Ternary weights get the same: at width 64 their best rate is no other (docs/LOG.md)."""
     return 0.01 * (64 / d_model) ** 1.5
 
 
@@ -94,8 +94,7 @@ def kind_config(settings: CompareConfig, kind: str, data: DataConfig, budget: fl
         pattern["wrap"] = mod_wrap(dense.model.d_model)
     elif kind != "dense":
         pattern["ffn"] = {"at": settings.placement, **sized_ffn(kind, ffn, dense.model.d_model, dense.model.seq_len)}
-    by_rule = rate_by_rule(dense.model.d_model) * (TERNARY_RATE if ffn.precision.ternary else 1)
-    raw["train"]["lr"] = by_rule if settings.lr in ("rule", "sweep") else float(settings.lr)
+    raw["train"]["lr"] = rate_by_rule(dense.model.d_model) if settings.lr in ("rule", "sweep") else float(settings.lr)
     return parse(RunConfig, raw)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Int8, Int32
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+int_mm = torch.ops.aten._int_mm.default
 SMALLEST = 1e-5
 LARGEST = 127
 # Sums of so many products of a row code and a weight code stay below 2^24, where fp32 is exact.
@@ -68,7 +69,7 @@ def ternary_grouped_mm(
 def _mm(row_codes: Tensor, weight_codes: Tensor) -> Tensor:
     if row_codes.numel() and weight_codes.numel() and _int_mm_serves(row_codes, weight_codes):
         # The weight stays (F, D): a single row against a contiguous (D, F) is several times slower on CPU.
-        return torch._int_mm(row_codes, weight_codes.mT)
+        return int_mm(row_codes, weight_codes.mT)
     return float_product(row_codes, weight_codes)
 
 
@@ -104,7 +105,7 @@ def int_mm_is_exact_here() -> bool:
     (pytorch issue 136746)."""
     rows = torch.tensor([[LARGEST], [-LARGEST], [1]], dtype=torch.int8).repeat(1, 4096)
     weight = torch.tensor([[1], [-1], [0]], dtype=torch.int8).repeat(1, 4096)
-    return torch.equal(torch._int_mm(rows, weight.mT), float_product(rows, weight))
+    return torch.equal(int_mm(rows, weight.mT), float_product(rows, weight))
 
 
 @_mm.register_fake
