@@ -202,29 +202,86 @@ MOD_GATES = {
 }
 
 
-def mod(layer, x, ctx):
-    """At full size: the wrapped layer sees all T tokens, of which only the routed ones are real."""
-    c, real = layer.config, real_of(x, ctx)
-    scores = {at: (layer.router.weight[0] @ x[at]) for at in real_tokens(x, ctx)}
-    top = torch.zeros_like(real)
+def passing(c, n, slack):
+    """How many of n tokens pass."""
+    base = min(int(c), n) if c > 1 else math.ceil(round(c * n, 6))
+    return base + math.ceil(slack * (n - base))
+
+
+def closes_a_stretch(position, c):
+    """Is this the last token of another 1 / c of them?"""
+    return math.floor(c * (position + 1) + 1e-6) > math.floor(c * position + 1e-6)
+
+
+def hashed(position, salt):
+    """A position as a number in [0, 1): the 32-bit integer hash of two rounds."""
+    h = (position + salt) % 2**32
+    for multiplier, shift in ((0x7FEB352D, 16), (0x846CA68B, 15)):
+        h = (h ^ (h >> shift)) * multiplier % 2**32
+    return (h ^ (h >> 16)) / 2**32
+
+
+def selected(layer, x, ctx, scores):
+    """The tokens that the selector of training takes, and those that wanted to pass."""
+    c, real, positions = layer.config, real_of(x, ctx), positions_of(x, ctx)
+    noise = torch.randn_like(x[..., 0]) if c.selector == "random" else None
+    top, wants = torch.zeros_like(real), torch.zeros_like(real)
     for b in range(x.shape[0]):
         mine = [t for t in range(x.shape[1]) if real[b, t]]
-        quota = math.ceil(round(c.capacity * len(mine), 6))
-        for t in sorted(mine, key=lambda t: (-float(scores[b, t].detach()), t))[:quota]:
+        if c.selector in ("token_choice", "strided"):
+            order = [
+                t
+                for t in mine
+                if (
+                    float(scores[b, t].detach()) > 0
+                    if c.selector == "token_choice"
+                    else closes_a_stretch(int(positions[b, t]), c.capacity)
+                )
+            ]
+        else:
+            rank = noise if noise is not None else {(b, t): scores[b, t].detach() for t in mine}
+            order = sorted(mine, key=lambda t, rank=rank, b=b: (-float(rank[b, t]), t))
+        for t in order:
+            wants[b, t] = True
+        for t in order[: passing(c.capacity, len(mine), layer.slack)]:
             top[b, t] = True
+    return top, wants
+
+
+def mod(layer, x, ctx):
+    """At full size: the wrapped layer sees all T tokens, of which only the routed ones are real."""
+    c, real, positions = layer.config, real_of(x, ctx), positions_of(x, ctx)
+    scores = {at: (layer.router.weight[0] @ x[at]) for at in real_tokens(x, ctx)}
+    top, wants = selected(layer, x, ctx, scores)
     losses, guess = {}, {}
-    if c.sampling == "predictor":
+    if c.selector == "expert_choice" and c.sampling == "predictor":
         for at in scores:
             hidden = ACTIVATION["silu"](linear(layer.predictor.up, x[at].detach()))
             guess[at] = linear(layer.predictor.down, hidden)[0]
         wrong = [F.softplus(-guess[at] if top[at] else guess[at]) for at in guess]
         losses["predictor"] = sum(wrong) / len(wrong)
+    if c.selector == "expert_choice" and c.sampling == "router_bce":
+        wrong = [F.softplus(-scores[at] if top[at] else scores[at]) for at in scores]
+        losses["router_bce"] = c.router_loss_weight * sum(wrong) / len(wrong)
+    if c.selector == "token_choice":
+        f = sum(bool(wants[at]) for at in scores) / len(scores)
+        P = sum(1 / (1 + torch.exp(-r)) for r in scores.values()) / len(scores)
+        balance = f * P / c.capacity + (1 - f) * (1 - P) / (1 - c.capacity)
+        losses["balance"] = c.router_loss_weight * balance
     routed = top
     if ctx.causal:
+        rule = {
+            "predictor": lambda at: guess[at] > 0,
+            "router_bce": lambda at: scores[at] > 0,
+            "threshold": lambda at: scores[at] > layer.threshold,
+            "token_choice": lambda at: scores[at] > 0,
+            "strided": lambda at: closes_a_stretch(int(positions[at]), c.capacity),
+            "random": lambda at: hashed(int(positions[at]), int(layer.salt)) < c.capacity,
+        }[c.sampling if c.selector == "expert_choice" else c.selector]
         routed = torch.zeros_like(real)
         for at in scores:
-            routed[at] = guess[at] > 0 if c.sampling == "predictor" else scores[at] > layer.threshold
-    inner_ctx = ctx._replace(positions=positions_of(x, ctx), valid=routed)
+            routed[at] = rule(at)
+    inner_ctx = ctx._replace(positions=positions, valid=routed)
     if not routed.any():
         return torch.zeros_like(x), losses
     out, inner = loop(layer.inner, x, inner_ctx)

@@ -38,11 +38,16 @@ OTHER = {
         "capacity": 0.25,
         "gate": "two_sigmoid",
         "block_output": "full",
+        "selector": "strided",
         "sampling": "threshold",
         "predictor_width": 4,
+        "router_loss_weight": 0.7,
+        "anneal_steps": 9,
     },
     "block": {"mixer": DENSE, "ffn": DENSE},
 }
+# What else must be set for a setting to have its say.
+BESIDE = {("mod", "router_loss_weight"): {"sampling": "router_bce"}}
 
 
 def observe(config):
@@ -60,10 +65,11 @@ def observe(config):
 def test_every_setting_changes_output_losses_or_cost(kind, setting):
     assert kind in BASE, f"add a small layer of kind {kind} to BASES in cases.py"
     assert setting in OTHER.get(kind, {}), f"add another value of {kind}.{setting} to OTHER"
-    before = observe(BASE[kind])
-    again = observe(BASE[kind])
+    base = BASE[kind] | BESIDE.get((kind, setting), {})
+    before = observe(base)
+    again = observe(base)
     assert torch.equal(before[0], again[0]) and before[1:] == again[1:], "the comparison itself must be exact"
-    after = observe(BASE[kind] | {setting: OTHER[kind][setting]})
+    after = observe(base | {setting: OTHER[kind][setting]})
     assert not torch.equal(before[0], after[0]) or before[1:] != after[1:]
 
 

@@ -10,16 +10,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparsemix.config import Config
+from sparsemix.layers.cache import Cache
 
 
 class Ctx(NamedTuple):
     """What a layer may know besides x. None means the default: positions 0..T-1, one document a row, every token
-    real. `causal` asks routing to use its causal rule."""
+    real. `causal` asks routing to use its causal rule. While decoding, `cache` holds what attention layers saw before,
+    and `rows` says which of its rows the rows of this batch are."""
 
     positions: Int[Tensor, "B T"] | None = None
     doc_ids: Int[Tensor, "B T"] | None = None
     valid: Bool[Tensor, "B T"] | None = None
+    rows: Int[Tensor, " B"] | None = None
     causal: bool = False
+    cache: Cache | None = None
 
     def pick(self, ids: Int[Tensor, "B C"], real: Bool[Tensor, "B C"] | None = None) -> "Ctx":
         """The context of tokens `ids` of every row; `real` False marks filling."""
@@ -39,7 +43,12 @@ class Ctx(NamedTuple):
         def at(per_row: Tensor | None) -> Tensor | None:
             return None if per_row is None else per_row[rows]
 
-        return self._replace(positions=at(self.positions), doc_ids=at(self.doc_ids), valid=at(self.valid))
+        return self._replace(
+            positions=at(self.positions),
+            doc_ids=at(self.doc_ids),
+            valid=at(self.valid),
+            rows=rows if self.rows is None else self.rows[rows],
+        )
 
     def split(self, num_heads: int) -> "Ctx":
         """The context after every token became `num_heads` sub-tokens: T -> T * num_heads."""
@@ -127,7 +136,9 @@ class LayerConfig(Config):
 
 
 class Layer(nn.Module):
-    """Base of every mechanism."""
+    """Base of every mechanism. `path` names its store in a cache; the model sets it."""
+
+    path: str = ""
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
@@ -160,6 +171,11 @@ def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) 
     if valid is None:
         return values.mean()
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp_min(1)
+
+
+def valid_only(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, "B T"]:
+    """0 where a token is padding."""
+    return values if valid is None else torch.where(valid, values, 0.0)
 
 
 def ceil_share(capacity: float, seq_len: int) -> int:

@@ -86,3 +86,15 @@ def usage_stats(
     mass = gates.detach().double() if valid is None else torch.where(valid[:, None], gates.detach(), 0.0).double()
     gate_mass = torch.bincount(expert_ids.reshape(-1), mass.reshape(-1), minlength=num_experts)
     return {"counts": load_of(expert_ids, num_experts, valid), "gate_mass": gate_mass}
+
+
+def masked_quantile(values: Float[Tensor, " N"], valid: Bool[Tensor, "B T"] | None, q: float) -> Float[Tensor, ""]:
+    """The q-quantile of the real values, linear between neighbours; static shapes, so it compiles."""
+    real = torch.ones_like(values, dtype=torch.bool) if valid is None else valid.flatten()
+    ranked = values.masked_fill(~real, torch.inf).sort().values
+    at = q * (real.sum() - 1).clamp_min(0)
+    low = at.floor().long()
+    pair = ranked[torch.stack([low, (low + 1).clamp_max(len(ranked) - 1)])]
+    # Beyond the last real value there is only the filling.
+    upper = torch.where(pair[1].isfinite(), pair[1], pair[0])
+    return torch.lerp(pair[0], upper, (at - low).to(values.dtype))
