@@ -31,10 +31,3 @@ def test_annealing_compiles_once_a_level():
         levels.add(layer.slack)
         update(layer, compiled(layer, tokens(), Ctx())[2])
     assert counter.frame_count == len(levels) == 5
-
-
-def test_the_causal_rule_breaks_the_graph():
-    torch._dynamo.reset()
-    layer = build(BASE)
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
-        torch.compile(step, backend="eager", fullgraph=True)(layer, tokens(), Ctx(causal=True))

@@ -191,7 +191,10 @@ def mh_moe(layer, x, ctx):
     if layer.config.inner_residual:
         mixed = mixed + parts
     merged = {(b, t): linear(layer.merge, torch.cat([mixed[b, t * h + j] for j in range(h)])) for b, t in heads}
-    return assemble(x, merged), {f"inner.{name}": value for name, value in losses.items()}
+    y = assemble(x, merged)
+    if layer.config.shared_d_ff:
+        y = y + dense(layer.shared, x, ctx)[0]
+    return y, {f"inner.{name}": value for name, value in losses.items()}
 
 
 MOD_GATES = {

@@ -24,6 +24,7 @@ CASES = {
     "peer_apart": PEER | {"share_keys": False, "query_norm": "layer"},
     "peer_none": PEER | {"num_experts": 64, "top_k": 13, "query_norm": "none", "gate": "relu"},
     "mh_moe_no_bias": BASES["mh_moe"] | {"num_heads": 4, "bias": False},
+    "mh_moe_shared": BASES["mh_moe"] | {"shared_d_ff": 7, "num_heads": 4},
     "mh_moe_peer": BASES["mh_moe"] | {"inner": PEER},
     "mod_threshold": MOD | {"sampling": "threshold", "capacity": 0.3},
     "mod_eighth": MOD | {"capacity": 0.125},

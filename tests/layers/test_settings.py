@@ -32,7 +32,7 @@ OTHER = {
         "query_norm": "layer",
         "share_keys": False,
     },
-    "mh_moe": {"num_heads": 2, "inner": DENSE, "bias": True, "inner_residual": True},
+    "mh_moe": {"num_heads": 2, "inner": DENSE, "shared_d_ff": 3, "bias": True, "inner_residual": True},
     "mod": {
         "inner": DENSE,
         "capacity": 0.25,

@@ -8,17 +8,26 @@ from torch import Tensor
 
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
+from sparsemix.layers.dense import DenseConfig
 from sparsemix.layers.linear import Linear
 
 
 class MHMoEConfig(LayerConfig):
-    """y = merge(inner(split(head(x)))); `inner` works at width d_model / num_heads."""
+    """y = merge(inner(split(head(x)))), `inner` at width d_model / num_heads; plus an always-on feed-forward on whole
+    tokens if shared_d_ff > 0."""
 
     kind: Literal["mh_moe"] = "mh_moe"
     num_heads: int = Field(ge=1)
     inner: LayerConfig
+    shared_d_ff: int = Field(default=0, ge=0)
     bias: bool = False
     inner_residual: bool = False
+
+    @property
+    def shared(self) -> DenseConfig | None:
+        if not self.shared_d_ff:
+            return None
+        return DenseConfig(d_ff=self.shared_d_ff, activation=getattr(self.inner, "activation", "swiglu"))
 
     def d_head(self, d_model: int) -> int:
         if d_model % self.num_heads:
@@ -32,7 +41,8 @@ class MHMoEConfig(LayerConfig):
         # A token's sub-tokens may pick different experts: at most num_heads times one sub-token's share.
         share = min(1.0, self.num_heads * inner.active_params / max(1, inner.params))
         touched = Cost(inner.items, inner.params, share * inner.params, 4.0 * share * inner.params)
-        return Cost.of("linear", 2.0 * projections * seq_len, params) + touched
+        shared = self.shared.cost(d_model, seq_len) if self.shared else Cost()
+        return Cost.of("linear", 2.0 * projections * seq_len, params) + touched + shared
 
     def build(self, d_model: int) -> "MHMoE":
         return MHMoE(self, d_model)
@@ -42,7 +52,9 @@ class MHMoE(Layer):
     """Sub-token j of token t is row t * num_heads + j; one router and one pool of experts serve all heads.
 
     Source: arXiv:2411.16205, eqs. 1-4. Its earlier form (arXiv:2404.15045, eq. 6) adds the sub-token to its expert
-    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1."""
+    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1. The shared expert
+    sees whole tokens beside head and merge, with the activation of `inner`: the paper does not say, but only so has it
+    the same size in every model of its table 2."""
 
     def __init__(self, config: MHMoEConfig, d_model: int) -> None:
         super().__init__()
@@ -51,6 +63,7 @@ class MHMoE(Layer):
         self.head = Linear(d_model, d_model, config.bias, gain=2**-0.5)
         self.merge = Linear(d_model, d_model, config.bias)
         self.inner = config.inner.build(d_head)
+        self.shared = config.shared.build(d_model) if config.shared else None
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
@@ -60,4 +73,7 @@ class MHMoE(Layer):
         mixed, aux = self.inner(parts, ctx.split(h))
         if self.config.inner_residual:
             mixed = parts + mixed
-        return self.merge(mixed.reshape(B, T, D)), aux.under("inner")
+        y = self.merge(mixed.reshape(B, T, D))
+        if self.shared is not None:
+            y = y + self.shared(x, ctx)[0]
+        return y, aux.under("inner")
