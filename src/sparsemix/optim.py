@@ -40,7 +40,7 @@ def build_optimizer(
     )
 
 
-def schedule(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+def schedule(step: float, steps: int, warmup: int, floor: float = 0.1) -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then a cosine that ends at `floor` after the last."""
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -59,6 +59,9 @@ def test_one_head_with_identity_head_and_merge_is_the_inner_layer():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
+INNER_IDS = ["gated", "relu", "peer"]
+
+
 def test_one_head_with_an_orthogonal_merge_is_the_inner_layer_turned():
     layer, x = build(BASE | {"num_heads": 1}), tokens()
     with torch.no_grad():

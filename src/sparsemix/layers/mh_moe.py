@@ -52,9 +52,9 @@ class MHMoE(Layer):
     """Sub-token j of token t is row t * num_heads + j; one router and one pool of experts serve all heads.
 
     Source: arXiv:2411.16205, eqs. 1-4. Its earlier form (arXiv:2404.15045, eq. 6) adds the sub-token to its expert
-    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1. The shared expert
-    sees whole tokens beside head and merge, with the activation of `inner`: the paper does not say, but only so has it
-    the same size in every model of its table 2."""
+    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1. The shared
+    expert sees whole tokens beside head and merge, with the activation of `inner`: the paper does not say, but only so
+    has it the same size in every model of its table 2."""
 
     def __init__(self, config: MHMoEConfig, d_model: int) -> None:
         super().__init__()
