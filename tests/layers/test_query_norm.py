@@ -7,7 +7,8 @@ from sparsemix.layers.query_norm import QueryBatchNorm
 
 PEER = {"kind": "peer", "num_experts": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
 MOD = {"kind": "mod", "capacity": 0.5, "sampling": "threshold", "inner": {"kind": "dense", "d_ff": 3}}
-STATEFUL = {"peer": PEER, "mod": MOD}
+PKM = {"kind": "pkm", "num_values": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
+STATEFUL = {"peer": PEER, "pkm": PKM, "mod": MOD}
 
 
 def state(layer):

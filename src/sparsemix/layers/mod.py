@@ -63,6 +63,7 @@ class MoD(Layer):
     sigmoid (default). A causal Ctx routes by the predictor (trained on the detached input against the top-k) or by a
     running threshold; the gate always comes from the router."""
 
+    observes = ("threshold",)
     threshold: Tensor
     num_updates: Tensor
 
