@@ -54,7 +54,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, d_left: Tensor, d_right: Tensor, *_):
     query, keys, i, j = ctx.saved_tensors
-    N, H, _, C = query.shape
+    C = query.shape[3]
     # Both sides (and heads) of the keys as one table, whose blocks of n rows begin at `first`.
     table = keys.reshape(-1, C)
     first = torch.arange(0, table.shape[0], keys.shape[-2], device=i.device).view(*keys.shape[:-2], 1)
