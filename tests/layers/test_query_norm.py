@@ -76,6 +76,22 @@ def test_query_statistics_are_those_of_the_real_queries():
     torch.testing.assert_close(stats["query_norm.square"], queries.square().mean(0), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("config", [PEER, PKM], ids=["peer", "pkm"])
+def test_autocast_reaches_neither_query_statistics_nor_picks(config):
+    layer, x = build(config).float(), tokens(2, 23).float()
+    wanted = layer(x)[1].stats
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = layer(x)[1].stats
+    assert set(stats) == {"query_norm.mean", "query_norm.square"}
+    for name, value in stats.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, wanted[name])
+    update(layer, stats)
+    counts = layer.eval()(x)[1].stats["counts"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x)[1].stats["counts"], counts)
+
+
 def test_averaged_micro_batches_are_one_big_batch():
     parts, whole = [tokens(2, 7) for _ in range(3)], build(PEER)
     update(whole, whole(torch.cat(parts))[1].stats)
