@@ -105,6 +105,7 @@ def look_up(
     """The top_k rows (i, j), numbered i * n + j, with the largest <q_0, keys_0i> + <q_1, keys_1j>, where the halves of
     q = norm(query(x)) meet the two key sides, in at least fp32. No scaling of scores, as in arXiv:1907.05242."""
     config = layer.config
+    assert layer.query.bias is not None
     with torch.autocast(tokens.device.type, enabled=False):
         weight, bias = at_least_fp32(layer.query.weight), at_least_fp32(layer.query.bias)
         query = F.linear(at_least_fp32(tokens), weight, bias).view(-1, config.num_heads, config.d_key)
