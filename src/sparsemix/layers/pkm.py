@@ -62,8 +62,9 @@ class PKM(Layer):
     """Source: arXiv:1907.05242, section 3. The value of sub-keys (i, j) is number i * n + j.
 
     Gates are a softmax over each head's top_k scores. Heads have their own queries and, by default, their own sub-keys
-    (as in the paper), and share the values. The update is added to the stream, as the paper's memory layer is. Values start
-    with the output variance of the feed-forward they replace; the paper's code draws N(0, 1 / d_model), far smaller."""
+    (as in the paper), and share the values. The update is added to the stream, as the paper's memory layer is. Values
+    start with the output variance of the feed-forward they replace; the paper's code draws N(0, 1 / d_model), far
+    smaller."""
 
     def __init__(self, config: PKMConfig, d_model: int) -> None:
         super().__init__()
