@@ -17,6 +17,7 @@ ATTENTION = {"kind": "attention", "num_heads": 2}
 DENSE = {"kind": "dense", "d_ff": 40}
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 20}
 PEER = {"kind": "peer", "num_experts": 64, "num_heads": 2, "top_k": 4, "d_key": 8}
+PKM = {"kind": "pkm", "num_values": 64, "num_heads": 2, "top_k": 4, "d_key": 8}
 MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
 
 
@@ -42,6 +43,7 @@ BLOCKS = {
     "dense": [block(DENSE), block(DENSE)],
     "moe": [block(DENSE), block(MOE)],
     "peer": [block(DENSE), block(PEER)],
+    "pkm": [block(DENSE), block(PKM)],
     "mh_moe": [block(DENSE), block(MH_MOE)],
     "mod": [block(DENSE), mod(block(DENSE))],
     "threshold": [block(DENSE), mod(block(DENSE), sampling="threshold")],
@@ -49,7 +51,7 @@ BLOCKS = {
     "nested": [block(MOE), mod(block(PEER))],
     "nested_threshold": [block(MOE), mod(block(PEER), sampling="threshold")],
 }
-KINDS = ("dense", "moe", "peer", "mh_moe", "mod")
+KINDS = ("dense", "moe", "pkm", "peer", "mh_moe", "mod")
 
 
 def sentence(rng):

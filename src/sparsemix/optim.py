@@ -7,12 +7,13 @@ from torch import nn
 
 from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.peer import PEER
+from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryNorm
 
 
 def decays(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     """Weight decay reaches matrices only: not norms, biases, embeddings, product keys or their tables."""
-    if isinstance(module, (nn.Embedding, RMSNorm, QueryNorm)) or (isinstance(module, PEER) and name != "query"):
+    if isinstance(module, (nn.Embedding, RMSNorm, QueryNorm, PEER, PKM)):
         return False
     return parameter.ndim >= 2
 

@@ -73,11 +73,13 @@ ATTENTION = {"kind": "attention", "num_heads": 5}
 DENSE = {"kind": "dense", "d_ff": 7}
 MOE = {"kind": "moe", "num_experts": 5, "top_k": 2, "d_ff": 3}
 PEER = {"kind": "peer", "num_experts": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
+PKM = {"kind": "pkm", "num_values": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
 # One small layer of every registered kind; a new kind adds its own.
 BASES = {
     "attention": ATTENTION,
     "dense": DENSE,
     "moe": MOE | {"shared_d_ff": 4, "z_weight": 0.1},
+    "pkm": PKM,
     "peer": PEER,
     "mh_moe": {"kind": "mh_moe", "num_heads": 5, "inner": MOE, "bias": True},
     "mod": {

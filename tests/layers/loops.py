@@ -15,6 +15,7 @@ from sparsemix.layers.mh_moe import MHMoE
 from sparsemix.layers.mod import MoD
 from sparsemix.layers.moe import MoE
 from sparsemix.layers.peer import PEER
+from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryBatchNorm, QueryLayerNorm
 
 ACTIVATION = {
@@ -152,24 +153,36 @@ PEER_GATES = {
 }
 
 
-def peer(layer, x, ctx):
+def best_rows(layer, x, ctx):
+    """(b, t), scores and rows of what every head of every real token picks, by scoring all n * n keys."""
     c, half = layer.config, layer.config.d_key // 2
     queries = {
         (b, t): (layer.query.weight @ x[b, t] + layer.query.bias).view(c.num_heads, c.d_key)
         for b, t in real_tokens(x, ctx)
     }
-    rows = {}
     for at, query in normal_queries(layer.query_norm, queries, ctx.causal).items():
-        y = torch.zeros_like(x[at])
         for h in range(c.num_heads):
             keys = layer.keys if c.share_keys else layer.keys[h]
             scores = torch.stack(
                 [query[h, :half] @ keys[0, i] + query[h, half:] @ keys[1, j] for i in range(c.n) for j in range(c.n)]
             )
             best = scores.detach().argsort(descending=True)[: c.top_k]
-            for g, e in zip(PEER_GATES[c.gate](scores[best]), best.tolist(), strict=True):
-                y = y + g * ACTIVATION[c.activation](layer.w_in[e] @ x[at]) * layer.w_out[e]
-        rows[at] = y
+            yield at, scores[best], best.tolist()
+
+
+def pkm(layer, x, ctx):
+    rows = {}
+    for at, scores, best in best_rows(layer, x, ctx):
+        for g, e in zip(scores.exp() / scores.exp().sum(), best, strict=True):
+            rows[at] = rows.get(at, 0) + g * layer.values[e]
+    return assemble(x, rows), {}
+
+
+def peer(layer, x, ctx):
+    c, rows = layer.config, {}
+    for at, scores, best in best_rows(layer, x, ctx):
+        for g, e in zip(PEER_GATES[c.gate](scores), best, strict=True):
+            rows[at] = rows.get(at, 0) + g * ACTIVATION[c.activation](layer.w_in[e] @ x[at]) * layer.w_out[e]
     return assemble(x, rows), {}
 
 
@@ -309,4 +322,4 @@ def block(layer, x, ctx):
     return mixed + fed, losses | {f"ffn.{name}": value for name, value in ffn_losses.items()}
 
 
-LOOPS = {Attention: attention, Dense: dense, MoE: moe, PEER: peer, MHMoE: mh_moe, MoD: mod, Block: block}
+LOOPS = {Attention: attention, Dense: dense, MoE: moe, PKM: pkm, PEER: peer, MHMoE: mh_moe, MoD: mod, Block: block}

@@ -14,6 +14,7 @@ ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2}
 DENSE = {"kind": "dense", "d_ff": 8}
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
 PEER = {"kind": "peer", "num_experts": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
+PKM = {"kind": "pkm", "num_values": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
 MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
 
 
@@ -32,7 +33,11 @@ CASES = {
     "peer_batch": PEER,
     "peer_layer": PEER | {"query_norm": "layer"},
     "peer_none": PEER | {"query_norm": "none"},
+    "pkm_batch": PKM,
+    "pkm_layer": PKM | {"query_norm": "layer"},
+    "pkm_none": PKM | {"query_norm": "none"},
     "mh_moe": MH_MOE,
+    "mh_moe_pkm": MH_MOE | {"inner": PKM},
     "mh_moe_peer": MH_MOE | {"inner": PEER},
     "block": block(DENSE),
     "mod_dense": mod(DENSE),
@@ -46,13 +51,14 @@ CASES = {
     "mod_count": mod(block(DENSE), capacity=5),
     "mod_full": mod(block(DENSE), block_output="full", gate="raw"),
     "mod_moe": mod(block(MOE)),
+    "mod_pkm": mod(block(PKM)),
     "mod_peer": mod(block(PEER)),
     "mod_mh_moe": mod(block(MH_MOE)),
     "mod_in_mod": mod(mod(block(DENSE)), capacity=0.7),
     "mod_ffn": block(mod(DENSE)),
     "mod_mixer": block(DENSE, mixer=mod(ATTENTION)),
 }
-FRAMED = {"attention", "dense", "moe", "peer_batch", "peer_layer", "peer_none", "mh_moe", "mh_moe_peer"}
+FRAMED = {name for name, config in CASES.items() if config["kind"] not in ("block", "mod")}
 
 
 @lru_cache

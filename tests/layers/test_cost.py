@@ -11,7 +11,7 @@ from sparsemix.ops.flop_counter import count_flops
 
 D = 20
 ATTENTION, DENSE, PEER = BASES["attention"], BASES["dense"], BASES["peer"]
-MOE = BASES["moe"]
+MOE, PKM = BASES["moe"], BASES["pkm"]
 BLOCK = {"kind": "block", "mixer": ATTENTION, "ffn": DENSE}
 MOD = BASES["mod"]
 CASES = {
@@ -23,6 +23,9 @@ CASES = {
     "moe_one": {"kind": "moe", "num_experts": 1, "top_k": 1, "d_ff": 1},
     "peer_apart": PEER | {"share_keys": False, "query_norm": "layer"},
     "peer_none": PEER | {"num_experts": 64, "top_k": 13, "query_norm": "none", "gate": "relu"},
+    "pkm_shared": PKM | {"share_keys": True, "query_norm": "layer"},
+    "pkm_none": PKM | {"num_values": 64, "top_k": 13, "query_norm": "none"},
+    "mh_moe_pkm": BASES["mh_moe"] | {"inner": PKM},
     "mh_moe_no_bias": BASES["mh_moe"] | {"num_heads": 4, "bias": False},
     "mh_moe_shared": BASES["mh_moe"] | {"shared_d_ff": 7, "num_heads": 4},
     "mh_moe_peer": BASES["mh_moe"] | {"inner": PEER},
@@ -31,6 +34,7 @@ CASES = {
     "mod_all": MOD | {"capacity": 1.0},
     "mod_moe": MOD | {"inner": BLOCK | {"ffn": MOE}, "capacity": 0.3},
     "mod_peer": MOD | {"inner": BLOCK | {"ffn": PEER}},
+    "mod_pkm": MOD | {"inner": BLOCK | {"ffn": PKM}},
     "mod_in_mod": MOD | {"inner": MOD | {"capacity": 0.3}, "capacity": 0.7},
     "mod_in_mh_moe_in_mod": MOD | {"inner": {"kind": "mh_moe", "num_heads": 2, "inner": MOD}},
     "block_of_mods": {"kind": "block", "mixer": MOD | {"inner": ATTENTION}, "ffn": MOD | {"inner": DENSE}},
@@ -50,12 +54,24 @@ def test_cost_is_what_a_counter_sees(name, T):
     assert cost.active_params <= cost.params
 
 
+def scored_but_not_picked(config, T):
+    """FLOPs of the scores of those sub-keys that product keys do not pick: n - top_k a side, head and token."""
+    if config["kind"] in ("pkm", "peer"):
+        settings = parse(LayerConfig, config)
+        return 2 * T * settings.num_heads * settings.d_key * (settings.n - settings.top_k)
+    inner = [scored_but_not_picked(value, T) for value in config.values() if isinstance(value, dict)]
+    return sum(inner) * (config["num_heads"] if config["kind"] == "mh_moe" else 1)
+
+
 # Attention counts its backward only in plain matrix products, which the MATH backend is made of.
 @pytest.mark.parametrize("name", [name for name in CASES if "mod" not in name or name == "mod_threshold"])
-def test_a_training_step_costs_three_forwards(name):
-    layer, x = parse(LayerConfig, CASES[name]).build(D), torch.randn(1, 23, D, requires_grad=True)
+def test_a_training_step_costs_three_forwards_but_for_sub_keys_that_nobody_picked(name):
+    config = CASES[name]
+    layer, x = parse(LayerConfig, config).build(D), torch.randn(1, 23, D, requires_grad=True)
+    # Their scores get no gradient, so neither queries nor keys get one from them.
+    wanted = 3 * layer_cost(config, D, 23).flops - 2 * scored_but_not_picked(config, 23)
     with sdpa_kernel(SDPBackend.MATH):
-        assert count_flops(lambda: layer(x, Ctx())[0].sum().backward()) == 3 * layer_cost(CASES[name], D, 23).flops
+        assert count_flops(lambda: layer(x, Ctx())[0].sum().backward()) == wanted
 
 
 def test_a_predictor_skips_the_gradient_towards_its_input_and_so_costs_a_little_less_than_three_forwards():

@@ -22,6 +22,14 @@ OTHER = {
         "z_weight": 0.1,
         "activation": "geglu",
     },
+    "pkm": {
+        "num_values": 16,
+        "num_heads": 3,
+        "top_k": 2,
+        "d_key": 6,
+        "query_norm": "layer",
+        "share_keys": True,
+    },
     "peer": {
         "num_experts": 16,
         "num_heads": 3,

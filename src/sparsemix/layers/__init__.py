@@ -8,6 +8,7 @@ from sparsemix.layers.mh_moe import MHMoEConfig
 from sparsemix.layers.mod import MoDConfig
 from sparsemix.layers.moe import MoEConfig
 from sparsemix.layers.peer import PEERConfig
+from sparsemix.layers.pkm import PKMConfig
 
 __all__ = [
     "AttentionConfig",
@@ -22,5 +23,6 @@ __all__ = [
     "MoDConfig",
     "MoEConfig",
     "PEERConfig",
+    "PKMConfig",
     "update",
 ]

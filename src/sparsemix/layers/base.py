@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -140,6 +141,9 @@ class Layer(nn.Module):
 
     path: str = ""
 
+    # The entries of its own stats that `update` takes up.
+    observes: ClassVar[tuple[str, ...]] = ()
+
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
 
@@ -148,7 +152,8 @@ class Layer(nn.Module):
         return Ctx(causal=not self.training)
 
     def update(self, stats: Mapping[str, Tensor]) -> None:
-        """Move running state (batch statistics, thresholds) by one step's observations. Most layers have none."""
+        """Move running state (batch statistics, thresholds) by one step's observations, which hold those entries named
+        in `observes` that forward returned. Most layers have none."""
 
     def forget(self) -> None:
         """Return running state to never observed. Most layers have none."""
@@ -158,12 +163,28 @@ class Layer(nn.Module):
 
 
 def update(module: nn.Module, stats: Mapping[str, Tensor]) -> None:
-    """Let every layer inside `module` take up its own entries of `stats`; call once per optimizer step."""
+    """Let every layer inside `module` take up its own entries of `stats`; call once per optimizer step.
+
+    Where torch.distributed runs, they are averaged over the ranks first, with equal weights: every rank calls this,
+    with the same entries, and all ranks keep the same running state."""
+    own: dict[Layer, dict[str, str]] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, Layer):
-            prefix = f"{name}." if name else ""
-            own = {key.removeprefix(prefix): value for key, value in stats.items() if key.startswith(prefix)}
-            layer.update(own)
+            keys = {entry: f"{name}.{entry}" if name else entry for entry in layer.observes}
+            own[layer] = {entry: key for entry, key in keys.items() if key in stats}
+    seen = rank_means({key: stats[key] for keys in own.values() for key in keys.values()})
+    for layer, keys in own.items():
+        layer.update({entry: seen[key] for entry, key in keys.items()})
+
+
+def rank_means(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every entry's mean over the ranks of torch.distributed, in one exchange; the entries themselves without it."""
+    if not stats or not dist.is_available() or not dist.is_initialized():
+        return stats
+    flat = torch.cat([value.detach().double().flatten() for value in stats.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in stats.values()])
+    return {key: part.view_as(stats[key]).to(stats[key]) for key, part in zip(stats, parts, strict=True)}
 
 
 def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, ""]:

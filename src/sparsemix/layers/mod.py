@@ -115,6 +115,7 @@ class MoD(Layer):
     gate of 1 is the plain block; `full` gates x + update. Its equation gates with the raw score, its figures with a
     sigmoid (default). `anneal_steps` lowers the quota from all tokens by a cosine, in quarters."""
 
+    observes = ("threshold",)
     threshold: Tensor
     num_updates: Tensor
     anneal_step: Tensor

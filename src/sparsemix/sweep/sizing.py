@@ -1,5 +1,6 @@
 """Feed-forward kinds sized to the FLOPs of the dense layer they replace."""
 
+import math
 from typing import Any
 
 from sparsemix.config import ConfigError, nearest
@@ -56,22 +57,34 @@ def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
 
 
 def _peer(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
-    """d_key = d_model / 4, 16 experts a head; as many heads (at most 8, as in the paper, unless the table is full)
-    and then as many experts as the FLOPs allow."""
-    K, d_key = 16, max(2, d_model // 8 * 2)
-    largest = min(1024, int((MAX_TABLE_PARAMS / (2 * d_model)) ** 0.5))
+    """16 experts a head, two rows each."""
+    n, lookup = _product_keys(target, d_model, 16, 2)
+    return {"num_experts": n * n, **lookup}
+
+
+def _pkm(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """32 values a head, one row each: the expert FLOPs of PEER."""
+    n, lookup = _product_keys(target, d_model, 32, 1)
+    return {"num_values": n * n, **lookup}
+
+
+def _product_keys(target: float, d_model: int, K: int, rows: int) -> tuple[int, dict[str, Any]]:
+    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4; as many heads (at most 8, as in the
+    papers, unless the tables are full) and then as many sub-keys as the FLOPs allow; a pick reads `rows` table rows."""
+    d_key = max(2, d_model // 8 * 2)
+    largest = min(1024, int((MAX_TABLE_PARAMS / (rows * d_model)) ** 0.5))
 
     def side(heads: int) -> int:
-        """Sub-keys a side that the FLOPs left after queries and experts pay for."""
-        return int((target / heads - 2 * d_model * d_key - 4 * K * d_model) / (2 * d_key))
+        """Sub-keys a side that the FLOPs left after queries and looked-up rows pay for."""
+        return int((target / heads - 2 * d_model * d_key - 2 * rows * K * d_model) / (2 * d_key))
 
     heads = next((h for h in (8, 4, 2) if side(h) >= 32), 1)
     while side(heads) > largest:
         heads += 1
-    return {"num_experts": max(4, side(heads)) ** 2, "num_heads": heads, "top_k": K, "d_key": d_key}
+    return max(math.isqrt(K - 1) + 1, side(heads)), {"num_heads": heads, "top_k": K, "d_key": d_key}
 
 
-SIZES = {"moe": _moe, "peer": _peer, "mh_moe": _mh_moe}
+SIZES = {"moe": _moe, "pkm": _pkm, "peer": _peer, "mh_moe": _mh_moe}
 
 
 def example(kind: str, d_model: int, seq_len: int) -> LayerConfig | None:
