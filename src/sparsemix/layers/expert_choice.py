@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
@@ -27,6 +27,12 @@ class ExpertChoiceConfig(LayerConfig):
     group: Literal["sequence", "batch"] = "sequence"
     shared_d_ff: int = Field(default=0, ge=0)
     activation: Activation = "swiglu"
+
+    @model_validator(mode="after")
+    def _chooses(self) -> "ExpertChoiceConfig":
+        one = "must be at least 1 with num_experts=1, whose affinity is 1 for every token; mod routes to one"
+        self.rule(self.num_experts > 1 or self.capacity_factor >= 1, "capacity_factor", one)
+        return self
 
     @property
     def shared(self) -> DenseConfig | None:

@@ -43,7 +43,7 @@ def moe(layer, x, ctx):
     for at, p in probs.items():
         scale = sum(p[e] for e in chosen[at]) if c.normalize_gates else 1
         outs = [p[e] / scale * expert(layer.experts, e, x[at]) for e in chosen[at] if (*at, e) in served]
-        rows[at] = sum(outs, torch.zeros_like(x[at]))
+        rows[at] = sum(outs, 0 * x[at])
     y, N = assemble(x, rows), len(rows)
     if c.shared_d_ff:
         y = y + dense(layer.shared, x, ctx)[0]
@@ -79,9 +79,8 @@ def rows_of(x, ctx):
 
 
 def served_by_choice(layer, x, affinity, taken):
-    zero = torch.zeros_like(x[0, 0])
     each = {at: [affinity[at][e] * expert(layer.experts, e, x[at]) for e in taken[at]] for at in taken}
-    return assemble(x, {at: sum(outs, zero) for at, outs in each.items()})
+    return assemble(x, {at: sum(outs, 0 * x[at]) for at, outs in each.items()})
 
 
 def expert_choice(layer, x, ctx):
@@ -110,7 +109,7 @@ def mode(layer, x, ctx):
         for at, p in probs.items():
             scale = sum(p[e] for e in chosen[at]) if c.normalize_gates else 1
             outs = [p[e] / scale * expert(layer.experts, e, x[at]) for e in chosen[at] if e < E]
-            rows[at] = sum(outs, torch.zeros_like(x[at]))
+            rows[at] = sum(outs, 0 * x[at])
         y = assemble(x, rows)
         weight = 0.01 if c.balance_weight is None else c.balance_weight
         if weight:
