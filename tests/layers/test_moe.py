@@ -112,6 +112,14 @@ def test_more_picks_than_experts_are_refused():
         build(BASE | {"top_k": 9})
 
 
+def test_tokens_in_another_order_get_their_own_updates_and_only_capacity_knows_the_order():
+    x, order = tokens(2, 23), torch.randperm(23)
+    for capacity_factor, same in ((None, True), (0.5, False)):
+        layer = build(BASE | {"capacity_factor": capacity_factor})
+        y, moved = layer(x, Ctx())[0], layer(x[:, order], Ctx())[0]
+        assert torch.allclose(moved, y[:, order], rtol=0, atol=1e-12) == same
+
+
 # Capacity. One-hot tokens whose router scores are given, so that who asks for what is known.
 
 
