@@ -72,6 +72,9 @@ def gradients(total, moving):
 ATTENTION = {"kind": "attention", "num_heads": 5}
 DENSE = {"kind": "dense", "d_ff": 7}
 MOE = {"kind": "moe", "num_experts": 5, "top_k": 2, "d_ff": 3}
+EXPERT_CHOICE = {"kind": "expert_choice", "num_experts": 5, "capacity_factor": 2.0, "d_ff": 3}
+# Three of four columns are real, so that balanced costs are whole numbers.
+MODE = {"kind": "mode", "num_experts": 6, "num_noop": 2, "top_k": 2, "d_ff": 3}
 PEER = {"kind": "peer", "num_experts": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
 PKM = {"kind": "pkm", "num_values": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
 # One small layer of every registered kind; a new kind adds its own.
@@ -80,6 +83,8 @@ BASES = {
     "dense": DENSE,
     "moe": MOE | {"shared_d_ff": 4, "z_weight": 0.1},
     "pkm": PKM,
+    "expert_choice": EXPERT_CHOICE | {"shared_d_ff": 4},
+    "mode": MODE | {"z_weight": 0.1},
     "peer": PEER,
     "mh_moe": {"kind": "mh_moe", "num_heads": 5, "inner": MOE, "bias": True},
     "mod": {

@@ -38,6 +38,15 @@ NAMES = {
         "shared.down.weight": (D, 4),
     },
     "pkm": QUERY_NAMES | {"keys": (2, 2, 3, 2), "values": (9, D)},
+    "expert_choice": {
+        "router.weight": (5, D),
+        "experts.gate_up": (5, 6, D),
+        "experts.down": (5, D, 3),
+        "shared.gate.weight": (4, D),
+        "shared.up.weight": (4, D),
+        "shared.down.weight": (D, 4),
+    },
+    "mode": {"router.weight": (8, D), "experts.gate_up": (6, 6, D), "experts.down": (6, D, 3)},
     "peer": PEER_NAMES,
     "mh_moe": {
         "head.weight": (D, D),

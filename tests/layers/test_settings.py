@@ -1,13 +1,13 @@
 import pytest
 import torch
-from cases import BASES, DENSE, MOE, build, tokens
+from cases import BASES, DENSE, MODE, MOE, build, tokens
 
 from sparsemix.api import layer_cost
-from sparsemix.layers import Ctx, LayerConfig
+from sparsemix.layers import Ctx, LayerConfig, update
 
 # Heads of width 4: at width 2 rotary positions have one frequency, and rope_theta no say.
 D = 20
-BASE = BASES | {"moe": MOE, "mh_moe": BASES["mh_moe"] | {"bias": False}}
+BASE = BASES | {"moe": MOE, "mode": MODE, "mh_moe": BASES["mh_moe"] | {"bias": False}}
 # Another value of every setting of every kind. A new kind or setting adds its own, or the test below fails.
 OTHER = {
     "attention": {"num_heads": 1, "num_kv_heads": 1, "rope_theta": 100.0},
@@ -17,6 +17,28 @@ OTHER = {
         "top_k": 1,
         "d_ff": 4,
         "shared_d_ff": 5,
+        "normalize_gates": True,
+        "balance_weight": 0.5,
+        "balance_picks": "first",
+        "z_weight": 0.1,
+        "bias_rate": 0.5,
+        "capacity_factor": 0.5,
+        "activation": "geglu",
+    },
+    "expert_choice": {
+        "num_experts": 6,
+        "capacity_factor": 1.0,
+        "d_ff": 4,
+        "group": "batch",
+        "shared_d_ff": 5,
+        "activation": "geglu",
+    },
+    "mode": {
+        "num_experts": 5,
+        "num_noop": 3,
+        "top_k": 1,
+        "d_ff": 4,
+        "routing": "expert_choice",
         "normalize_gates": True,
         "balance_weight": 0.5,
         "z_weight": 0.1,
@@ -59,10 +81,12 @@ BESIDE = {("mod", "router_loss_weight"): {"sampling": "router_bce"}}
 
 
 def observe(config):
-    """What settings can change: output, losses, cost."""
+    """What settings can change: output (after running state moved once), losses, cost."""
     layer = build(config, D)
     torch.manual_seed(1)
-    y, aux = layer(tokens(d_model=D), Ctx())
+    x = tokens(d_model=D)
+    update(layer, layer(x, Ctx())[1].stats)
+    y, aux = layer(x, Ctx())
     return y.detach(), {name: float(value.detach()) for name, value in aux.losses.items()}, layer_cost(config, D, 7)
 
 

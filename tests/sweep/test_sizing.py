@@ -61,10 +61,21 @@ def test_moe_has_four_times_the_feed_forward_parameters(d_model):
     assert abs(sized("moe", d_model).cost(d_model, 1).params / dense_at(d_model).cost(d_model, 1).params / 4 - 1) <= 0.1
 
 
+@pytest.mark.parametrize("d_model", WIDTHS)
+def test_expert_choice_is_moe_with_the_choice_turned_round(d_model):
+    choice, moe = sized("expert_choice", d_model), sized("moe", d_model)
+    assert choice.cost(d_model, 128) == moe.cost(d_model, 128)
+    assert choice.capacity_factor == moe.top_k
+
+
+def test_a_sequence_too_short_for_every_expert_to_pick_its_share_is_refused():
+    with pytest.raises(ConfigError, match="kinds=expert_choice cannot be sized"):
+        sized_ffn("expert_choice", dense_at(64), 64, 2)
+
+
 def test_an_unknown_kind_is_refused_with_the_nearest_name():
-    with pytest.raises(
-        ConfigError, match=r"kinds=peeer is none of dense, mod, moe, pkm, peer, mh_moe; did you mean 'peer'\?"
-    ):
+    known = ", ".join(["dense", "mod", *SIZES])
+    with pytest.raises(ConfigError, match=rf"kinds=peeer is none of {known}; did you mean 'peer'\?"):
         sized_ffn("peeer", dense_at(64), 64, 128)
 
 

@@ -13,7 +13,7 @@ from sparsemix.layers import Ctx, Layer, update
 from sparsemix.model import LM, token_nats
 from sparsemix.ops.flop_counter import count_flops
 
-SUMMED = ("counts", "gate_mass", "confusion")
+SUMMED = ("counts", "gate_mass", "confusion", "taken")
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, valid_mean, valid_only
 from sparsemix.layers.linear import Linear
-from sparsemix.layers.router import Router, at_least_fp32, masked_quantile
+from sparsemix.layers.router import Router, at_least_fp32
+from sparsemix.layers.threshold import quantile
 from sparsemix.layers.token_selection import (
     anneal_slack,
     first_tokens,
@@ -251,7 +252,8 @@ class MoD(Layer):
                 stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
         if self.training and config.has_threshold:
             share = quota(config.capacity, scores.shape[1], self.slack) / scores.shape[1]
-            stats["threshold"] = masked_quantile(scores.detach().flatten(), ctx.valid, 1 - share)
+            valid = None if ctx.valid is None else ctx.valid.flatten()
+            stats["threshold"] = quantile(scores.detach().flatten()[:, None], valid, 1 - share)[0]
         if self.training and self.slack:
             stats["extra_flops"] = scores.new_tensor(self.extra_flops(*scores.shape), dtype=torch.float64)
         if not self.training:

@@ -22,7 +22,8 @@ def quota(capacity: float, seq_len: int, slack: float = 0.0) -> int:
 
 def row_quota(capacity: float, real: Int[Tensor, "B 1"], slack: float = 0.0) -> Float[Tensor, "B 1"]:
     """`quota` for rows of so many real tokens; 0 for an empty row."""
-    C = (real * capacity - 1e-9).ceil() if capacity <= 1 else real.clamp_max(int(capacity)).float()
+    # In fp32, 0.1 * 30 is already more than 3 by more than the offset.
+    C = (real.double() * capacity - 1e-9).ceil() if capacity <= 1 else real.clamp_max(int(capacity)).double()
     return C + (slack * (real - C)).ceil()
 
 

@@ -20,7 +20,8 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
         raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
     target = dense.cost(d_model, 1).flops
     settings = {"kind": kind, **SIZES[kind](target, dense, d_model)}
-    spent = LayerConfig.model_validate(settings).cost(d_model, 1).flops
+    # Of a whole sequence: an expert that picks tokens takes at least one.
+    spent = LayerConfig.model_validate(settings).cost(d_model, seq_len).flops / seq_len
     if abs(spent / target - 1) > TOLERANCE:
         raise ConfigError(
             f"kinds={kind} cannot be sized to the dense layer's {target:.3g} FLOPs per token (nearest {spent:.3g}); "
@@ -39,6 +40,20 @@ def _moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
     E, K = 8, 2
     d_ff = (target - 2 * d_model * E) / (2 * K * num_matrices(dense.activation) * d_model)
     return {"num_experts": E, "top_k": K, "d_ff": max(1, int(d_ff)), "activation": dense.activation}
+
+
+def _expert_choice(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """The experts of `moe`, each taking a quarter of the tokens: 2 a token on average."""
+    moe = _moe(target, dense, d_model)
+    return {"num_experts": 8, "capacity_factor": 2.0, "d_ff": moe["d_ff"], "activation": dense.activation}
+
+
+def _mode(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """8 experts and 2 no-ops, 2 of the 10 a token: 1.6 experts at the balance loss's target, so wider than `moe`'s."""
+    E, M, K = 8, 2, 2
+    d_ff = (target - 2 * d_model * (E + M)) / (2 * K * E / (E + M) * num_matrices(dense.activation) * d_model)
+    widths = {"d_ff": max(1, int(d_ff)), "activation": dense.activation}
+    return {"num_experts": E, "num_noop": M, "top_k": K, **widths}
 
 
 def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
@@ -84,7 +99,14 @@ def _product_keys(target: float, d_model: int, K: int, rows: int) -> tuple[int, 
     return max(math.isqrt(K - 1) + 1, side(heads)), {"num_heads": heads, "top_k": K, "d_key": d_key}
 
 
-SIZES = {"moe": _moe, "pkm": _pkm, "peer": _peer, "mh_moe": _mh_moe}
+SIZES = {
+    "moe": _moe,
+    "expert_choice": _expert_choice,
+    "pkm": _pkm,
+    "peer": _peer,
+    "mh_moe": _mh_moe,
+    "mode": _mode,
+}
 
 
 def example(kind: str, d_model: int, seq_len: int) -> LayerConfig | None:

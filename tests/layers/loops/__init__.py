@@ -8,22 +8,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loops.experts import expert_choice, mode, moe
+from loops.tokens import ACTIVATION, assemble, dense, real_of, real_tokens
 from sparsemix.layers.attention import Attention
 from sparsemix.layers.block import Block
 from sparsemix.layers.dense import Dense
+from sparsemix.layers.expert_choice import ExpertChoice
 from sparsemix.layers.mh_moe import MHMoE
 from sparsemix.layers.mod import MoD
+from sparsemix.layers.mode import MoDE
 from sparsemix.layers.moe import MoE
 from sparsemix.layers.peer import PEER
 from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryBatchNorm, QueryLayerNorm
-
-ACTIVATION = {
-    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
-    "relu": lambda z: z.clamp(min=0),
-    "silu": lambda z: z / (1 + torch.exp(-z)),
-}
-GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def loop(layer, x, ctx):
@@ -32,21 +29,6 @@ def loop(layer, x, ctx):
 
 def positions_of(x, ctx):
     return torch.arange(x.shape[1]).expand(x.shape[:2]) if ctx.positions is None else ctx.positions
-
-
-def real_of(x, ctx):
-    return torch.ones(x.shape[:2], dtype=torch.bool) if ctx.valid is None else ctx.valid
-
-
-def real_tokens(x, ctx):
-    real = real_of(x, ctx)
-    return [(b, t) for b in range(x.shape[0]) for t in range(x.shape[1]) if real[b, t]]
-
-
-def assemble(x, rows):
-    """(B, T, D) from {(b, t): vector}; zero where there is none."""
-    zero = torch.zeros_like(x[0, 0])
-    return torch.stack([torch.stack([rows.get((b, t), zero) for t in range(x.shape[1])]) for b in range(x.shape[0])])
 
 
 def turn(head, position, theta):
@@ -75,55 +57,6 @@ def attention(layer, x, ctx):
             heads.append(sum(w * v for w, v in zip(weights, values, strict=True)) / weights.sum())
         rows[b, t] = layer.o.weight @ torch.cat(heads)
     return assemble(x, rows), {}
-
-
-def feed(token, up, down, gate, activation):
-    if activation in GATED:
-        return down @ (ACTIVATION[GATED[activation]](gate @ token) * (up @ token))
-    return down @ ACTIVATION[activation](up @ token)
-
-
-def dense(layer, x, ctx):
-    gate = layer.gate.weight if layer.activation in GATED else None
-    fed = {
-        (b, t): feed(x[b, t], layer.up.weight, layer.down.weight, gate, layer.activation)
-        for b, t in real_tokens(x, ctx)
-    }
-    return assemble(x, fed), {}
-
-
-def expert(bank, e, token):
-    if bank.activation in GATED:
-        F_ = bank.gate_up.shape[1] // 2
-        return feed(token, bank.gate_up[e, F_:], bank.down[e], bank.gate_up[e, :F_], bank.activation)
-    return feed(token, bank.up[e], bank.down[e], None, bank.activation)
-
-
-def moe(layer, x, ctx):
-    c = layer.config
-    rows, picks, mass, squares = {}, [0] * c.num_experts, torch.zeros(c.num_experts, dtype=x.dtype), []
-    for b, t in real_tokens(x, ctx):
-        logits = layer.router.weight @ x[b, t]
-        probs = logits.exp() / logits.exp().sum()
-        chosen = sorted(range(c.num_experts), key=lambda e: -float(probs[e].detach()))[: c.top_k]
-        scale = sum(probs[e] for e in chosen) if c.normalize_gates else 1
-        rows[b, t] = sum(probs[e] / scale * expert(layer.experts, e, x[b, t]) for e in chosen)
-        for e in chosen:
-            picks[e] += 1
-        mass = mass + probs
-        squares.append(logits.exp().sum().log() ** 2)
-    y, tokens = assemble(x, rows), len(rows)
-    if c.shared_d_ff:
-        y = y + dense(layer.shared, x, ctx)[0]
-    losses = {}
-    if c.balance_weight:
-        shares = [n / (tokens * c.top_k) for n in picks]
-        losses["balance"] = (
-            c.balance_weight * c.num_experts * sum(f * p for f, p in zip(shares, mass / tokens, strict=True))
-        )
-    if c.z_weight:
-        losses["router_z"] = c.z_weight * sum(squares) / tokens
-    return y, losses
 
 
 def normal_queries(norm, queries, causal):
@@ -322,4 +255,15 @@ def block(layer, x, ctx):
     return mixed + fed, losses | {f"ffn.{name}": value for name, value in ffn_losses.items()}
 
 
-LOOPS = {Attention: attention, Dense: dense, MoE: moe, PKM: pkm, PEER: peer, MHMoE: mh_moe, MoD: mod, Block: block}
+LOOPS = {
+    Attention: attention,
+    Dense: dense,
+    MoE: moe,
+    ExpertChoice: expert_choice,
+    MoDE: mode,
+    PKM: pkm,
+    PEER: peer,
+    MHMoE: mh_moe,
+    MoD: mod,
+    Block: block,
+}
