@@ -76,9 +76,9 @@ class MoDE(Layer):
     """Router rows num_experts.. are the no-ops, whose output is 0: on a residual branch that leaves the stream alone.
 
     Gates are a softmax over all columns, and if normalize_gates over all picks, no-ops included. The paper
-    (arXiv:2404.02258, section 3.7) gives no equation, no counts and no loss. Chosen here: real and no-op columns are
-    balanced separately (`separate_balance`), since even load over all columns alone would fix no one share; under
-    expert choice what a no-op column takes adds nothing, so its picks are not computed: it works through the softmax
+    (arXiv:2404.02258, its MoDE) gives no equation, no counts and no loss. Chosen here: real and no-op columns are
+    balanced apart (`separate_balance`), so that evenness among experts cannot be bought with no-ops; under expert
+    choice what a no-op column takes adds nothing, so its picks are not computed: it works through the softmax
     and through its part of the capacity. A causal Ctx uses a running threshold per real expert."""
 
     def __init__(self, config: MoDEConfig, d_model: int) -> None:
