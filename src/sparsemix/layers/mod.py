@@ -147,6 +147,8 @@ class MoD(Layer):
         elif self.training:
             real_scores = scores.detach() if ctx.valid is None else scores.detach()[ctx.valid]
             stats["threshold"] = real_scores.flatten().quantile(1 - self.config.capacity)
+        if not self.training:
+            stats |= {"scores": scores.detach()} | ({} if guess is None else {"guess": guess.detach()})
         return Aux(losses, stats)
 
     @torch.no_grad()
