@@ -28,6 +28,12 @@ class Stream(NamedTuple):
     tokens: np.ndarray
     starts: Int64[np.ndarray, "starts"]
 
+    def first(self, max_tokens: int) -> "Stream":
+        """The first max_tokens scored tokens, the document that goes beyond them cut."""
+        total = min(max_tokens, int(self.starts[-1]))
+        starts = np.append(self.starts[self.starts < total], total)
+        return Stream(self.tokens[: total + 1], starts)
+
     def covered(self, max_tokens: int | None) -> int:
         """How many first whole documents fit max_tokens: all if None, at least one."""
         ends = self.starts[1:]

@@ -1,0 +1,23 @@
+"""A kind's settings as a table for a terminal."""
+
+from typing import Literal, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+from rich.table import Table
+
+from sparsemix.config import Config
+
+
+def settings_table(config_type: type[Config]) -> Table:
+    """Name, default, type and bounds of every setting."""
+    table = Table("  setting", "default", "values", box=None, pad_edge=False)
+    for name, info in config_type.model_fields.items():
+        if name != "kind":
+            annotation = info.annotation
+            values = getattr(annotation, "__name__", str(annotation))
+            if get_origin(annotation) is Literal:
+                values = ", ".join(get_args(annotation))
+            bounds = [str(rule).split("(")[1].rstrip(")") for rule in info.metadata if "(" in str(rule)]
+            default = "required" if info.default is PydanticUndefined else str(info.default)
+            table.add_row(f"  {name}", default, ", ".join([values, *bounds]))
+    return table
