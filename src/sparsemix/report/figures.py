@@ -249,8 +249,10 @@ class Bars:
         shares, names = self.shares(), self.called()
         y_axis = _Axis([0, *shares], HEIGHT - BOTTOM, TOP + 6)
         y_axis.low = 0.0
-        slot = (WIDTH - RIGHT - LEFT) / len(shares)
-        middles = [LEFT + slot * (i + 0.5) for i in range(len(shares))]
+        # A histogram has a number at its left end, which the y axis' lowest one must not meet.
+        left = LEFT + 12 if self.edges else LEFT
+        slot = (WIDTH - RIGHT - left) / len(shares)
+        middles = [left + slot * (i + 0.5) for i in range(len(shares))]
         every = math.ceil(len(shares) / 12)
         parts = [_grid(y_axis), _axis_titles(self.x_label, self.y_label)]
         for x, share, name in zip(middles, shares, names, strict=True):
@@ -263,10 +265,10 @@ class Bars:
                 parts.append(f'<text class="halo" x="{x:.1f}" y="{top - 4:.1f}" text-anchor="middle">{label}</text>')
         if self.edges:
             ticks = nice_ticks(self.edges[0], self.edges[-1])
-            scale = (WIDTH - RIGHT - LEFT) / (self.edges[-1] - self.edges[0])
-            parts.append(_x_ticks([LEFT + scale * (tick - self.edges[0]) for tick in ticks], tick_labels(ticks)))
+            scale = (WIDTH - RIGHT - left) / (self.edges[-1] - self.edges[0])
+            parts.append(_x_ticks([left + scale * (tick - self.edges[0]) for tick in ticks], tick_labels(ticks)))
         else:
-            parts.append(_x_ticks(middles, [name if i % every == 0 else "" for i, name in enumerate(names)]))
+            parts.append(_x_ticks(middles, [escape(name) if i % every == 0 else "" for i, name in enumerate(names)]))
         text = "; ".join(f"{name}: {fixed(share, 1)} %" for name, share in zip(names, shares, strict=True))
         return _svg(self.id, self.title, f"{self.y_label} by {self.x_label}. {text}.", parts, HEIGHT)
 

@@ -53,7 +53,7 @@ def _activation(experts: dict[str, Any], prefix: str) -> Drawn:
         for key, name in (("per_token", f"{path}, per token"), ("per_row", f"{path}, per sub-token")):
             if several or key == "per_token":
                 points = [(t, 100 * y) for t, y in zip(curve["thresholds"], curve[key], strict=True)]
-                lines.append(Line(name if several else path, len(lines), points))
+                lines.append(Line(name if several else path, len(lines), points, colour=BLUE + len(lines)))
     ticks = [10.0**power for power in range(-5, 1)]
     chart = Chart(
         f"{prefix}activation", "Active experts over the threshold", "picks per token above which an expert is active",

@@ -46,7 +46,9 @@ def use(run: Run) -> Spec:
         for path, layer in _counted(run)
     ]  # fmt: skip
     columns = ["layer", "kind", "experts", "tokens", "picks a token", "visits an expert", "usage", "picked"]
-    return Spec("Experts: usage is the share with any gate mass, picked that with any pick", columns, rows, (0, 1))
+    return Spec(
+        "Use of the experts: usage is the share with any gate mass, picked that with any pick", columns, rows, (0, 1)
+    )
 
 
 def evenness(run: Run) -> Spec:
@@ -67,7 +69,7 @@ def evenness(run: Run) -> Spec:
         "layer", "weighted by", "unevenness (nats)", "effective experts", "entropy (nats)", "of ln E", "max / mean",
         "Gini", "hold 50/90/99 %",
     ]  # fmt: skip
-    return Spec("Experts: how evenly they are used", columns, rows, (0, 1))
+    return Spec("Evenness of the experts", columns, rows, (0, 1))
 
 
 def activation(run: Run) -> Spec:
@@ -79,8 +81,8 @@ def activation(run: Run) -> Spec:
         if layer["rows"] != layer["tokens"]:
             rows.append([path, "sub-token", *(percent(value[1]) for value in stated.values())])
     thresholds = list(dict.fromkeys(t for _, layer in _counted(run) for t in layer["activation"]["stated"]))
-    columns = ["layer", "picks per", *(f"> {threshold}" for threshold in thresholds)]
-    return Spec("Experts: share that is active above a threshold of picks", columns, rows, (0, 1))
+    columns = ["layer", "picks per", *(f">\u00a0{threshold}" for threshold in thresholds)]
+    return Spec("Share of the experts that is active above a threshold of picks", columns, rows, (0, 1))
 
 
 def taken(run: Run) -> Spec:
