@@ -237,27 +237,20 @@ def kinds(
 
     from sparsemix.config import nearest
     from sparsemix.layers import LayerConfig
-    from sparsemix.report.settings import settings_table
+    from sparsemix.sweep.kinds import cost_line, settings_table
     from sparsemix.sweep.sizing import example
 
     known = LayerConfig.family or {}
     if kind is not None and kind not in known:
         raise ConfigError(f"kind={kind} is none of {', '.join(sorted(known))}{nearest(kind, known)}")
-    console = Console()
+    console = Console(highlight=False)
     for name in [kind] if kind else sorted(known):
         config_type = known[name]
         assert issubclass(config_type, LayerConfig)
         console.print(f"[bold]{name}[/]: {' '.join((config_type.__doc__ or '').split())}")
         console.print(settings_table(config_type))
-        config = example(name, d_model, seq_len)
-        if config is not None:
-            cost = config.cost(d_model, seq_len)
-            console.print(
-                f"  example at width {d_model}, per token: {cost.flops / seq_len / 1e6:.3g} MFLOPs; "
-                f"{cost.active_params / 1e6:.3g} M of {cost.params / 1e6:.3g} M parameters and {cost.bytes / 1e6:.3g} "
-                "MB touched",
-                highlight=False,
-            )
+        if (config := example(name, d_model, seq_len)) is not None:
+            console.print(f"  example at width {d_model}, {cost_line(config.cost(d_model, seq_len), seq_len)}")
         console.print()
 
 

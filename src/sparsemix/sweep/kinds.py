@@ -1,4 +1,4 @@
-"""A kind's settings as a table for a terminal."""
+"""What `sparsemix kinds` shows of a kind: its settings, and what an example of it costs."""
 
 from typing import Literal, get_args, get_origin
 
@@ -6,6 +6,7 @@ from pydantic_core import PydanticUndefined
 from rich.table import Table
 
 from sparsemix.config import Config
+from sparsemix.layers import Cost
 
 
 def settings_table(config_type: type[Config]) -> Table:
@@ -21,3 +22,11 @@ def settings_table(config_type: type[Config]) -> Table:
             default = "required" if info.default is PydanticUndefined else str(info.default)
             table.add_row(f"  {name}", default, ", ".join([values, *bounds]))
     return table
+
+
+def cost_line(cost: Cost, seq_len: int) -> str:
+    """FLOPs, parameters and bytes of one token."""
+    return (
+        f"per token: {cost.flops / seq_len / 1e6:.3g} MFLOPs; {cost.active_params / 1e6:.3g} M of "
+        f"{cost.params / 1e6:.3g} M parameters and {cost.bytes / 1e6:.3g} MB touched"
+    )
