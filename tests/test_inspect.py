@@ -167,7 +167,7 @@ def test_ctrl_c_writes_nothing(runs, call, tmp_path, monkeypatch):
 
     monkeypatch.setattr("sparsemix.inspection.document_losses", interrupted)
     code, _, err = call(runs / "peer", "--out", tmp_path / "seen")
-    assert code == 130 and err == "sparsemix: interrupted; nothing was written\n"
+    assert code == 130 and err == "sparsemix: interrupted; no file is half-written; the same command starts anew\n"
     assert not list(tmp_path.iterdir())
 
 

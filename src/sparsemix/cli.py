@@ -200,7 +200,7 @@ def inspect(
     from sparsemix.sweep.watch import Stages
 
     place = out or run / "inspect"
-    with _interruptible("nothing was written"), Stages("inspect", _say) as stages:
+    with _interruptible("no file is half-written; the same command starts anew"), Stages("inspect", _say) as stages:
         result = inspect_folder(run, text or [], tokens, data, stages)
         write_inspection(result, place)
     if as_json:

@@ -31,7 +31,7 @@ def inspect_folder(
     """Statistics of a run, or of the first seed of every kind of a comparison, on the first `tokens` tokens of `text`
     (of the run's own test split if there is no text). Raises ConfigError."""
     runs = [inspect_run(run, text, tokens, data, progress) for run in run_folders(folder)]
-    return {"folder": str(folder), "runs": runs}
+    return {"folder": folder.resolve().name, "runs": runs}
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -61,11 +61,13 @@ def inspect_run(
         raise ConfigError(f"text={where} holds {total} tokens, less than one window of {seq_len}; add text")
     # The logits are the largest tensor: at most 2^25 of them at a time.
     rows = max(1, min(4096, 2**25 // config.model.vocab_size) // seq_len)
-    batches = _told(stream.eval_batches(rows, seq_len), f"measuring {folder.name}", -(-total // seq_len), progress)
+    batches = _told(
+        stream.eval_batches(rows, seq_len), f"measuring {folder.resolve().name}", -(-total // seq_len), progress
+    )
     losses = document_losses(model, batches, per_token=True)
     series = losses.series()
     found = {
-        "run": folder.name,
+        "run": name,
         "kinds": sorted({kind for path in _routed_paths(losses) for kind in _kinds(config, path)}),
         "text": list(text) or ["the run's test split"],
         "tokens": losses.tokens,
@@ -76,9 +78,9 @@ def inspect_run(
         "passes": None if losses.passes is None else losses.passes.tolist(),
         "loss_by_depth": loss_by_depth(series),
         "correlation": {
-            name: {to: correlations(value, series[of], series["doc"]) for to, of in TARGETS.items()}
-            for name, value in series.items()
-            if name not in ("doc", *TARGETS.values())
+            stat: {to: correlations(value, series[of], series["doc"]) for to, of in TARGETS.items()}
+            for stat, value in series.items()
+            if stat not in ("doc", *TARGETS.values())
         },
     }
     return {**found, "warnings": _warnings(found)}
@@ -152,13 +154,11 @@ def _routed_paths(losses: Losses) -> list[str]:
 
 def _kinds(config: RunConfig, path: str) -> list[str]:
     """The kinds along a layer's path, outermost first, plain blocks left out."""
-    at: Any = config.model
-    kinds: list[str] = []
+    along: list[Any] = [config.model]
     for name in path.split("."):
-        at = at[int(name)] if name.isdigit() else getattr(at, name, None)
-        if isinstance(at, LayerConfig) and (kind := getattr(at, "kind", "block")) != "block":
-            kinds.append(str(kind))
-    return kinds
+        along.append(along[-1][int(name)] if name.isdigit() else getattr(along[-1], name, None))
+    kinds = [getattr(at, "kind", "block") for at in along if isinstance(at, LayerConfig)]
+    return [kind for kind in kinds if kind != "block"]
 
 
 def expert_layers(config: RunConfig, losses: Losses, series: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def inspected():
         "correlation": {"depth": {"loss": correlations(x, x + rng.normal(size=300), docs)}},
         "warnings": ["blocks.1.inner.ffn: usage is a lower bound"],
     }  # fmt: skip
-    return json.loads(json.dumps({"folder": "runs/mod-0-26564b9a49", "runs": [run]}))
+    return json.loads(json.dumps({"folder": "mod-0-26564b9a49", "runs": [run]}))
 
 
 def test_the_page_is_whole_and_fetches_nothing(inspected):

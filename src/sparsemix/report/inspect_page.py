@@ -37,7 +37,7 @@ def page_of(result: dict[str, Any]) -> str:
     sections.append(("reading", "How to read this", listed(READING)))
     runs = result["runs"]
     measured = f"{si(runs[0]['tokens'])} tokens of {', '.join(runs[0]['text'])}"
-    return render(f"Routing statistics: {Path(result['folder']).name}", measured, sections)
+    return render(f"Routing statistics: {result['folder']}", measured, sections)
 
 
 def _run(run: dict[str, Any], prefix: str) -> Markup:
