@@ -82,13 +82,25 @@ def z_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
     return torch.where(valid, squares, 0.0).sum() / valid.sum().clamp_min(1)
 
 
+GATE_BINS = 20
+
+
 def usage_stats(
     expert_ids: Int[Tensor, "N R"],
     gates: Float[Tensor, "N R"],
     num_experts: int,
     valid: Bool[Tensor, " N"] | None,
 ) -> dict[str, Tensor]:
-    """Per expert, over real tokens: `counts` (picks) and `gate_mass` (summed gates), both (E,) fp64."""
-    mass = gates.detach().double() if valid is None else torch.where(valid[:, None], gates.detach(), 0.0).double()
+    """Per expert, over real tokens: `counts` (picks) and `gate_mass` (summed gates), both (E,) fp64.
+    `gate_histogram` (20,) fp64: picks by gate in equal bins of [0, 1], others in the end bins.
+    `top_gate` (N,): the largest gate of every row, padding included."""
+    gates = gates.detach()
+    mass = gates.double() if valid is None else torch.where(valid[:, None], gates, 0.0).double()
     gate_mass = torch.bincount(expert_ids.reshape(-1), mass.reshape(-1), minlength=num_experts)
-    return {"counts": load_of(expert_ids, num_experts, valid), "gate_mass": gate_mass}
+    bins = (gates.double() * GATE_BINS).long().clamp(0, GATE_BINS - 1)
+    return {
+        "counts": load_of(expert_ids, num_experts, valid),
+        "gate_mass": gate_mass,
+        "gate_histogram": load_of(bins, GATE_BINS, valid),
+        "top_gate": gates.amax(dim=1),
+    }
