@@ -148,7 +148,10 @@ class MoD(Layer):
             real_scores = scores.detach() if ctx.valid is None else scores.detach()[ctx.valid]
             stats["threshold"] = real_scores.flatten().quantile(1 - self.config.capacity)
         if not self.training:
-            stats |= {"scores": scores.detach()} | ({} if guess is None else {"guess": guess.detach()})
+            seen = {"scores": scores} if guess is None else {"scores": scores, "guess": guess}
+            stats |= {
+                name: (t if ctx.valid is None else t.masked_fill(~ctx.valid, 0)).detach() for name, t in seen.items()
+            }
         return Aux(losses, stats)
 
     @torch.no_grad()
