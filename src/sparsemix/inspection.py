@@ -61,9 +61,8 @@ def inspect_run(
         raise ConfigError(f"text={where} holds {total} tokens, less than one window of {seq_len}; add text")
     # The logits are the largest tensor: at most 2^25 of them at a time.
     rows = max(1, min(4096, 2**25 // config.model.vocab_size) // seq_len)
-    batches = _told(
-        stream.eval_batches(rows, seq_len), f"measuring {folder.resolve().name}", -(-total // seq_len), progress
-    )
+    name = folder.resolve().name
+    batches = _told(stream.eval_batches(rows, seq_len), f"measuring {name}", -(-total // seq_len), progress)
     losses = document_losses(model, batches, per_token=True)
     series = losses.series()
     found = {

@@ -93,10 +93,9 @@ def usage_stats(
 ) -> dict[str, Tensor]:
     """Per expert, over real tokens: `counts` (picks) and `gate_mass` (summed gates), both (E,) fp64.
     `gate_histogram` (20,) fp64: picks by gate in equal bins of [0, 1], others in the end bins.
-    `top_gate` (N,): the largest gate of every row, padding included."""
-    gates = gates.detach()
-    mass = gates.double() if valid is None else torch.where(valid[:, None], gates, 0.0).double()
-    gate_mass = torch.bincount(expert_ids.reshape(-1), mass.reshape(-1), minlength=num_experts)
+    `top_gate` (N,): the largest gate of every row, 0 in padding."""
+    gates = gates.detach() if valid is None else torch.where(valid[:, None], gates.detach(), 0.0)
+    gate_mass = torch.bincount(expert_ids.reshape(-1), gates.double().reshape(-1), minlength=num_experts)
     bins = (gates.double() * GATE_BINS).long().clamp(0, GATE_BINS - 1)
     return {
         "counts": load_of(expert_ids, num_experts, valid),
