@@ -63,10 +63,10 @@ def op_cases() -> dict[str, tuple[Callable[[], list[Tensor]], Callable[[], list[
     ids = torch.randint(65536, (1024, 128), generator=generator)
     rows, weight = draw(4096, 128), draw(16, 256, 128)
     counts = torch.full((16,), 256)
-    left, right = draw(32, 8, 128).detach(), draw(32, 8, 128).detach()  # the reference forms all n * n sums
+    query, keys = draw(32, 8, 2, 16), draw(2, 128, 16)  # the reference forms all n * n sums
 
-    def picks(op: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
-        return list(op(left, right, 16))
+    def picked(op: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+        return with_gradients(lambda q, c: torch.stack(op(q, c, 16)[:2]), query, keys)
 
     return {
         "row_dot": (
@@ -82,8 +82,8 @@ def op_cases() -> dict[str, tuple[Callable[[], list[Tensor]], Callable[[], list[
             lambda: with_gradients(lambda r, w: grouped_mm_reference.grouped_mm(r, w, counts), rows, weight),
         ),
         "product_key_topk": (
-            lambda: picks(product_key_topk.product_key_topk),
-            lambda: picks(product_key_topk_reference.product_key_topk),
+            lambda: picked(product_key_topk.product_key_topk),
+            lambda: picked(product_key_topk_reference.product_key_topk),
         ),
     }
 

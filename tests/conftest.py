@@ -1,12 +1,20 @@
-"""Shapes and types of every annotated signature are checked while the tests run; one thread, one seed."""
+"""Shapes and types of every annotated signature are checked while the tests run; one thread, one seed.
+
+The checks cannot be compiled, so `compiled/` runs in a process without them (test_compiled.py)."""
+
+import os
 
 import pytest
 from jaxtyping import install_import_hook
 
+CHECKED = os.environ.get("SPARSEMIX_UNCHECKED_TYPES") != "1"
+collect_ignore = ["compiled"] if CHECKED else []
+
 HOOKED = ["layers", "ops", "data", "evaluate", "model"]
 # The numeric tower lets an int stand where a float is annotated.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-install_import_hook([f"sparsemix.{name}" for name in HOOKED], CHECKER)
+if CHECKED:
+    install_import_hook([f"sparsemix.{name}" for name in HOOKED], CHECKER)
 
 import torch  # noqa: E402  (after the hook)
 

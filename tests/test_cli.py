@@ -123,7 +123,7 @@ def test_help_answers_without_torch(tmp_path):
 
 def test_kinds_and_recipes_are_listed(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "kinds")
-    for name in ("attention", "block", "dense", "moe", "peer", "mh_moe", "mod", "num_experts", "MFLOPs"):
+    for name in ("attention", "block", "dense", "moe", "pkm", "peer", "mh_moe", "mod", "num_experts", "MFLOPs"):
         assert name in out
     assert "float, ternary" in out
     _, out, _ = call(monkeypatch, capsys, "recipes")

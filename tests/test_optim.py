@@ -9,6 +9,7 @@ from sparsemix.optim import clip_groups, schedule, second_stage
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
 ATTENTION = {"kind": "attention", "num_heads": 2}
 PEER = {"kind": "peer", "num_experts": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
+PKM = {"kind": "pkm", "num_values": 16, "num_heads": 2, "top_k": 3, "d_key": 4}
 MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE, "bias": True}
 
 
@@ -18,16 +19,21 @@ def block(ffn):
 
 def model_of_every_kind():
     blocks = [block(PEER), block(PEER | {"query_norm": "layer", "share_keys": False}), block(MH_MOE)]
-    blocks += [{"kind": "mod", "inner": block({"kind": "dense", "d_ff": 6})}]
+    blocks += [{"kind": "mod", "inner": block({"kind": "dense", "d_ff": 6})}, block(PKM)]
     return build_model({"d_model": 8, "vocab_size": 17, "seq_len": 9, "blocks": blocks})
 
 
 EXPERTS = ["router.weight", "experts.gate_up", "experts.down"]
 FEED = ["gate.weight", "up.weight", "down.weight"]
 DECAYED = {
-    *(f"blocks.{i}.{name}.weight" for i in ("0.mixer", "1.mixer", "2.mixer", "3.inner.mixer") for name in "qkvo"),
+    *(
+        f"blocks.{i}.{name}.weight"
+        for i in ("0.mixer", "1.mixer", "2.mixer", "3.inner.mixer", "4.mixer")
+        for name in "qkvo"
+    ),
     "blocks.0.ffn.query.weight",
     "blocks.1.ffn.query.weight",
+    "blocks.4.ffn.query.weight",
     "blocks.2.ffn.head.weight",
     "blocks.2.ffn.merge.weight",
     *(f"blocks.2.ffn.inner.{name}" for name in EXPERTS),

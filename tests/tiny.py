@@ -16,7 +16,11 @@ D, T, V = 16, 16, 300
 ATTENTION = {"kind": "attention", "num_heads": 2}
 DENSE = {"kind": "dense", "d_ff": 40}
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 20}
+BIASED = MOE | {"bias_rate": 0.01, "capacity_factor": 0.75}
+EXPERT_CHOICE = {"kind": "expert_choice", "num_experts": 4, "capacity_factor": 2.0, "d_ff": 20}
+MODE = {"kind": "mode", "num_experts": 4, "num_noop": 2, "top_k": 2, "d_ff": 20}
 PEER = {"kind": "peer", "num_experts": 64, "num_heads": 2, "top_k": 4, "d_key": 8}
+PKM = {"kind": "pkm", "num_values": 64, "num_heads": 2, "top_k": 4, "d_key": 8}
 MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
 
 
@@ -42,14 +46,17 @@ BLOCKS = {
     "dense": [block(DENSE), block(DENSE)],
     "moe": [block(DENSE), block(MOE)],
     "peer": [block(DENSE), block(PEER)],
+    "pkm": [block(DENSE), block(PKM)],
     "mh_moe": [block(DENSE), block(MH_MOE)],
     "mod": [block(DENSE), mod(block(DENSE))],
     "threshold": [block(DENSE), mod(block(DENSE), sampling="threshold")],
+    "expert_choice": [block(DENSE), block(EXPERT_CHOICE)],
+    "mode": [block(MODE | {"routing": "expert_choice"}), block(MODE)],
     # Every kind of running state and of extra loss at once.
-    "nested": [block(MOE), mod(block(PEER))],
-    "nested_threshold": [block(MOE), mod(block(PEER), sampling="threshold")],
+    "nested": [block(BIASED), mod(block(PEER)), block(EXPERT_CHOICE)],
+    "nested_threshold": [block(BIASED), mod(block(PEER), sampling="threshold"), block(EXPERT_CHOICE)],
 }
-KINDS = ("dense", "moe", "peer", "mh_moe", "mod")
+KINDS = ("dense", "moe", "expert_choice", "mode", "pkm", "peer", "mh_moe", "mod")
 
 
 def sentence(rng):

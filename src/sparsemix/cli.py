@@ -6,16 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sparsemix.errors import ConfigError, TrainingError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from sparsemix.layers import LayerConfig
 
 app = typer.Typer(
     name="sparsemix",
@@ -62,12 +57,12 @@ def _fail(message: str, code: int) -> None:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """Ctrl-C inside is one line and exit code 130."""
+def _interruptible(left: str = "what was done is saved, and the same command resumes") -> Iterator[None]:
+    """Ctrl-C inside is one line that says what is left, and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        _fail("interrupted; what was done is saved, and the same command resumes", 130)
+        _fail(f"interrupted; {left}", 130)
 
 
 def _say(message: str) -> None:
@@ -95,6 +90,7 @@ def compare(
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     from sparsemix.config import parse
     from sparsemix.sweep.compare import CompareConfig, Comparison
+    from sparsemix.sweep.watch import Stages
 
     settings = {
         "text": tuple(text or ("stdlib",)),
@@ -106,7 +102,7 @@ def compare(
         "recipe": recipe,
         "overrides": tuple(override or ()),
     }
-    with _resumable(), _Preparation() as preparation:
+    with _interruptible(), Stages("data", _say) as preparation:
         comparison = Comparison(parse(CompareConfig, settings), out, _say, workers, preparation)
         runs = comparison.run()
     _report(comparison, runs)
@@ -114,8 +110,6 @@ def compare(
 
 def _report(comparison: Any, runs: Any) -> None:
     import json
-
-    from rich.console import Console
 
     from sparsemix.report.console import tables
     from sparsemix.report.page import write_report
@@ -125,42 +119,16 @@ def _report(comparison: Any, runs: Any) -> None:
     result = summarise(comparison, runs, shlex.join(["sparsemix", *sys.argv[1:]]))
     write_atomic(comparison.out / "result.json", json.dumps(result, indent=1))
     write_report(result, comparison.out / "report.html")
-    console = Console()
-    # A pipe or a file has no width of its own; a table must not be cut there.
-    (console if console.is_terminal else Console(width=160)).print(tables(result))
+    _print(tables(result))
     print(f"report: {comparison.out / 'report.html'}")
 
 
-class _Preparation:
-    """Data preparation as a bar on a terminal, one plain line a stage elsewhere. Call it with (stage, done, total)."""
+def _print(tables: Any) -> None:
+    from rich.console import Console
 
-    def __enter__(self) -> "_Preparation":
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), console=console, transient=True,
-            disable=not console.is_terminal,
-        )  # fmt: skip
-        self.stage: str | None = None
-        return self
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        if stage != self.stage:
-            if self.bar.disable:
-                _say(f"data: {stage}")
-            for task in self.bar.task_ids:
-                self.bar.remove_task(task)
-            self.bar.start()
-            self.stage, self.task = stage, self.bar.add_task(f"data: {stage}", total=total)
-        self.bar.update(self.task, completed=done, total=total)
-
-    def finish(self) -> None:
-        self.bar.stop()
-
-    def __exit__(self, *_: object) -> None:
-        self.finish()
+    console = Console()
+    # A pipe or a file has no width of its own; a table must not be cut there.
+    (console if console.is_terminal else Console(width=160)).print(tables)
 
 
 @app.command()
@@ -175,7 +143,7 @@ def train(
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
     from sparsemix.recipes import settings_of
-    from sparsemix.sweep.watch import Watch
+    from sparsemix.sweep.watch import Stages, Watch
     from sparsemix.train import RunConfig
     from sparsemix.train import train as train_run
 
@@ -186,8 +154,8 @@ def train(
     config = parse(RunConfig, raw)
     _say(f"{config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens")
     place = data or out.parent / f"data-{config_hash(parse(DataConfig, raw['data']))}"
-    with _resumable():
-        with _Preparation() as preparation:
+    with _interruptible():
+        with Stages("data", _say) as preparation:
             shards = prepare(config.data, place, preparation)
         config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
         with Watch([out], "training", _say) as watch:
@@ -219,6 +187,32 @@ def report(
 
 
 @app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a comparison's: then the first seed of each kind.")],
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on: the first of the text.")] = 65536,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; default: RUN/inspect.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The run's prepared text; default: beside the run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print inspect.json in place of the tables.")] = False,
+) -> None:
+    """Measure how a trained run routes: on --text, or on its own test split."""
+    from sparsemix.inspection import inspect_folder
+    from sparsemix.report.inspect_page import write_inspection
+    from sparsemix.report.inspect_tables import console_tables
+    from sparsemix.sweep.watch import Stages
+
+    place = out or run / "inspect"
+    with _interruptible("no file is half-written; the same command starts anew"), Stages("inspect", _say) as stages:
+        result = inspect_folder(run, text or [], tokens, data, stages)
+        write_inspection(result, place)
+    if as_json:
+        print((place / "inspect.json").read_text(encoding="utf-8"))
+    else:
+        _print(console_tables(result))
+    print(f"page: {place / 'inspect.html'}", file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
 def recipes() -> None:
     """List the packaged recipes."""
     from rich.console import Console
@@ -245,50 +239,21 @@ def kinds(
 
     from sparsemix.config import nearest
     from sparsemix.layers import LayerConfig
+    from sparsemix.sweep.kinds import cost_line, settings_table
     from sparsemix.sweep.sizing import example
 
     known = LayerConfig.family or {}
     if kind is not None and kind not in known:
         raise ConfigError(f"kind={kind} is none of {', '.join(sorted(known))}{nearest(kind, known)}")
-    console = Console()
+    console = Console(highlight=False)
     for name in [kind] if kind else sorted(known):
         config_type = known[name]
         assert issubclass(config_type, LayerConfig)
         console.print(f"[bold]{name}[/]: {' '.join((config_type.__doc__ or '').split())}")
-        console.print(_settings_table(config_type))
-        config = example(name, d_model, seq_len)
-        if config is not None:
-            cost = config.cost(d_model, seq_len)
-            console.print(
-                f"  example at width {d_model}, per token: {cost.flops / seq_len / 1e6:.3g} MFLOPs; "
-                f"{cost.active_params / 1e6:.3g} M of {cost.params / 1e6:.3g} M parameters and {cost.bytes / 1e6:.3g} "
-                "MB touched",
-                highlight=False,
-            )
+        console.print(settings_table(config_type))
+        if (config := example(name, d_model, seq_len)) is not None:
+            console.print(f"  example at width {d_model}, {cost_line(config.cost(d_model, seq_len), seq_len)}")
         console.print()
-
-
-def _settings_table(config_type: "type[LayerConfig]") -> "Table":
-    from typing import Literal, get_args, get_origin
-
-    from pydantic_core import PydanticUndefined
-    from rich.table import Table
-
-    from sparsemix.layers.ternary import PRECISIONS, PrecisionConfig
-
-    table = Table("  setting", "default", "values", box=None, pad_edge=False)
-    for name, info in config_type.model_fields.items():
-        if name != "kind":
-            annotation = info.annotation
-            values = getattr(annotation, "__name__", str(annotation))
-            if get_origin(annotation) is Literal:
-                values = ", ".join(get_args(annotation))
-            if annotation is PrecisionConfig:
-                values = ", ".join(PRECISIONS)
-            bounds = [str(rule).split("(")[1].rstrip(")") for rule in info.metadata if "(" in str(rule)]
-            default = "required" if info.default is PydanticUndefined else str(info.default)
-            table.add_row(f"  {name}", default, ", ".join([values, *bounds]))
-    return table
 
 
 if __name__ == "__main__":

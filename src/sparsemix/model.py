@@ -151,13 +151,16 @@ class LM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(_build(block, config.d_model, i) for i, block in enumerate(config.blocks))
         self.norm = RMSNorm(config.d_model)
+        for name, module in self.named_modules():
+            if isinstance(module, Layer):
+                module.path = name
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int = 0) -> None:
         devices = [] if self.embed.weight.device.type in ("cpu", "meta") else [self.embed.weight.device]
         with torch.random.fork_rng(devices=devices):
             for name, module in self.named_modules():
-                if name and any(True for _ in module.parameters(recurse=False)):
+                if isinstance(module, Layer) or any(True for _ in module.parameters(recurse=False)):
                     torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                     reset = module.reset_parameters
                     assert callable(reset)
@@ -166,8 +169,14 @@ class LM(nn.Module):
             nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, tokens: Int[Tensor, "B T"], ctx: Ctx | None = None) -> Output:
-        """Logits in the dtype of the model (or of autocast); ctx defaults to causal unless training."""
+        """Logits in the dtype of the model (or of autocast); ctx defaults to causal unless training. With a cache,
+        tokens continue what it has seen and positions default to counting on."""
         ctx = ctx or Ctx(causal=not self.training)
+        if ctx.cache is not None:
+            if not ctx.causal:
+                raise ValueError("a cache needs causal routing: pass Ctx(causal=True, cache=...)")
+            counted = ctx.cache.advance(ctx.valid, tokens.shape[1], ctx.rows).to(tokens.device)
+            ctx = ctx._replace(positions=counted if ctx.positions is None else ctx.positions)
         x, aux = self.embed(tokens), Aux({}, {})
         for i, block in enumerate(self.blocks):
             y, said = block(x, ctx)

@@ -8,12 +8,13 @@ from torch import nn
 
 from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.peer import PEER
+from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryNorm
 
 
 def decays(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     """Weight decay reaches matrices only: not norms, biases, embeddings, product keys or their tables."""
-    if isinstance(module, (nn.Embedding, RMSNorm, QueryNorm)) or (isinstance(module, PEER) and name != "query"):
+    if isinstance(module, (nn.Embedding, RMSNorm, QueryNorm, PEER, PKM)):
         return False
     if name == "sub_norm":  # an expert bank's norms, stacked
         return False
@@ -48,7 +49,7 @@ Schedule = Literal["cosine", "two_stage"]
 SECOND_PEAK = 2 / 3
 
 
-def schedule(step: int, steps: int, warmup: int, floor: float = 0.1, shape: Schedule = "cosine") -> float:
+def schedule(step: float, steps: int, warmup: int, floor: float = 0.1, shape: Schedule = "cosine") -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then a cosine that ends at `floor` after the last, or
     the two stages of BitNet b1.58: a straight line to `floor`, times 2/3 from half of the run on.
 
@@ -62,9 +63,10 @@ def schedule(step: int, steps: int, warmup: int, floor: float = 0.1, shape: Sche
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def second_stage(step: int, steps: int) -> bool:
+def second_stage(step: float, steps: int) -> bool:
     """Is `step` in the second half of the run? There the recipe of two stages has no weight decay."""
-    return 2 * step >= steps
+    # The step may be a sum of FLOPs, a little short of a whole number.
+    return 2 * step >= steps - 1e-6
 
 
 def clip_groups(module: nn.Module) -> list[list[nn.Parameter]]:

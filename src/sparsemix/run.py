@@ -14,11 +14,11 @@ import yaml
 from sparsemix.config import Config, ConfigError, to_yaml
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file or none of it; text as UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,8 +1,6 @@
 """Training: one function, one loop."""
 
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from sparsemix import checkpoint
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import Batch, DataConfig, Shards
 from sparsemix.errors import TrainingError
+from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.evaluate.perplexity import context, document_losses, flops_spent, reestimate, to_device
 from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
@@ -75,7 +74,7 @@ class RunConfig(Config):
 
     @property
     def steps(self) -> int:
-        """Whole steps that the budget pays for. Raises ConfigError if it pays for none."""
+        """Whole steps that the budget pays for, at the cost of the settings. Raises ConfigError if it pays for none."""
         steps = int(self.train.budget_flops / self.step_flops)
         if steps < 1:
             raise ConfigError(
@@ -113,17 +112,20 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     optimizer = build_optimizer(model, config.train.lr, config.train.weight_decay)
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
     run.rewind(state.step)
-    eval_steps = set(np.linspace(0, steps, config.train.evals + 1).round().astype(int)[1:].tolist())
+    total = steps * config.step_flops
+    marks = np.linspace(0, total, config.train.evals + 1)[1:-1] * (1 - 1e-9)
     log_every = max(1, steps // 1000)
     batches = training_batches(config, shards, state, device)
     peak, saved_at, began = PeakMemory(), time.monotonic(), time.monotonic() - state.wall_s
     try:
         with ctrl_c_waits() as interrupted:
-            while state.step < steps and not interrupted:
-                rate = schedule(state.step, steps, round(config.train.warmup * steps), shape=config.train.schedule)
+            # Where routing decides what a step costs, the budget is charged with what was really spent.
+            while state.flops + config.step_flops <= total * (1 + 1e-9) and not interrupted:
+                at = state.flops / config.step_flops
+                rate = schedule(at, steps, round(config.train.warmup * steps), shape=config.train.schedule)
                 for group in optimizer.param_groups:
                     group["lr"] = config.train.lr * rate
-                    if config.train.schedule == "two_stage" and second_stage(state.step, steps):
+                    if config.train.schedule == "two_stage" and second_stage(at, steps):
                         group["weight_decay"] = 0.0
                 line = train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
                 if not np.isfinite(sum(line.values())):
@@ -131,15 +133,20 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
                 optimizer.step()
                 state.step += 1
                 state.cursor += config.batch_size
-                state.flops += config.step_flops
+                spent = config.step_flops + extra_flops(config, line)
+                last = state.flops + spent + config.step_flops > total * (1 + 1e-9)
+                evaluates = config.train.evals > 0 and (
+                    last or bool(((state.flops < marks) & (marks <= state.flops + spent)).any())
+                )
+                state.flops += spent
                 state.wall_s = time.monotonic() - began
                 tokens = state.cursor * config.model.seq_len
                 line |= {"step": state.step, "flops": state.flops, "tokens": tokens, "wall_s": state.wall_s}
                 line |= {"lr": config.train.lr * rate, "tokens_per_s": tokens / state.wall_s}
-                if state.step in eval_steps:
+                if evaluates:
                     line["validation_bpb"] = validation_bpb(config, model, shards)
                     began += time.monotonic() - began - state.wall_s  # evaluation is not training time
-                if state.step % log_every == 0 or state.step in eval_steps or state.step == steps:
+                if state.step % log_every == 0 or evaluates or last:
                     run.log(**line)
                 if progress is not None:
                     progress({**line, "steps": steps, "budget_flops": config.train.budget_flops})
@@ -156,7 +163,7 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     spent = {
         "seed": config.seed,
         "lr": config.train.lr,
-        "steps": steps,
+        "steps": state.step,
         "flops": state.flops,
         "tokens": state.cursor * config.model.seq_len,
         "wall_s": state.wall_s,
@@ -221,6 +228,12 @@ def train_step(
     return line
 
 
+def extra_flops(config: RunConfig, line: dict[str, float]) -> float:
+    """Training FLOPs of a step beyond `step_flops`, as its layers report them, averaged over micro-batches."""
+    extra = sum(value for name, value in line.items() if name.endswith(".extra_flops"))
+    return 3.0 * config.train.accumulation * extra
+
+
 def validation_bpb(config: RunConfig, model: LM, shards: Shards) -> float:
     """Causal bits per byte on the first validation documents."""
     _, num_bytes = shards.eval_documents("validation", config.train.eval_tokens)
@@ -257,27 +270,6 @@ def evaluate(config: RunConfig, model: LM, shards: Shards, folder: Path) -> dict
     sample = [batch for _, batch in zip(range(4), _eval_batches(config, shards, "test"), strict=False)]
     result["eval_flops_per_token"] = flops_spent(model, sample)
     return result
-
-
-class PeakMemory:
-    """Peak memory of this process since construction: on the GPU its allocations, on a CPU its resident set."""
-
-    def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == "linux":
-            # Ask the kernel to start the high-water mark anew: a worker process runs several trainings.
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def bytes(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        if sys.platform == "linux":
-            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _failure(

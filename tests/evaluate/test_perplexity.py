@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from sparsemix import build_model
 from sparsemix.evaluate.perplexity import document_losses, evaluating, flops_spent, has_running_state, reestimate
 from sparsemix.layers import Ctx, update
@@ -9,7 +10,7 @@ from sparsemix.layers.query_norm import QueryBatchNorm
 from sparsemix.model import ModelConfig, token_nats
 from tiny import ATTENTION, BLOCKS, MOE, D, T, V, block, mod, prepared
 
-KINDS = ["dense", "moe", "mh_moe", "peer", "mod", "threshold", "nested", "nested_threshold"]
+KINDS = [*tiny.KINDS, "threshold", "nested", "nested_threshold"]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,37 @@ def test_flops_spent_with_mod_lie_between_skipping_all_and_routing_all(shards):
     for value, expected in ((-1e4, routed_all - inner), (1e4, routed_all)):
         bias.fill_(value)
         assert flops_spent(model, batches(shards)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_flops_spent_with_noops_are_those_of_the_real_experts_that_ran(shards):
+    model, sample = model_of("mode", shards).float(), batches(shards)
+    losses, tokens = document_losses(model, sample), sum(batch.tokens.numel() for batch in sample)
+    cost = config_of("mode").cost()
+    fixed, row = (cost.flops - cost.items["experts"]) / T, 2 * 3 * D * 20
+    runs = sum(losses.stats[f"blocks.{i}.ffn.counts"].sum() for i in range(2))
+    assert flops_spent(model, sample) == pytest.approx(fixed + row * runs / tokens, rel=1e-6)
+
+
+def test_taken_counts_every_scored_token_once(shards):
+    losses = document_losses(model_of("mode", shards), batches(shards))
+    for i in range(2):
+        taken = losses.stats[f"blocks.{i}.ffn.taken"]
+        assert taken.sum() == losses.tokens
+        assert (taken * np.arange(5)).sum() == losses.stats[f"blocks.{i}.ffn.counts"].sum() > 0
+
+
+def test_reestimating_an_experts_threshold_starts_anew_and_a_bias_goes_on(shards):
+    model = model_of("nested", shards)
+    choice, bias = model.blocks[2].ffn.threshold, model.blocks[0].ffn.bias
+    sample, before = [shards.batch(4 * i, 4, T, seed=3) for i in range(3)], bias.clone()
+    with torch.no_grad():
+        model.train()
+        stats = [model(b.tokens, Ctx(b.positions, b.doc_ids)).aux.stats for b in sample]
+    reestimate(model, sample)
+    wanted = sum(s["blocks.2.ffn.threshold.quantile"] for s in stats) / 3
+    torch.testing.assert_close(choice.threshold, wanted, rtol=1e-11, atol=0)
+    load = sum(s["blocks.0.ffn.load"] for s in stats)
+    torch.testing.assert_close(bias, before + 0.01 * (load.mean() - load).sign(), rtol=0, atol=1e-12)
 
 
 def test_passes_and_confusion_count_every_scored_token_once(shards):

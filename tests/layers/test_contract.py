@@ -7,20 +7,18 @@ from cases import BASES, D, build, tokens
 
 from sparsemix.api import layer_cost
 from sparsemix.config import parse, to_yaml
-from sparsemix.layers import Ctx, LayerConfig, update
+from sparsemix.layers import Ctx, Layer, LayerConfig, update
 
 KINDS = sorted(LayerConfig.family)
 DENSE_NAMES = {"gate.weight": (7, D), "up.weight": (7, D), "down.weight": (D, 7)}
 ATTENTION_NAMES = {f"{name}.weight": (D, D) for name in "qkvo"}
-PEER_NAMES = {
+QUERY_NAMES = {
     "query.weight": (8, D),
     "query.bias": (8,),
     "query_norm.weight": (2, 4),
     "query_norm.bias": (2, 4),
-    "keys": (2, 3, 2),
-    "w_in": (9, D),
-    "w_out": (9, D),
 }
+PEER_NAMES = QUERY_NAMES | {"keys": (2, 3, 2), "w_in": (9, D), "w_out": (9, D)}
 
 
 def under(prefix, names):
@@ -39,6 +37,16 @@ NAMES = {
         "shared.up.weight": (4, D),
         "shared.down.weight": (D, 4),
     },
+    "pkm": QUERY_NAMES | {"keys": (2, 2, 3, 2), "values": (9, D)},
+    "expert_choice": {
+        "router.weight": (5, D),
+        "experts.gate_up": (5, 6, D),
+        "experts.down": (5, D, 3),
+        "shared.gate.weight": (4, D),
+        "shared.up.weight": (4, D),
+        "shared.down.weight": (D, 4),
+    },
+    "mode": {"router.weight": (8, D), "experts.gate_up": (6, 6, D), "experts.down": (6, D, 3)},
     "peer": PEER_NAMES,
     "mh_moe": {
         "head.weight": (D, D),
@@ -99,6 +107,12 @@ def test_every_parameter_gets_a_finite_gradient(kind):
 def test_parameters_have_the_documented_names_and_shapes(kind):
     layer = build(BASES[kind])
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == NAMES[kind]
+
+
+def test_a_layer_that_updates_says_what_it_observes(kind):
+    for module in build(BASES[kind]).modules():
+        if isinstance(module, Layer):
+            assert (type(module).update is not Layer.update) == bool(module.observes), type(module)
 
 
 def test_forward_keeps_no_tensor_on_the_layer(kind):

@@ -11,7 +11,8 @@ from sparsemix.ops.flop_counter import count_flops
 
 D = 20
 ATTENTION, DENSE, PEER = BASES["attention"], BASES["dense"], BASES["peer"]
-MOE = BASES["moe"]
+MOE, PKM = BASES["moe"], BASES["pkm"]
+EXPERT_CHOICE, MODE = BASES["expert_choice"], BASES["mode"]
 BLOCK = {"kind": "block", "mixer": ATTENTION, "ffn": DENSE}
 MOD = BASES["mod"]
 CASES = {
@@ -20,21 +21,40 @@ CASES = {
     **{f"dense_{name}": DENSE | {"activation": name} for name in ("geglu", "gelu", "relu", "silu")},
     **{f"moe_{name}": MOE | {"activation": name} for name in ("geglu", "gelu", "relu", "silu")},
     "attention_ternary": ATTENTION | {"precision": "ternary"},
+    "expert_choice_ternary": BASES["expert_choice"] | {"precision": "ternary"},
+    "mode_choice_ternary": BASES["mode"]
+    | {"precision": "ternary", "routing": "expert_choice", "z_weight": 0.0}
+    | ({"balance_weight": None, "normalize_gates": False}),
     "dense_ternary": DENSE | {"precision": "ternary"},
     "moe_ternary": MOE | {"precision": "ternary", "activation": "relu"},
     "mh_moe_ternary": BASES["mh_moe"] | {"num_heads": 4, "precision": "ternary"},
     "mh_moe_all_ternary": BASES["mh_moe"] | {"inner": MOE | {"precision": "ternary"}, "precision": "ternary"},
     "moe_all": MOE | {"top_k": 5},
     "moe_one": {"kind": "moe", "num_experts": 1, "top_k": 1, "d_ff": 1},
+    "moe_half": MOE | {"capacity_factor": 0.5},
+    "moe_roomy": MOE | {"capacity_factor": 1.25, "top_k": 1},
+    "moe_room_for_all": MOE | {"capacity_factor": 4.0},
+    "expert_choice_batch": EXPERT_CHOICE | {"group": "batch", "capacity_factor": 0.7},
+    "expert_choice_all": EXPERT_CHOICE | {"capacity_factor": 9.0, "activation": "relu"},
+    "expert_choice_one": {"kind": "expert_choice", "num_experts": 1, "d_ff": 2},
+    "mode_choice": MODE | {"routing": "expert_choice", "top_k": 3},
+    "mode_top_1": MODE | {"num_experts": 2, "top_k": 1, "activation": "gelu"},
+    "mode_all": MODE | {"top_k": 8},
     "peer_apart": PEER | {"share_keys": False, "query_norm": "layer"},
     "peer_none": PEER | {"num_experts": 64, "top_k": 13, "query_norm": "none", "gate": "relu"},
+    "pkm_shared": PKM | {"share_keys": True, "query_norm": "layer"},
+    "pkm_none": PKM | {"num_values": 64, "top_k": 13, "query_norm": "none"},
+    "mh_moe_pkm": BASES["mh_moe"] | {"inner": PKM},
     "mh_moe_no_bias": BASES["mh_moe"] | {"num_heads": 4, "bias": False},
+    "mh_moe_shared": BASES["mh_moe"] | {"shared_d_ff": 7, "num_heads": 4},
     "mh_moe_peer": BASES["mh_moe"] | {"inner": PEER},
     "mod_threshold": MOD | {"sampling": "threshold", "capacity": 0.3},
     "mod_eighth": MOD | {"capacity": 0.125},
     "mod_all": MOD | {"capacity": 1.0},
     "mod_moe": MOD | {"inner": BLOCK | {"ffn": MOE}, "capacity": 0.3},
+    "mod_mode": MOD | {"inner": BLOCK | {"ffn": MODE}, "capacity": 0.3},
     "mod_peer": MOD | {"inner": BLOCK | {"ffn": PEER}},
+    "mod_pkm": MOD | {"inner": BLOCK | {"ffn": PKM}},
     "mod_in_mod": MOD | {"inner": MOD | {"capacity": 0.3}, "capacity": 0.7},
     "mod_in_mh_moe_in_mod": MOD | {"inner": {"kind": "mh_moe", "num_heads": 2, "inner": MOD}},
     "block_of_mods": {"kind": "block", "mixer": MOD | {"inner": ATTENTION}, "ffn": MOD | {"inner": DENSE}},
@@ -42,25 +62,52 @@ CASES = {
 CASES["mod_in_mh_moe_in_mod"]["inner"]["inner"] = MOD | {"inner": DENSE}
 
 
+def extra_flops(stats):
+    """What routing spent beyond the cost, for layers in which it decides."""
+    return sum(float(value) for name, value in stats.items() if name.rpartition(".")[2] == "extra_flops")
+
+
 @pytest.mark.parametrize("T", [1, 23, 64])
 @pytest.mark.parametrize("name", CASES)
 def test_cost_is_what_a_counter_sees(name, T):
     config = parse(LayerConfig, CASES[name])
     layer, cost = config.build(D), config.cost(D, T)
+    said = {}
     with torch.no_grad():
-        assert count_flops(lambda: layer(torch.randn(1, T, D), Ctx())) == cost.flops
+        spent = count_flops(lambda: said.update(layer(torch.randn(1, T, D), Ctx())[1].stats))
+    assert spent == pytest.approx(cost.flops + extra_flops(said), rel=1e-14)
     assert sum(parameter.numel() for parameter in layer.parameters()) == cost.params
     if "ternary" not in name:
         assert cost.bytes == 4 * cost.active_params
     assert cost.active_params <= cost.params
 
 
+def scored_but_not_picked(config, T):
+    """FLOPs of the scores of those sub-keys that product keys do not pick: n - top_k a side, head and token."""
+    if config["kind"] in ("pkm", "peer"):
+        settings = parse(LayerConfig, config)
+        return 2 * T * settings.num_heads * settings.d_key * (settings.n - settings.top_k)
+    inner = [scored_but_not_picked(value, T) for value in config.values() if isinstance(value, dict)]
+    return sum(inner) * (config["num_heads"] if config["kind"] == "mh_moe" else 1)
+
+
 # Attention counts its backward only in plain matrix products, which the MATH backend is made of.
-@pytest.mark.parametrize("name", [name for name in CASES if "mod" not in name or name == "mod_threshold"])
-def test_a_training_step_costs_three_forwards(name):
-    layer, x = parse(LayerConfig, CASES[name]).build(D), torch.randn(1, 23, D, requires_grad=True)
+@pytest.mark.parametrize(
+    "name", [name for name, raw in CASES.items() if "predictor" not in layer_cost(raw, D, 23).items]
+)
+def test_a_training_step_costs_three_forwards_but_for_sub_keys_that_nobody_picked(name):
+    layer, x, said = parse(LayerConfig, CASES[name]).build(D), torch.randn(1, 23, D, requires_grad=True), {}
+
+    def step():
+        y, aux = layer(x, Ctx())
+        said.update(aux.stats)
+        y.sum().backward()
+
     with sdpa_kernel(SDPBackend.MATH):
-        assert count_flops(lambda: layer(x, Ctx())[0].sum().backward()) == 3 * layer_cost(CASES[name], D, 23).flops
+        spent = count_flops(step)
+    # Their scores get no gradient, so neither queries nor keys get one from them.
+    wanted = 3 * (layer_cost(CASES[name], D, 23).flops + extra_flops(said)) - 2 * scored_but_not_picked(CASES[name], 23)
+    assert spent == pytest.approx(wanted, rel=1e-14)
 
 
 def test_a_predictor_skips_the_gradient_towards_its_input_and_so_costs_a_little_less_than_three_forwards():

@@ -3,6 +3,7 @@ import torch
 from cases import D, assert_is_its_loop, build, contexts, tokens
 
 from sparsemix.config import ConfigError
+from sparsemix.layers import Ctx
 
 INNER = {"kind": "moe", "num_experts": 5, "top_k": 2, "d_ff": 3, "z_weight": 0.1}
 BASE = {"kind": "mh_moe", "num_heads": 5, "inner": INNER}
@@ -56,6 +57,65 @@ def test_one_head_with_identity_head_and_merge_is_the_inner_layer():
     mine, theirs = (torch.autograd.grad((out * weights).sum(), moving) for out in (y, wanted))
     for got, want in zip(mine, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+INNER_IDS = ["gated", "relu", "peer"]
+
+
+def test_one_head_with_an_orthogonal_merge_is_the_inner_layer_turned():
+    layer, x = build(BASE | {"num_heads": 1}), tokens()
+    with torch.no_grad():
+        layer.head.weight.copy_(torch.eye(D))
+        torch.nn.init.orthogonal_(layer.merge.weight)
+    torch.testing.assert_close(layer(x)[0], layer.inner(x)[0] @ layer.merge.weight.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 4, 6, 12])
+def test_every_divisor_of_the_width_splits_it(num_heads):
+    layer = build(BASE | {"num_heads": num_heads}, 12)
+    assert_is_its_loop(layer, tokens(1, 5, 12), Ctx())
+
+
+@pytest.mark.parametrize("num_heads", [2, 5])
+def test_permuting_tokens_permutes_updates_and_a_token_does_not_know_its_batch(num_heads):
+    layer, x = build(BASE | {"num_heads": num_heads}), tokens(3, 7)
+    order = torch.randperm(7)
+    torch.testing.assert_close(layer(x[:, order])[0], layer(x)[0][:, order], rtol=0, atol=1e-12)
+    for b, t in ((0, 0), (2, 4)):
+        torch.testing.assert_close(layer(x[b : b + 1, t : t + 1])[0][0, 0], layer(x)[0][b, t], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "inner", [INNER, INNER | {"activation": "relu"}, INNERS["peer"]], ids=["gated", "relu", "peer"]
+)
+def test_a_shared_expert_sees_whole_tokens(inner):
+    layer = build(BASE | {"inner": inner, "shared_d_ff": 4})
+    assert_is_its_loop(layer, tokens(), contexts()["padded"])
+    assert layer.shared.up.weight.shape == (4, D)
+    assert layer.shared.activation == inner.get("activation", "gelu" if inner["kind"] == "peer" else "swiglu")
+
+
+def test_equal_experts_and_normalized_gates_are_one_feed_forward_on_sub_tokens():
+    layer, x = build(BASE | {"inner": INNER | {"top_k": 3, "normalize_gates": True}}), tokens()
+    experts = layer.inner.experts
+    with torch.no_grad():
+        experts.gate_up.copy_(experts.gate_up[:1].expand_as(experts.gate_up))
+        experts.down.copy_(experts.down[:1].expand_as(experts.down))
+    parts = (x @ layer.head.weight.T).unflatten(-1, (5, 2))
+    gate, up = (parts @ experts.gate_up[0].T).chunk(2, -1)
+    fed = (torch.nn.functional.silu(gate) * up) @ experts.down[0].T
+    torch.testing.assert_close(layer(x)[0], fed.flatten(-2) @ layer.merge.weight.T, rtol=0, atol=1e-11)
+
+
+def test_two_passes_combine_in_the_same_order_bit_for_bit():
+    layer, x = build(BASE | {"num_heads": 2}).float(), tokens(4, 63).float()
+    results = []
+    for _ in range(2):
+        layer.zero_grad()
+        y = layer(x)[0]
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 5, 10])

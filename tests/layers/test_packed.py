@@ -27,6 +27,8 @@ LAYERS = {
     "moe": MOE | TERNARY | {"shared_d_ff": 4},
     "moe_gelu": MOE | TERNARY | {"activation": "gelu"},
     "mh_moe": MH_MOE | TERNARY | {"inner": MOE | TERNARY},
+    "mode": {"kind": "mode", "num_experts": 4, "num_noop": 2, "top_k": 2, "d_ff": 3} | TERNARY,
+    "moe_capacity": MOE | TERNARY | {"capacity_factor": 0.5},
     "mh_moe_inner": MH_MOE | {"inner": MOE | TERNARY},
 }
 
@@ -186,7 +188,7 @@ def test_a_file_that_does_not_fit_is_refused(change, message):
         layer.load_state_dict(change(layer.state_dict()))
 
 
-@pytest.mark.parametrize("name", ["attention", "dense", "moe", "mh_moe"])
+@pytest.mark.parametrize("name", ["attention", "dense", "moe", "mh_moe", "mode"])
 def test_a_packed_layer_counts_the_flops_that_its_cost_says(name):
     layer, x = build(LAYERS[name], 20, train=False).float(), torch.randn(1, 23, 20)
     wanted = count_flops(lambda: layer(x, Ctx()))

@@ -7,7 +7,8 @@ from sparsemix.layers.query_norm import QueryBatchNorm
 
 PEER = {"kind": "peer", "num_experts": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
 MOD = {"kind": "mod", "capacity": 0.5, "sampling": "threshold", "inner": {"kind": "dense", "d_ff": 3}}
-STATEFUL = {"peer": PEER, "mod": MOD}
+PKM = {"kind": "pkm", "num_values": 9, "num_heads": 2, "top_k": 3, "d_key": 4}
+STATEFUL = {"peer": PEER, "pkm": PKM, "mod": MOD}
 
 
 def state(layer):
@@ -73,6 +74,22 @@ def test_query_statistics_are_those_of_the_real_queries():
     queries = layer.query(x[ctx.valid]).view(-1, 2, 4)
     torch.testing.assert_close(stats["query_norm.mean"], queries.mean(0), rtol=0, atol=1e-12)
     torch.testing.assert_close(stats["query_norm.square"], queries.square().mean(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [PEER, PKM], ids=["peer", "pkm"])
+def test_autocast_reaches_neither_query_statistics_nor_picks(config):
+    layer, x = build(config).float(), tokens(2, 23).float()
+    wanted = layer(x)[1].stats
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = layer(x)[1].stats
+    assert set(stats) == {"query_norm.mean", "query_norm.square"}
+    for name, value in stats.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, wanted[name])
+    update(layer, stats)
+    counts = layer.eval()(x)[1].stats["counts"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x)[1].stats["counts"], counts)
 
 
 def test_averaged_micro_batches_are_one_big_batch():

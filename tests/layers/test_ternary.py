@@ -38,6 +38,13 @@ LAYERS = {
     "mh_moe": MH_MOE | TERNARY,
     "mh_moe_inner": MH_MOE | {"inner": MOE | TERNARY},
     "mh_moe_all": MH_MOE | TERNARY | {"inner": MOE | TERNARY, "bias": False},
+    "moe_capacity": MOE | TERNARY | {"capacity_factor": 0.5},
+    "expert_choice": {"kind": "expert_choice", "num_experts": 4, "capacity_factor": 1.5, "d_ff": 3, "shared_d_ff": 4}
+    | TERNARY,
+    "mode": {"kind": "mode", "num_experts": 4, "num_noop": 2, "top_k": 2, "d_ff": 3} | TERNARY,
+    "mode_choice": {"kind": "mode", "num_experts": 4, "num_noop": 2, "top_k": 2, "d_ff": 3, "routing": "expert_choice"}
+    | TERNARY,
+    "mh_moe_shared": MH_MOE | TERNARY | {"shared_d_ff": 3},
     "block": {"kind": "block", "mixer": ATTENTION | TERNARY, "ffn": MOE | TERNARY},
     "mod": BASES["mod"] | {"inner": DENSE | TERNARY},
 }
@@ -210,7 +217,7 @@ for config in json.loads(sys.argv[1]):
 
 def test_ternary_layers_compile_to_one_graph_and_equal_themselves():
     # In a process of its own: the type checks of the tests are nothing that a compiler can trace.
-    configs = [LAYERS[name] for name in ("attention", "dense", "moe", "mh_moe_all", "dense_warming_up")]
+    configs = [LAYERS[name] for name in ("attention", "dense", "moe", "mh_moe_all", "dense_warming_up", "mode")]
     done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(configs)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

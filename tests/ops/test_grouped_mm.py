@@ -1,8 +1,10 @@
 import pytest
 import torch
 from compare import assert_same, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.grouped_mm import grouped_mm
 from sparsemix.ops.grouped_mm.reference import grouped_mm as reference
 
@@ -24,6 +26,24 @@ from sparsemix.ops.grouped_mm.reference import grouped_mm as reference
 def test_grouped_product_is_its_reference_with_all_gradients(counts, D, F, expanded):
     counts = torch.tensor(counts)
     assert_same(grouped_mm, reference, randn(int(counts.sum()), D), randn(len(counts), F, D), counts, expanded=expanded)
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]])
+def test_rows_of_no_expert_give_zero_cost_nothing_and_take_no_gradient(counts):
+    counts, rows, weight = torch.tensor(counts), randn(9, 4), randn(3, 6, 4)
+    assert_same(grouped_mm, reference, rows, weight, counts)
+    rows = rows.requires_grad_()
+    out = grouped_mm(rows, weight, counts)
+    assert out[counts.sum() :].abs().max() == 0
+    assert torch.autograd.grad(out.square().sum(), rows)[0][counts.sum() :].abs().max() == 0
+    assert count_flops(lambda: grouped_mm(rows, weight, counts)) == 2 * int(counts.sum()) * 4 * 6
+
+
+@pytest.mark.parametrize("without_values", [FakeTensorMode(), torch.device("meta")], ids=["fake", "meta"])
+def test_where_counts_have_no_values_every_row_counts(without_values):
+    with without_values:
+        rows, weight, counts = torch.empty(9, 4), torch.empty(3, 6, 4), torch.empty(3, dtype=torch.long)
+        assert count_flops(lambda: torch.ops.sparsemix.grouped_mm(rows, weight, counts)) == 2 * 9 * 4 * 6
 
 
 def test_grouped_product_takes_strided_rows_and_weights():

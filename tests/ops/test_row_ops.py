@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from compare import assert_same, randn
@@ -88,3 +91,36 @@ def test_table_gradient_adds_up_picks_of_the_same_row():
         for r in range(2):
             wanted[ids[n, r]] += coef[n, r] * vec[n]
     torch.testing.assert_close(table_grad(coef, ids, vec, 3), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_beyond_two_to_the_31_elements_are_found(dtype):
+    D, M = 1024, 2**21 + 3
+    # The pages of a row that nobody touches are never mapped.
+    table = torch.empty(M, D, dtype=dtype)
+    assert (M - 3) * D == 2**31
+    ids = torch.tensor([[0, M - 1], [M - 3, 1], [M - 2, M - 2]])
+    rows = ids.unique()
+    table[rows] = torch.randn(len(rows), D).to(dtype)
+    small, where = table[rows], torch.searchsorted(rows, ids)
+    x, coef = torch.randn(3, D).to(dtype), torch.randn(3, 2).to(dtype)
+    assert torch.equal(row_dot(x, ids, table), row_dot(x, where, small))
+    assert torch.equal(row_mix(coef, ids, table), row_mix(coef, where, small))
+    # Addresses that lost their upper bits would read row 0 instead of row M - 3.
+    assert not torch.equal(row_dot(x, where, small)[1, 0], row_dot(x, torch.zeros_like(where), small)[1, 0])
+
+
+def available_gb():
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if sys.platform == "linux" else []
+    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("MemAvailable")), 0.0)
+
+
+@pytest.mark.skipif(available_gb() < 8, reason="its gradient fills 4.3 GB of memory")
+def test_gradients_of_rows_beyond_two_to_the_31_elements_reach_them():
+    D, M = 1024, 2**21 + 3
+    ids = torch.tensor([[0, M - 1], [M - 3, M - 1]])
+    coef, vec = torch.randn(2, 2).bfloat16(), torch.randn(2, D).bfloat16()
+    rows = ids.unique()
+    grad = table_grad(coef, ids, vec, M)
+    assert torch.equal(grad[rows], table_grad(coef, torch.searchsorted(rows, ids), vec, len(rows)))
+    assert not grad[1:-3:1009].any()

@@ -162,9 +162,12 @@ def test_empty_products_are_zero(N, D, F):
 
 @pytest.mark.parametrize("counts", [[7, 0, 13, 1, 0], [0, 0, 63], [63, 0, 0], [9], [0, 0]])
 def test_the_grouped_integer_product_is_its_reference(counts):
-    rows, weight = codes_of(sum(counts), 23, largest=127), codes_of(len(counts), 7, 23)
-    out = ternary_grouped_mm(rows, weight, torch.tensor(counts))
-    assert torch.equal(out, reference.ternary_grouped_mm(rows, weight, torch.tensor(counts)))
+    weight = codes_of(len(counts), 7, 23)
+    for of_no_expert in (0, 3):
+        rows = codes_of(sum(counts) + of_no_expert, 23, largest=127)
+        out = ternary_grouped_mm(rows, weight, torch.tensor(counts))
+        assert torch.equal(out, reference.ternary_grouped_mm(rows, weight, torch.tensor(counts)))
+        assert not out[sum(counts) :].any()
 
 
 def test_torch_accepts_the_integer_products_as_ops_and_their_flops_are_counted():

@@ -31,16 +31,23 @@ def test_a_sized_layer_builds_at_its_width(kind):
     assert sum(p.numel() for p in layer.parameters()) == sized(kind, 32).cost(32, 1).params
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "top_k", "tables"), [("peer", "num_experts", 16, 2), ("pkm", "num_values", 32, 1)]
+)
 @pytest.mark.parametrize("d_model", WIDTHS)
-def test_peer_uses_as_many_experts_as_fit(d_model):
-    peer, target = sized("peer", d_model), dense_at(d_model).cost(d_model, 1).flops
-    assert peer.d_key == d_model // 4 and peer.top_k == 16
-    n = math.isqrt(peer.num_experts)
-    larger = peer.replace(num_experts=(n + 1) ** 2)
-    assert peer.cost(d_model, 1).flops <= target
-    full = larger.num_experts > 1024**2 or 2 * larger.num_experts * d_model > MAX_TABLE_PARAMS
+def test_product_keys_find_as_many_rows_as_fit(kind, size, top_k, tables, d_model):
+    layer, target = sized(kind, d_model), dense_at(d_model).cost(d_model, 1).flops
+    assert layer.d_key == d_model // 4 and layer.top_k == top_k
+    n = math.isqrt(getattr(layer, size))
+    larger = layer.replace(**{size: (n + 1) ** 2})
+    assert layer.cost(d_model, 1).flops <= target
+    full = n + 1 > 1024 or tables * (n + 1) ** 2 * d_model > MAX_TABLE_PARAMS
     assert larger.cost(d_model, 1).flops > target or full
-    assert 2 * peer.num_experts * d_model <= MAX_TABLE_PARAMS and n <= 1024
+    assert tables * n**2 * d_model <= MAX_TABLE_PARAMS and n <= 1024
+
+
+def test_pkm_spends_on_its_picks_what_peer_spends():
+    assert sized("pkm", 64).cost(64, 1).items["experts"] == sized("peer", 64).cost(64, 1).items["experts"]
 
 
 @pytest.mark.parametrize("d_model", WIDTHS)
@@ -54,6 +61,18 @@ def test_moe_has_four_times_the_feed_forward_parameters(d_model):
     assert abs(sized("moe", d_model).cost(d_model, 1).params / dense_at(d_model).cost(d_model, 1).params / 4 - 1) <= 0.1
 
 
+@pytest.mark.parametrize("d_model", WIDTHS)
+def test_expert_choice_is_moe_with_the_choice_turned_round(d_model):
+    choice, moe = sized("expert_choice", d_model), sized("moe", d_model)
+    assert choice.cost(d_model, 128) == moe.cost(d_model, 128)
+    assert choice.capacity_factor == moe.top_k
+
+
+def test_a_sequence_too_short_for_every_expert_to_pick_its_share_is_refused():
+    with pytest.raises(ConfigError, match="kinds=expert_choice cannot be sized"):
+        sized_ffn("expert_choice", dense_at(64), 64, 2)
+
+
 def test_a_kind_may_name_its_precision():
     assert split_kind("dense") == ("dense", None)
     assert split_kind("mh_moe@ternary") == ("mh_moe", "ternary")
@@ -64,13 +83,14 @@ def test_a_kind_may_name_its_precision():
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest_name():
-    with pytest.raises(
-        ConfigError, match=r"kinds=peeer is none of dense, mod, moe, peer, mh_moe; did you mean 'peer'\?"
-    ):
+    known = ", ".join(["dense", "mod", *SIZES])
+    with pytest.raises(ConfigError, match=rf"kinds=peeer is none of {known}; did you mean 'peer'\?"):
         sized_ffn("peeer", dense_at(64), 64, 128)
 
 
-@pytest.mark.parametrize(("kind", "d_model", "d_ff"), [("peer", 4, 4), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)])
+@pytest.mark.parametrize(
+    ("kind", "d_model", "d_ff"), [("peer", 4, 4), ("pkm", 4, 4), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)]
+)
 def test_a_model_too_narrow_to_be_matched_is_refused(kind, d_model, d_ff):
     with pytest.raises(ConfigError, match=r"cannot be sized to the dense layer's .* widen the model or its d_ff"):
         sized_ffn(kind, DenseConfig(d_ff=d_ff), d_model, 128)

@@ -7,19 +7,18 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from pydantic import model_validator
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import corpus
 from sparsemix.data.corpus import SPLITS, Document
 from sparsemix.data.tokenizer import end_of_text, id_dtype, load_tokenizer, num_ids, train_tokenizer, write_stream
+from sparsemix.data.windows import Batch, Stream
 
 Progress = Callable[[str, int, int | None], None]
 Splits = dict[str, list[str]]
@@ -51,19 +50,6 @@ class DataConfig(Config):
         return self
 
 
-class Batch(NamedTuple):
-    """One batch. positions count from 0 in each row; doc_ids are indices into the split's documents.
-
-    A document begins with its end-of-text token and is scored up to the end-of-text token after it: the loss at
-    position p belongs to document doc_ids[p]. valid=None: all real. Where not valid, the target is -100."""
-
-    tokens: Int64[Tensor, "B T"]
-    targets: Int64[Tensor, "B T"]
-    positions: Int64[Tensor, "B T"]
-    doc_ids: Int64[Tensor, "B T"]
-    valid: Bool[Tensor, "B T"] | None = None
-
-
 class Shards:
     """A prepared corpus: three splits, each one stream `EOT d1 EOT d2 ... EOT` in the order of the documents' hash."""
 
@@ -73,6 +59,7 @@ class Shards:
         self._tokens = {s: np.memmap(folder / f"{s}.bin", id_dtype(self.vocab_size), mode="r") for s in SPLITS}
         self._starts = {s: np.load(folder / f"{s}.starts.npy") for s in SPLITS}
         self._bytes = {s: np.load(folder / f"{s}.bytes.npy") for s in SPLITS}
+        self._streams = {s: Stream(self._tokens[s], self._starts[s]) for s in SPLITS}
 
     @classmethod
     def open(cls, folder: Path | str) -> "Shards":
@@ -119,41 +106,16 @@ class Shards:
         n = self.num_windows(seq_len)
         samples = cursor + np.arange(batch_size)
         windows = permute(samples % n, n, seed, samples // n)
-        return self._rows("train", windows, seq_len, n * seq_len)
+        return self._streams["train"].rows(windows, seq_len, n * seq_len)
 
     def eval_batches(self, split: str, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Consecutive windows over the first whole documents that fit max_tokens (all if None, at least one).
-
-        Every token of them, their ends included, is the target exactly once. The last row is padded with its last
-        token, the last batch may have fewer rows."""
-        total = int(self._starts[split][self._covered(split, max_tokens)])
-        windows = np.arange(-(-total // seq_len))
-        for first in range(0, len(windows), batch_size):
-            yield self._rows(split, windows[first : first + batch_size], seq_len, total)
+        """Windows over the first whole documents of a split: see Stream.eval_batches."""
+        return self._streams[split].eval_batches(batch_size, seq_len, max_tokens)
 
     def eval_documents(self, split: str, max_tokens: int | None = None) -> tuple[Documents, Documents]:
         """(doc_ids, UTF-8 bytes) of the documents that eval_batches with the same max_tokens covers."""
-        k = self._covered(split, max_tokens)
+        k = self._streams[split].covered(max_tokens)
         return np.arange(k), self._bytes[split][:k]
-
-    def _covered(self, split: str, max_tokens: int | None) -> int:
-        ends = self._starts[split][1:]
-        return len(ends) if max_tokens is None else max(1, int(np.searchsorted(ends, max_tokens, side="right")))
-
-    def _rows(self, split: str, windows: np.ndarray, seq_len: int, total: int) -> Batch:
-        """The windows of the first `total` scored positions of a split."""
-        offsets = np.arange(seq_len)
-        at = windows[:, None] * seq_len + offsets  # (B, T)
-        valid = at < total
-        at = np.minimum(at, total - 1)
-        tokens, starts = self._tokens[split], self._starts[split]
-        return Batch(
-            tokens=torch.from_numpy(tokens[at].astype(np.int64)),
-            targets=torch.from_numpy(np.where(valid, tokens[at + 1].astype(np.int64), -100)),
-            positions=torch.from_numpy(np.tile(offsets, (len(windows), 1))),
-            doc_ids=torch.from_numpy(np.searchsorted(starts, at, side="right") - 1),
-            valid=None if valid.all() else torch.from_numpy(valid),
-        )
 
 
 def permute(i: Int64[np.ndarray, "B"], n: int, seed: int, epoch: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:

@@ -92,3 +92,17 @@ def write_stream(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> Int6
                 starts.append(starts[-1] + 1 + len(ids))
         eot.tofile(file)
     return np.array(starts, np.int64)
+
+
+def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, starts) of `EOT d1 EOT d2 ... EOT` in memory; no further text is read once there are max_tokens."""
+    eot = np.array([end_of_text(tokenizer)], np.int64)
+    parts, starts = [], [0]
+    for text in texts:
+        # No token is worth tokenizing a book for: this many characters hold enough tokens.
+        (ids,) = encode_batch(tokenizer, [text[: 64 * max_tokens]])
+        parts += [eot, ids]
+        starts.append(starts[-1] + 1 + len(ids))
+        if starts[-1] >= max_tokens:
+            break
+    return np.concatenate([*parts, eot]), np.array(starts, np.int64)

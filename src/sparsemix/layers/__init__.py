@@ -4,10 +4,13 @@ from sparsemix.layers.attention import AttentionConfig
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, update
 from sparsemix.layers.block import BlockConfig
 from sparsemix.layers.dense import DenseConfig
+from sparsemix.layers.expert_choice import ExpertChoiceConfig
 from sparsemix.layers.mh_moe import MHMoEConfig
 from sparsemix.layers.mod import MoDConfig
+from sparsemix.layers.mode import MoDEConfig
 from sparsemix.layers.moe import MoEConfig
 from sparsemix.layers.peer import PEERConfig
+from sparsemix.layers.pkm import PKMConfig
 
 __all__ = [
     "AttentionConfig",
@@ -16,11 +19,14 @@ __all__ = [
     "Cost",
     "Ctx",
     "DenseConfig",
+    "ExpertChoiceConfig",
     "Layer",
     "LayerConfig",
     "MHMoEConfig",
     "MoDConfig",
+    "MoDEConfig",
     "MoEConfig",
     "PEERConfig",
+    "PKMConfig",
     "update",
 ]

@@ -50,7 +50,8 @@ class AttentionConfig(LayerConfig):
 
 
 class Attention(Layer):
-    """A token sees a key iff the key is real, not later, and of the same document. Rotary positions:
+    """A token sees a key iff the key is real, not later, and of the same document; a cache adds the keys of earlier
+    calls, each with the rotation of its own position. Rotary positions:
     arXiv:2104.09864 (first and second half of a head's channels form the pairs)."""
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
@@ -73,7 +74,10 @@ class Attention(Layer):
         q = rotate(self.q(x).view(B, T, self.num_heads, -1).transpose(1, 2), cos, sin)  # (B, H, T, d_head)
         k = rotate(self.k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2), cos, sin)
         v = self.v(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        mask = visible(ctx, T)
+        if ctx.cache is None:
+            mask = visible(ctx, T)
+        else:
+            k, v, mask = ctx.cache.append(self.path, ctx.rows, k, v, positions, ctx.doc_ids, ctx.valid)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
         )

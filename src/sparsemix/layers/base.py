@@ -6,20 +6,25 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparsemix.config import Config
+from sparsemix.layers.cache import Cache
 
 
 class Ctx(NamedTuple):
     """What a layer may know besides x. None means the default: positions 0..T-1, one document a row, every token
-    real. `causal` asks routing to use its causal rule."""
+    real. `causal` asks routing to use its causal rule. While decoding, `cache` holds what attention layers saw before,
+    and `rows` says which of its rows the rows of this batch are."""
 
     positions: Int[Tensor, "B T"] | None = None
     doc_ids: Int[Tensor, "B T"] | None = None
     valid: Bool[Tensor, "B T"] | None = None
+    rows: Int[Tensor, " B"] | None = None
     causal: bool = False
+    cache: Cache | None = None
 
     def pick(self, ids: Int[Tensor, "B C"], real: Bool[Tensor, "B C"] | None = None) -> "Ctx":
         """The context of tokens `ids` of every row; `real` False marks filling."""
@@ -39,7 +44,12 @@ class Ctx(NamedTuple):
         def at(per_row: Tensor | None) -> Tensor | None:
             return None if per_row is None else per_row[rows]
 
-        return self._replace(positions=at(self.positions), doc_ids=at(self.doc_ids), valid=at(self.valid))
+        return self._replace(
+            positions=at(self.positions),
+            doc_ids=at(self.doc_ids),
+            valid=at(self.valid),
+            rows=rows if self.rows is None else self.rows[rows],
+        )
 
     def split(self, num_heads: int) -> "Ctx":
         """The context after every token became `num_heads` sub-tokens: T -> T * num_heads."""
@@ -130,7 +140,12 @@ class LayerConfig(Config):
 
 
 class Layer(nn.Module):
-    """Base of every mechanism."""
+    """Base of every mechanism. `path` names its store in a cache; the model sets it."""
+
+    path: str = ""
+
+    # The entries of its own stats that `update` takes up.
+    observes: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
@@ -140,7 +155,8 @@ class Layer(nn.Module):
         return Ctx(causal=not self.training)
 
     def update(self, stats: Mapping[str, Tensor]) -> None:
-        """Move running state (batch statistics, thresholds) by one step's observations. Most layers have none."""
+        """Move running state (batch statistics, thresholds) by one step's observations, which hold those entries named
+        in `observes` that forward returned. Most layers have none."""
 
     def forget(self) -> None:
         """Return running state to never observed. Most layers have none."""
@@ -150,12 +166,28 @@ class Layer(nn.Module):
 
 
 def update(module: nn.Module, stats: Mapping[str, Tensor]) -> None:
-    """Let every layer inside `module` take up its own entries of `stats`; call once per optimizer step."""
+    """Let every layer inside `module` take up its own entries of `stats`; call once per optimizer step.
+
+    Where torch.distributed runs, they are averaged over the ranks first, with equal weights: every rank calls this,
+    with the same entries, and all ranks keep the same running state."""
+    own: dict[Layer, dict[str, str]] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, Layer):
-            prefix = f"{name}." if name else ""
-            own = {key.removeprefix(prefix): value for key, value in stats.items() if key.startswith(prefix)}
-            layer.update(own)
+            keys = {entry: f"{name}.{entry}" if name else entry for entry in layer.observes}
+            own[layer] = {entry: key for entry, key in keys.items() if key in stats}
+    seen = rank_means({key: stats[key] for keys in own.values() for key in keys.values()})
+    for layer, keys in own.items():
+        layer.update({entry: seen[key] for entry, key in keys.items()})
+
+
+def rank_means(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every entry's mean over the ranks of torch.distributed, in one exchange; the entries themselves without it."""
+    if not stats or not dist.is_available() or not dist.is_initialized():
+        return stats
+    flat = torch.cat([value.detach().double().flatten() for value in stats.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in stats.values()])
+    return {key: part.view_as(stats[key]).to(stats[key]) for key, part in zip(stats, parts, strict=True)}
 
 
 def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, ""]:
@@ -163,6 +195,11 @@ def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) 
     if valid is None:
         return values.mean()
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp_min(1)
+
+
+def valid_only(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, "B T"]:
+    """0 where a token is padding."""
+    return values if valid is None else torch.where(valid, values, 0.0)
 
 
 def ceil_share(capacity: float, seq_len: int) -> int:

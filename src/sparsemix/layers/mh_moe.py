@@ -9,20 +9,30 @@ from torch import Tensor
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.block import RMSNorm
+from sparsemix.layers.dense import DenseConfig
 from sparsemix.layers.linear import Linear
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 
 
 class MHMoEConfig(LayerConfig):
-    """y = merge(inner(split(head(x)))); `inner` works at width d_model / num_heads. `precision` is that of head and
-    merge, with the norm before merge; the inner layer has its own."""
+    """y = merge(inner(split(head(x)))), `inner` at width d_model / num_heads; plus an always-on feed-forward on whole
+    tokens if shared_d_ff > 0. `precision` is that of head, merge (with the norm before it) and that feed-forward; the
+    inner layer has its own."""
 
     kind: Literal["mh_moe"] = "mh_moe"
     num_heads: int = Field(ge=1)
     inner: LayerConfig
+    shared_d_ff: int = Field(default=0, ge=0)
     bias: bool = False
     inner_residual: bool = False
     precision: PrecisionConfig = FLOAT
+
+    @property
+    def shared(self) -> DenseConfig | None:
+        if not self.shared_d_ff:
+            return None
+        activation = getattr(self.inner, "activation", "swiglu")
+        return DenseConfig(d_ff=self.shared_d_ff, activation=activation, precision=self.precision)
 
     def d_head(self, d_model: int) -> int:
         if d_model % self.num_heads:
@@ -38,7 +48,8 @@ class MHMoEConfig(LayerConfig):
         per_param = inner.bytes / inner.active_params if inner.active_params else 0.0
         touched = Cost(inner.items, inner.params, share * inner.params, per_param * share * inner.params)
         matrices = Cost.of("linear", 2.0 * projections * seq_len, projections, weight_bytes=self.precision.weight_bytes)
-        return matrices + Cost.of("linear", 0.0, others) + touched
+        shared = self.shared.cost(d_model, seq_len) if self.shared else Cost()
+        return matrices + Cost.of("linear", 0.0, others) + touched + shared
 
     def build(self, d_model: int) -> "MHMoE":
         return MHMoE(self, d_model)
@@ -48,7 +59,9 @@ class MHMoE(Layer):
     """Sub-token j of token t is row t * num_heads + j; one router and one pool of experts serve all heads.
 
     Source: arXiv:2411.16205, eqs. 1-4. Its earlier form (arXiv:2404.15045, eq. 6) adds the sub-token to its expert
-    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1."""
+    output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1. The shared
+    expert sees whole tokens beside head and merge, with the activation of `inner`: the paper does not say, but only so
+    has it the same size in every model of its table 2."""
 
     def __init__(self, config: MHMoEConfig, d_model: int) -> None:
         super().__init__()
@@ -58,6 +71,7 @@ class MHMoE(Layer):
         self.merge_norm = RMSNorm(d_model) if config.precision.normed else None
         self.merge = Linear(d_model, d_model, config.bias, precision=config.precision)
         self.inner = config.inner.build(d_head)
+        self.shared = config.shared.build(d_model) if config.shared else None
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
@@ -68,4 +82,7 @@ class MHMoE(Layer):
         if self.config.inner_residual:
             mixed = parts + mixed
         mixed = mixed.reshape(B, T, D)
-        return self.merge(mixed if self.merge_norm is None else self.merge_norm(mixed)), aux.under("inner")
+        y = self.merge(mixed if self.merge_norm is None else self.merge_norm(mixed))
+        if self.shared is not None:
+            y = y + self.shared(x, ctx)[0]
+        return y, aux.under("inner")

@@ -5,35 +5,82 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, ceil_share, valid_mean
+from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, valid_mean, valid_only
 from sparsemix.layers.linear import Linear
 from sparsemix.layers.router import Router, at_least_fp32
+from sparsemix.layers.threshold import quantile
+from sparsemix.layers.token_selection import (
+    anneal_slack,
+    first_tokens,
+    quota,
+    row_quota,
+    strided,
+    target_balance,
+    top_tokens,
+    uniform,
+    wanted_first,
+)
 
 
 class MoDConfig(LayerConfig):
-    """y = gate * inner(x) for the `capacity` share of each sequence's tokens with the highest scores, 0 for others."""
+    """y = gate * inner(x) for the tokens that the selector takes, `capacity` of each sequence, and 0 for the others."""
 
     kind: Literal["mod"] = "mod"
     inner: LayerConfig
-    capacity: float = Field(default=0.125, gt=0, le=1)
+    capacity: float = Field(default=0.125, gt=0)
+    selector: Literal["expert_choice", "token_choice", "random", "strided"] = "expert_choice"
     gate: Literal["sigmoid", "raw", "two_sigmoid", "one"] = "sigmoid"
     block_output: Literal["delta", "full"] = "delta"
-    sampling: Literal["predictor", "threshold"] = "predictor"
+    sampling: Literal["predictor", "router_bce", "threshold"] = "predictor"
     predictor_width: int = Field(default=64, ge=1)
+    router_loss_weight: float = Field(default=0.1, ge=0)
+    anneal_steps: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MoDConfig":
+        whole = self.capacity == int(self.capacity)
+        self.rule(self.capacity <= 1 or whole, "capacity", "must be a ratio in (0, 1] or a whole number of tokens")
+        chooses = self.selector == "expert_choice"
+        self.rule(
+            chooses or self.capacity <= 1,
+            "capacity",
+            f"is a number of tokens, which selector={self.selector} cannot keep to while decoding; give a ratio",
+        )
+        self.rule(
+            chooses or self.sampling == "predictor",
+            "sampling",
+            f"has no say: selector={self.selector} is causal by itself; leave sampling out",
+        )
+        self.rule(
+            self.selector != "token_choice" or self.capacity < 1,
+            "capacity",
+            "leaves token_choice nothing to choose; give a ratio below 1",
+        )
+        return self
 
     @property
     def looks_ahead(self) -> bool:
-        # The top-k over a sequence compares a token with later ones.
-        return self.capacity < 1 or self.inner.looks_ahead
+        # The top-k over a sequence compares a token with later ones; the other selectors do not.
+        return (self.selector == "expert_choice" and self.capacity != 1) or self.inner.looks_ahead
+
+    @property
+    def predicts(self) -> bool:
+        """True if a predictor of the top-k is part of the layer."""
+        return self.selector == "expert_choice" and self.sampling == "predictor"
+
+    @property
+    def has_threshold(self) -> bool:
+        return self.selector == "expert_choice" and self.sampling == "threshold"
 
     def cost(self, d_model: int, seq_len: int) -> Cost:
-        inner = self.inner.cost(d_model, ceil_share(self.capacity, seq_len)).routed(self.capacity)
-        total = Cost.of("router", 2.0 * d_model * seq_len, d_model) + inner
-        if self.sampling == "predictor":
+        C = quota(self.capacity, seq_len)
+        share = self.capacity if self.capacity <= 1 else C / seq_len
+        total = Cost.of("router", 2.0 * d_model * seq_len, d_model) + self.inner.cost(d_model, C).routed(share)
+        if self.predicts:
             w = self.predictor_width
             total += Cost.of("predictor", 2.0 * (d_model + 1) * w * seq_len, (d_model + 1) * w + w + 1)
         return total
@@ -55,45 +102,69 @@ class Predictor(Layer):
 
 
 class MoD(Layer):
-    """Source: arXiv:2404.02258, eq. 1. Router input is x itself; one router per layer; top-k per sequence (packed
-    documents of a row share its quota), exactly ceil(capacity * T) tokens, ties to the earlier one.
+    """Source: arXiv:2404.02258, eq. 1. Router input is x itself; one router per layer.
+
+    Selectors in training, each at most quota(T) tokens of a row (packed documents of a row share its quota):
+    `expert_choice` the top-k of the scores, exactly the quota, ties to the earlier token; `random` the top-k of
+    Gaussian noise (the paper's control); `token_choice` every token with a score above 0, the first ones if more want
+    to than fit; `strided` every (1 / capacity)-th position. A causal Ctx asks expert_choice's `sampling` instead (a
+    predictor trained on the detached input against the top-k; the score itself, trained by a cross-entropy; or a
+    running threshold), hashes the position for `random`, and drops nobody for want of room. The gate always comes from
+    the router.
 
     The paper leaves open whether its block output holds the residual: `delta` (default) gates the update alone, so a
     gate of 1 is the plain block; `full` gates x + update. Its equation gates with the raw score, its figures with a
-    sigmoid (default). A causal Ctx routes by the predictor (trained on the detached input against the top-k) or by a
-    running threshold; the gate always comes from the router."""
+    sigmoid (default). `anneal_steps` lowers the quota from all tokens by a cosine, in quarters."""
 
+    observes = ("threshold",)
     threshold: Tensor
     num_updates: Tensor
+    anneal_step: Tensor
+    salt: Tensor
 
     def __init__(self, config: MoDConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
         self.router = Router(d_model, 1)
         self.inner = config.inner.build(d_model)
-        if config.sampling == "predictor":
+        if config.predicts:
             self.predictor = Predictor(d_model, config.predictor_width)
-        else:
+        if config.has_threshold:
             self.register_buffer("threshold", torch.zeros(()))
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        if config.selector == "random":
+            self.register_buffer("salt", torch.zeros((), dtype=torch.long))
+        self.slack = 1.0 if config.anneal_steps else 0.0
+        if config.anneal_steps:
+            self.register_buffer("anneal_step", torch.zeros((), dtype=torch.long))
+            self.register_load_state_dict_post_hook(lambda module, _: module._set_slack())  # type: ignore[operator]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.config.selector == "random":
+            self.salt.random_(2**31)
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
         scores = self.router(x)[..., 0]  # (B, T)
-        guess = self.predictor(x.detach()) if self.config.sampling == "predictor" else None
-        ids, real = top_tokens(scores, ctx.valid, self.config.capacity)
-        aux = self.observe(scores, guess, ids, real, ctx)
-        if not ctx.causal:
-            y, inner = self.apply_to(x, scores, ids, real, ctx)
-            return y, aux | inner
-        keep = self.causal_rule(scores, guess)
-        keep = keep if ctx.valid is None else keep & ctx.valid
-        aux.stats["routed"] = keep
+        guess = self.predictor(x.detach()) if self.config.predicts else None
+        keep = self.causal_rule(scores, guess, ctx) if ctx.causal else None
+        aux = Aux({}, {})
+        # A step of decoding has no row to choose the best tokens of, nor anything to learn.
+        if ctx.cache is None:
+            ids, real = self.select(scores, ctx)
+            chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+            taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
+            aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
+            if keep is None:
+                y, inner = self.apply_to(x, scores, ids, real, ctx)
+                return y, aux | inner
+        assert keep is not None
         rows = keep.any(dim=1).nonzero()[:, 0]  # (b,)
         if not len(rows):
             return torch.zeros_like(x), aux
         kept = keep[rows]
-        ids = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+        ids = wanted_first(kept)[:, : int(kept.sum(1).max())]
         part, inner = self.apply_to(x[rows], scores[rows], ids, kept.gather(1, ids), ctx.pick_rows(rows))
         return torch.zeros_like(x).index_copy(0, rows, part), aux | inner
 
@@ -114,68 +185,111 @@ class MoD(Layer):
         gate = gate if real is None else torch.where(real, gate, 0.0)
         return torch.zeros_like(x).scatter(1, wide, gate[..., None].to(x.dtype) * out), aux.under("inner")
 
-    def causal_rule(self, scores: Float[Tensor, "B T"], guess: Float[Tensor, "B T"] | None) -> Bool[Tensor, "B T"]:
-        if guess is not None:
-            return guess > 0
-        if not self.num_updates:
-            raise RuntimeError(
-                "the routing threshold was never observed: train first (sparsemix.update(module, aux.stats) after "
-                "every step), or set sampling to predictor"
-            )
-        return scores > self.threshold
+    def select(self, scores: Float[Tensor, "B T"], ctx: Ctx) -> tuple[Int[Tensor, "B C"], Bool[Tensor, "B C"] | None]:
+        """The selector of training: places of every row, in order, and which of them are taken (None: all).
+
+        C = quota(T), and a row with n real tokens fills at most quota(n) of its C places."""
+        capacity, T, valid = self.config.capacity, scores.shape[1], ctx.valid
+        C = quota(capacity, T, self.slack)
+        per_row = None if valid is None else row_quota(capacity, valid.sum(dim=1, keepdim=True), self.slack)
+        if self.config.selector in ("token_choice", "strided"):
+            return first_tokens(self.wants(scores, ctx), C, per_row)
+        ranks = scores if self.config.selector == "expert_choice" else torch.randn_like(scores)
+        return top_tokens(ranks, valid, C, per_row)
+
+    def wants(self, scores: Float[Tensor, "B T"], ctx: Ctx) -> Bool[Tensor, "B T"]:
+        """Real tokens that token_choice or strided would take, were there room for all."""
+        if self.config.selector == "token_choice":
+            wants = scores.detach() > 0
+        else:
+            wants = strided(positions_of(scores, ctx), self.config.capacity).expand_as(scores)
+        return wants if ctx.valid is None else wants & ctx.valid
+
+    def causal_rule(
+        self, scores: Float[Tensor, "B T"], guess: Float[Tensor, "B T"] | None, ctx: Ctx
+    ) -> Bool[Tensor, "B T"]:
+        """Real tokens that pass, each decided from itself and its position alone."""
+        if self.config.selector in ("token_choice", "strided"):
+            return self.wants(scores, ctx)
+        if self.config.selector == "random":
+            keep = (uniform(positions_of(scores, ctx), self.salt) < self.config.capacity).expand_as(scores)
+        elif guess is not None:
+            keep = guess > 0
+        elif self.config.sampling == "router_bce":
+            keep = scores > 0
+        else:
+            if not self.num_updates:
+                raise RuntimeError(
+                    "the routing threshold was never observed: train first (sparsemix.update(module, aux.stats) after "
+                    "every step), or set sampling to predictor"
+                )
+            keep = scores > self.threshold
+        return keep if ctx.valid is None else keep & ctx.valid
 
     def observe(
         self,
         scores: Float[Tensor, "B T"],
         guess: Float[Tensor, "B T"] | None,
-        ids: Int[Tensor, "B C"],
-        real: Bool[Tensor, "B C"] | None,
+        taken: Bool[Tensor, "B T"],
+        keep: Bool[Tensor, "B T"],
         ctx: Ctx,
     ) -> Aux:
-        """The predictor's loss, and what running state and reports need."""
-        losses, stats = {}, {}
-        chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-        target = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)
-        if guess is not None:
-            exact = at_least_fp32(guess)
-            error = F.binary_cross_entropy_with_logits(exact, target.to(exact.dtype), reduction="none")
-            losses["predictor"] = valid_mean(error, ctx.valid)
-            says, counts = guess.detach() > 0, torch.ones_like(target) if ctx.valid is None else ctx.valid
-            cells = [says & target, says & ~target, ~says & target, ~says & ~target]
+        """Losses of router and predictor, and what running state and reports need."""
+        config, losses, stats = self.config, {}, {}
+        if config.predicts or (config.selector == "expert_choice" and config.sampling == "router_bce"):
+            logits = at_least_fp32(scores if guess is None else guess)
+            error = F.binary_cross_entropy_with_logits(logits, taken.to(logits.dtype), reduction="none")
+            name, weight = ("router_bce", config.router_loss_weight) if guess is None else ("predictor", 1.0)
+            losses[name] = weight * valid_mean(error, ctx.valid)
+            says, counts = logits.detach() > 0, torch.ones_like(taken) if ctx.valid is None else ctx.valid
+            cells = [says & taken, says & ~taken, ~says & taken, ~says & ~taken]
             # True and false positives, then false and true negatives, against the top-k.
             stats["confusion"] = torch.stack([(cell & counts).sum() for cell in cells]).double()
-        elif self.training:
-            real_scores = scores.detach() if ctx.valid is None else scores.detach()[ctx.valid]
-            stats["threshold"] = real_scores.flatten().quantile(1 - self.config.capacity)
+        if config.selector == "token_choice":
+            wants = self.wants(scores, ctx)
+            losses["balance"] = config.router_loss_weight * target_balance(scores, wants, ctx.valid, config.capacity)
+            if self.training:
+                stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
+        if self.training and config.has_threshold:
+            share = quota(config.capacity, scores.shape[1], self.slack) / scores.shape[1]
+            valid = None if ctx.valid is None else ctx.valid.flatten()
+            stats["threshold"] = quantile(scores.detach().flatten()[:, None], valid, 1 - share)[0]
+        if self.training and self.slack:
+            stats["extra_flops"] = scores.new_tensor(self.extra_flops(*scores.shape), dtype=torch.float64)
+        if not self.training:
+            seen = [("scores", scores)] if guess is None else [("scores", scores), ("guess", guess)]
+            stats |= {name: valid_only(value.detach(), ctx.valid) for name, value in seen}
+            stats["routed"] = keep
         return Aux(losses, stats)
+
+    def extra_flops(self, B: int, T: int) -> float:
+        """Forward FLOPs beyond the settings' cost while the capacity is still being lowered."""
+        D, capacity = self.router.weight.shape[1], self.config.capacity
+        now, at_last = (self.config.inner.cost(D, quota(capacity, T, slack)).flops for slack in (self.slack, 0.0))
+        return B * (now - at_last)
 
     @torch.no_grad()
     def update(self, stats: Mapping[str, Tensor]) -> None:
+        if self.config.anneal_steps:
+            self.anneal_step += 1
+            self._set_slack()
         if "threshold" not in stats:
             return
         self.num_updates += 1
         # A plain average at first, then a running one over about 100 steps.
         self.threshold.lerp_(stats["threshold"].to(self.threshold), max(0.01, 1.0 / int(self.num_updates)))
 
+    def _set_slack(self) -> None:
+        # A plain number beside the buffer: reading a tensor in forward would stall a GPU and break the graph.
+        self.slack = anneal_slack(int(self.anneal_step), self.config.anneal_steps)
+
     def forget(self) -> None:
-        if self.config.sampling == "threshold":
+        if self.config.has_threshold:
             self.num_updates.zero_()
 
 
-def top_tokens(
-    scores: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None, capacity: float
-) -> tuple[Int[Tensor, "B C"], Bool[Tensor, "B C"] | None]:
-    """The best real tokens of every row, in order, ties to the earlier one; and which of them are real.
-
-    C = ceil(capacity * T); a row with n real tokens fills ceil(capacity * n) of its C places."""
-    C = ceil_share(capacity, scores.shape[1])
-    ranked = scores.detach() if valid is None else scores.detach().masked_fill(~valid, -torch.inf)
-    best = ranked.argsort(dim=1, descending=True, stable=True)[:, :C]
-    ids, order = best.sort(dim=1)
-    if valid is None:
-        return ids, None
-    quota = (valid.sum(dim=1, keepdim=True) * capacity - 1e-9).ceil()
-    return ids, (order < quota) & valid.gather(1, ids)
+def positions_of(scores: Float[Tensor, "B T"], ctx: Ctx) -> Int[Tensor, "b T"]:
+    return torch.arange(scores.shape[1], device=scores.device)[None] if ctx.positions is None else ctx.positions
 
 
 GATES = {

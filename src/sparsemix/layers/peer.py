@@ -1,23 +1,29 @@
 """PEER: a large pool of single-neuron experts, found by product keys."""
 
-import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
-from sparsemix.layers.linear import ACTIVATIONS, Linear
-from sparsemix.layers.query_norm import QueryNormKind, build_query_norm
-from sparsemix.layers.router import at_least_fp32, usage_stats
-from sparsemix.ops.product_key_topk import product_key_topk
+from sparsemix.layers.linear import ACTIVATIONS
+from sparsemix.layers.product_keys import (
+    DENSE_OUTPUT_VARIANCE,
+    check,
+    look_up,
+    look_up_cost,
+    new_keys,
+    new_query,
+    reset_keys,
+    side,
+)
+from sparsemix.layers.query_norm import QueryNormKind
+from sparsemix.layers.router import usage_stats
 from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_mix import row_mix
 
-# Variance per channel of a SwiGLU feed-forward's output at initialisation: E[silu(g)^2] for g ~ N(0, 1).
-DENSE_OUTPUT_VARIANCE = 0.356
 # E[act(z)^2] for z ~ N(0, 1).
 ACTIVATION_VARIANCE = {"gelu": 0.425, "relu": 0.5, "silu": 0.356}
 
@@ -37,18 +43,13 @@ class PEERConfig(LayerConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "PEERConfig":
-        n = math.isqrt(self.num_experts)
-        self.rule(
-            n * n == self.num_experts, "num_experts", f"must be a square; the nearest are {n**2} and {(n + 1) ** 2}"
-        )
-        self.rule(self.top_k <= self.num_experts, "top_k", f"must lie in [1, num_experts={self.num_experts}]")
-        self.rule(self.d_key % 2 == 0, "d_key", "must be even: its halves meet the two key sides")
+        check(self, "num_experts")
         return self
 
     @property
     def n(self) -> int:
         """Sub-keys per side."""
-        return math.isqrt(self.num_experts)
+        return side(self.num_experts)
 
     @property
     def looks_ahead(self) -> bool:
@@ -56,13 +57,9 @@ class PEERConfig(LayerConfig):
         return self.query_norm == "batch"
 
     def cost(self, d_model: int, seq_len: int) -> Cost:
-        width = self.num_heads * self.d_key
-        norm = {"batch": 2 * width, "layer": 2 * self.d_key, "none": 0}[self.query_norm]
-        keys = self.n * self.d_key * (1 if self.share_keys else self.num_heads)
-        query = Cost.of("router", 2.0 * d_model * width * seq_len, (d_model + 1) * width + norm)
-        scores = Cost.of("router", 2.0 * self.num_heads * self.n * self.d_key * seq_len, keys)
         picked = self.num_heads * self.top_k * d_model
-        return query + scores + Cost.of("experts", 4.0 * picked * seq_len, 2 * self.num_experts * d_model, 2 * picked)
+        experts = Cost.of("experts", 4.0 * picked * seq_len, 2 * self.num_experts * d_model, 2 * picked)
+        return look_up_cost(self, d_model, seq_len) + experts
 
     def build(self, d_model: int) -> "PEER":
         return PEER(self, d_model)
@@ -72,26 +69,22 @@ class PEER(Layer):
     """Source: arXiv:2407.04153, section 2 and algorithm 1. The expert of sub-keys (i, j) is number i * n + j.
 
     Gates are taken after the top-k, per head. Heads share experts and, by default, sub-keys (the paper's text; its
-    algorithm is ambiguous). Experts have no bias. d_key, activation and initial values are not stated there: w_in has
-    unit-variance projections, w_out is scaled so that the output has the variance of the feed-forward it replaces."""
+    algorithm is ambiguous). Experts have no bias, the output is as wide as the input. d_key, activation and initial
+    values are not stated there: w_in has unit-variance projections, w_out is scaled so that the output has the variance
+    of the feed-forward it replaces."""
 
     def __init__(self, config: PEERConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
-        sides = (2, config.n, config.d_key // 2)
-        self.query = Linear(d_model, config.num_heads * config.d_key, bias=True)
-        self.query_norm = build_query_norm(config.query_norm, config.num_heads, config.d_key)
-        self.keys = nn.Parameter(torch.empty(sides if config.share_keys else (config.num_heads, *sides)))
+        self.query, self.query_norm = new_query(config, d_model)
+        self.keys = new_keys(config)
         self.w_in = nn.Parameter(torch.empty(config.num_experts, d_model))
         self.w_out = nn.Parameter(torch.empty(config.num_experts, d_model))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        d_model = self.w_in.shape[1]
-        # As in product-key memory's code (arXiv:1907.05242); the paper is silent.
-        bound = (self.config.d_key // 2) ** -0.5
-        nn.init.uniform_(self.keys, -bound, bound)
-        nn.init.normal_(self.w_in, std=d_model**-0.5)
+        reset_keys(self.keys)
+        nn.init.normal_(self.w_in, std=self.w_in.shape[1] ** -0.5)
         nn.init.normal_(self.w_out, std=self._w_out_std())
 
     def _w_out_std(self) -> float:
@@ -106,29 +99,13 @@ class PEER(Layer):
         ctx = ctx or self.default_ctx()
         config, tokens = self.config, x.flatten(0, 1)  # (N, D)
         valid = None if ctx.valid is None else ctx.valid.flatten()
-        left, right, stats = self.side_scores(tokens, valid, ctx.causal)  # (N, H, n) each
-        i, j = product_key_topk(left.detach(), right.detach(), config.top_k)  # (N, H, K) each
-        scores = left.gather(-1, i) + right.gather(-1, j)
-        gates = GATES[config.gate](scores).flatten(1)  # (N, H K)
-        expert_ids = (i * config.n + j).flatten(1)
-        hidden = ACTIVATIONS[config.activation](row_dot(tokens, expert_ids, self.w_in))
-        y = row_mix(gates.to(hidden.dtype) * hidden, expert_ids, self.w_out).to(x.dtype)
+        scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
+        gates, ids = GATES[config.gate](scores).flatten(1), ids.flatten(1)  # (N, H K)
+        hidden = ACTIVATIONS[config.activation](row_dot(tokens, ids, self.w_in))
+        y = row_mix(gates.to(hidden.dtype) * hidden, ids, self.w_out).to(x.dtype)
         if not self.training:
-            stats |= usage_stats(expert_ids, gates, config.num_experts, valid)
+            stats |= usage_stats(ids, gates, config.num_experts, valid)
         return y.view_as(x), Aux({}, stats)
-
-    def side_scores(
-        self, tokens: Float[Tensor, "N D"], valid: Bool[Tensor, " N"] | None, causal: bool
-    ) -> tuple[Float[Tensor, "N H n"], Float[Tensor, "N H n"], dict[str, Tensor]]:
-        """Inner products of both query halves with their sub-keys, in at least fp32."""
-        config = self.config
-        with torch.autocast(tokens.device.type, enabled=False):
-            query = self.query(at_least_fp32(tokens)).view(-1, config.num_heads, config.d_key)
-            query, stats = self.query_norm(query, valid, causal)
-            halves = query.view(-1, config.num_heads, 2, config.d_key // 2)
-            equation = "nhpc,pmc->pnhm" if config.share_keys else "nhpc,hpmc->pnhm"
-            left, right = torch.einsum(equation, halves, at_least_fp32(self.keys))
-        return left, right, {f"query_norm.{name}": value for name, value in stats.items()}
 
 
 GATES = {"softmax": lambda scores: scores.softmax(dim=-1), "sigmoid": torch.sigmoid, "relu": torch.relu}

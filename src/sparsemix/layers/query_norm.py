@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsemix.layers.base import Layer
+from sparsemix.layers.router import at_least_fp32
 
 QueryNormKind = Literal["batch", "layer", "none"]
 
@@ -25,11 +26,12 @@ class QueryNorm(Layer):
 class QueryBatchNorm(QueryNorm):
     """(q - mean) / std per head and channel, over all real tokens; then an affine map.
 
-    Training uses the batch's own statistics, so it sees later tokens; evaluation, and training under a causal Ctx,
-    uses running ones. forward only
-    observes: `update` moves the running statistics, once per optimizer step. Source: arXiv:1907.05242, section 4.
-    Evaluating before any observation raises RuntimeError."""
+    Training uses the batch's own statistics (of this rank, if there are several), so it sees later tokens; evaluation,
+    and training under a causal Ctx, uses running ones. forward only observes: `update` moves the running statistics,
+    once per optimizer step. Source: arXiv:1907.05242, section 4. Evaluating before any observation raises
+    RuntimeError."""
 
+    observes = ("mean", "square")
     mean: Tensor
     square: Tensor
     num_updates: Tensor
@@ -98,7 +100,8 @@ class QueryLayerNorm(QueryNorm):
     def forward(  # type: ignore[override]
         self, query: Float[Tensor, "N H C"], valid: Bool[Tensor, " N"] | None, causal: bool = False
     ) -> tuple[Float[Tensor, "N H C"], dict[str, Tensor]]:
-        return F.layer_norm(query, query.shape[-1:], self.weight, self.bias, self.eps), {}
+        weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+        return F.layer_norm(query, query.shape[-1:], weight, bias, self.eps), {}
 
 
 def build_query_norm(kind: QueryNormKind, num_heads: int, d_key: int) -> QueryNorm:

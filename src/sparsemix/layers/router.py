@@ -1,6 +1,6 @@
 """Token-choice routing: scores, gates, picks, and the losses that keep experts in use."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,12 +39,15 @@ class Router(nn.Module):
             return F.linear(at_least_fp32(x), at_least_fp32(self.weight))
 
 
-def route(logits: Float[Tensor, "N E"], top_k: int, normalize: bool) -> Route:
-    """Gates: softmax over all E, then the K largest; they sum to one only if `normalize`.
+def route(logits: Float[Tensor, "N E"], top_k: int, normalize: bool, bias: Float[Tensor, " E"] | None = None) -> Route:
+    """Gates: softmax over all E, then the K largest; they sum to one only if `normalize`. A `bias` is added to the
+    probabilities while the K are chosen and ordered, and is in no gate (arXiv:2408.15664, eq. 3).
 
     Source: arXiv:2101.03961, eq. 2, for K = 1; arXiv:2411.16205 keeps the same raw gates for K > 1."""
     probs = logits.softmax(dim=-1)
-    gates, expert_ids = probs.topk(top_k, dim=-1)
+    scores = probs.detach() if bias is None else probs.detach() + bias
+    expert_ids = scores.topk(top_k, dim=-1).indices
+    gates = probs.gather(-1, expert_ids)
     if normalize:
         gates = gates / gates.sum(dim=-1, keepdim=True)
     return Route(logits, probs, gates, expert_ids)
@@ -56,12 +59,15 @@ def load_of(expert_ids: Int[Tensor, "N K"], num_experts: int, valid: Bool[Tensor
     return torch.bincount(expert_ids.reshape(-1), weights, minlength=num_experts).double()
 
 
-def balance_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
-    """E sum_e f_e P_e: f_e the share of all picks, P_e the mean probability; 1 when even.
+def balance_loss(
+    r: Route, valid: Bool[Tensor, " N"] | None, picks: Literal["all", "first"] = "all"
+) -> Float[Tensor, ""]:
+    """E sum_e f_e P_e: f_e the share of picks, P_e the mean probability; 1 when even. Gradients flow through P only.
 
-    The picks of all K choices count (arXiv:2404.15045 is silent for K > 1; its code counts the first only)."""
+    f counts the picks of all K choices, or each token's `first` (arXiv:2006.16668 and the code of
+    arXiv:2404.15045; the paper is silent for K > 1). Source: arXiv:2101.03961, eq. 4."""
     E = r.probs.shape[1]
-    share = load_of(r.expert_ids, E, valid)
+    share = load_of(r.expert_ids if picks == "all" else r.expert_ids[:, :1], E, valid)
     share = (share / share.sum().clamp_min(1)).to(r.probs.dtype)
     probs = r.probs if valid is None else torch.where(valid[:, None], r.probs, 0.0)
     tokens = probs.shape[0] if valid is None else valid.sum().clamp_min(1)
@@ -76,13 +82,24 @@ def z_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
     return torch.where(valid, squares, 0.0).sum() / valid.sum().clamp_min(1)
 
 
+GATE_BINS = 20
+
+
 def usage_stats(
     expert_ids: Int[Tensor, "N R"],
     gates: Float[Tensor, "N R"],
     num_experts: int,
     valid: Bool[Tensor, " N"] | None,
 ) -> dict[str, Tensor]:
-    """Per expert, over real tokens: `counts` (picks) and `gate_mass` (summed gates), both (E,) fp64."""
-    mass = gates.detach().double() if valid is None else torch.where(valid[:, None], gates.detach(), 0.0).double()
-    gate_mass = torch.bincount(expert_ids.reshape(-1), mass.reshape(-1), minlength=num_experts)
-    return {"counts": load_of(expert_ids, num_experts, valid), "gate_mass": gate_mass}
+    """Per expert, over real tokens: `counts` (picks) and `gate_mass` (summed gates), both (E,) fp64.
+    `gate_histogram` (20,) fp64: picks by gate in equal bins of [0, 1], others in the end bins.
+    `top_gate` (N,): the largest gate of every row, 0 in padding."""
+    gates = gates.detach() if valid is None else torch.where(valid[:, None], gates.detach(), 0.0)
+    gate_mass = torch.bincount(expert_ids.reshape(-1), gates.double().reshape(-1), minlength=num_experts)
+    bins = (gates.double() * GATE_BINS).long().clamp(0, GATE_BINS - 1)
+    return {
+        "counts": load_of(expert_ids, num_experts, valid),
+        "gate_mass": gate_mass,
+        "gate_histogram": load_of(bins, GATE_BINS, valid),
+        "top_gate": gates.amax(dim=1),
+    }

@@ -148,9 +148,9 @@ def spread(scale: Float[Tensor, "E M"], counts: Int[Tensor, " E"], num_rows: int
 
 
 def experts_of(counts: Int[Tensor, " E"], num_rows: int) -> Int[Tensor, " R"]:
-    """The expert of every row, rows sorted by expert."""
-    experts = torch.arange(len(counts), device=counts.device)
-    return experts.repeat_interleave(counts, output_size=num_rows)
+    """The expert of every row, rows sorted by expert; rows past the last one's get the last one."""
+    rows = torch.arange(num_rows, device=counts.device)
+    return torch.searchsorted(counts.cumsum(0), rows, right=True).clamp(max=len(counts) - 1)
 
 
 def rescaled(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 import sparsemix.ops.grouped_mm
+import sparsemix.ops.product_key_topk
 import sparsemix.ops.row_dot
 import sparsemix.ops.row_mix
 import sparsemix.ops.ternary_mm  # noqa: F401  (each registers its own formula)

@@ -4,8 +4,9 @@ print follow the page; markers and dashes differ as well, so that no chart needs
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from sparsemix.report.numbers import Markup, escape, exponent, fixed, si
+from sparsemix.report.numbers import Markup, escape, exponent, fixed
 
 WIDTH, HEIGHT = 560, 320
 LEFT, RIGHT, TOP, BOTTOM = 58, 24, 34, 54
@@ -217,36 +218,66 @@ def legend(lines: Sequence[Line]) -> Markup:
     return Markup(f'<ul class="legend">{"".join(items)}</ul>')
 
 
-def bars(id: str, title: str, x_label: str, values: Sequence[float], style: int) -> Markup:
-    """Shares of a whole, one bar per count 0, 1, 2, ..., each labelled with its share in percent."""
-    total = sum(values) or 1
-    shares = [100 * value / total for value in values]
-    y_axis = _Axis([0, *shares], HEIGHT - BOTTOM, TOP + 6)
-    y_axis.low = 0.0
-    slot = (WIDTH - RIGHT - LEFT) / len(values)
-    middles = [LEFT + slot * (i + 0.5) for i in range(len(values))]
-    every = math.ceil(len(values) / 12)
-    labels = [str(i) if i % every == 0 else "" for i in range(len(values))]
-    parts = [_grid(y_axis), _axis_titles(x_label, "tokens (%)")]
-    for i, (x, share) in enumerate(zip(middles, shares, strict=True)):
-        top, width = y_axis(share), slot * 0.72
-        box = f'x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{HEIGHT - BOTTOM - top:.1f}"'
-        tip = f"<title>{i}: {si(values[i])} tokens</title>"
-        parts.append(f'<rect class="bar s{style % COLOURS}" {box}>{tip}</rect>')
-        if every == 1:
-            label = fixed(share, 0 if len(values) > 8 else 1)
-            parts.append(f'<text class="halo" x="{x:.1f}" y="{top - 4:.1f}" text-anchor="middle">{label}</text>')
-    parts.append(_x_ticks(middles, labels))
-    text = "; ".join(f"{i}: {fixed(share, 1)} %" for i, share in enumerate(shares))
-    return _svg(id, title, f"Share of tokens by {x_label}. {text}.", parts, HEIGHT)
+@dataclass(frozen=True)
+class Bars:
+    """One bar per value, in percent of `total` (their sum if None). Bars are called 0, 1, 2, ... or by `names`;
+    a histogram has `edges` instead, one more than values, which its axis then shows."""
+
+    id: str
+    title: str
+    x_label: str
+    values: Sequence[float]
+    style: int
+    names: Sequence[str] = ()
+    edges: Sequence[float] = ()
+    y_label: str = "tokens (%)"
+    total: float | None = None
+
+    def shares(self) -> list[float]:
+        """The bars' heights in percent."""
+        total = self.total or sum(self.values) or 1
+        return [100 * value / total for value in self.values]
+
+    def called(self) -> list[str]:
+        """The bars' names."""
+        ends = [f"{edge:.3g}".replace("-", "−") for edge in self.edges]
+        spans = [f"{low} to {high}" for low, high in pairwise(ends)]
+        return list(self.names) or spans or [str(i) for i in range(len(self.values))]
+
+    def svg(self) -> Markup:
+        """The bars as an <svg>. Needs at least one value."""
+        shares, names = self.shares(), self.called()
+        y_axis = _Axis([0, *shares], HEIGHT - BOTTOM, TOP + 6)
+        y_axis.low = 0.0
+        # A histogram has a number at its left end, which the y axis' lowest one must not meet.
+        left = LEFT + 12 if self.edges else LEFT
+        slot = (WIDTH - RIGHT - left) / len(shares)
+        middles = [left + slot * (i + 0.5) for i in range(len(shares))]
+        every = math.ceil(len(shares) / 12)
+        parts = [_grid(y_axis), _axis_titles(self.x_label, self.y_label)]
+        for x, share, name in zip(middles, shares, names, strict=True):
+            top, width = y_axis(share), slot * (0.72 if not self.edges else 0.9)
+            box = f'x="{x - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{HEIGHT - BOTTOM - top:.1f}"'
+            tip = f"<title>{escape(name)}: {fixed(share, 2)} %</title>"
+            parts.append(f'<rect class="bar s{self.style % COLOURS}" {box}>{tip}</rect>')
+            if every == 1:
+                label = fixed(share, 0 if len(shares) > 8 else 1)
+                parts.append(f'<text class="halo" x="{x:.1f}" y="{top - 4:.1f}" text-anchor="middle">{label}</text>')
+        if self.edges:
+            ticks = nice_ticks(self.edges[0], self.edges[-1])
+            scale = (WIDTH - RIGHT - left) / (self.edges[-1] - self.edges[0])
+            parts.append(_x_ticks([left + scale * (tick - self.edges[0]) for tick in ticks], tick_labels(ticks)))
+        else:
+            parts.append(_x_ticks(middles, [escape(name) if i % every == 0 else "" for i, name in enumerate(names)]))
+        text = "; ".join(f"{name}: {fixed(share, 1)} %" for name, share in zip(names, shares, strict=True))
+        return _svg(self.id, self.title, f"{self.y_label} by {self.x_label}. {text}.", parts, HEIGHT)
 
 
 def intervals(id: str, title: str, x_label: str, rows: Sequence[tuple[str, int, float, float, float]]) -> Markup:
     """Differences as dots with their intervals and a line at zero, one row (name, style, value, low, high) each."""
     # A kind's precision goes below its name: side by side they would not fit a phone's letters.
     left, step = 150, 44 if any("@" in row[0] for row in rows) else 30
-    bottom = TOP + step * len(rows)
-    height = bottom + BOTTOM
+    height = (bottom := TOP + step * len(rows)) + BOTTOM
     x_axis = _Axis([0.0, *(x for row in rows for x in row[2:])], left, WIDTH - RIGHT)
     ticks = nice_ticks(x_axis.low, x_axis.high)
     labels = [
@@ -257,18 +288,13 @@ def intervals(id: str, title: str, x_label: str, rows: Sequence[tuple[str, int, 
     parts.append(f'<path class="reference" d="M{x_axis(0):.1f},{TOP - 8}V{bottom}"/>')
     for i, (name, style, value, low, high) in enumerate(rows):
         y = TOP + step * (i + 0.5)
-        kind, at, precision = name.partition("@")
-        lines = [part if len(part) <= 15 else f"{part[:14]}…" for part in (kind, at + precision) if part]
-        spans = "".join(
-            f'<tspan x="{left - 12}" dy="{0.35 - 0.5 * (len(lines) - 1) if j == 0 else 1}em">{escape(part)}</tspan>'
-            for j, part in enumerate(lines)
-        )
-        parts.append(f'<text y="{y}" text-anchor="end">{spans}</text>')
+        words = [word if len(word) <= 15 else f"{word[:14]}…" for word in name.replace("@", "\n@").split("\n")]
+        spans = f'</tspan><tspan x="{left - 12}" dy="1em">'.join(map(escape, words))
+        first = f'<tspan x="{left - 12}" dy="{0.35 - 0.5 * (len(words) - 1)}em">'
+        parts.append(f'<text y="{y}" text-anchor="end">{first}{spans}</tspan></text>')
         parts.append(
             f'<g class="s{style % COLOURS}"><path class="mean" d="M{x_axis(low):.1f},{y}H{x_axis(high):.1f}"/>'
             f'<path d="{MARKERS[style % len(MARKERS)]}" transform="translate({x_axis(value):.1f},{y})"/></g>'
         )
-    text = "; ".join(
-        f"{name} {fixed(v, 4, True)} [{fixed(a, 4, True)}, {fixed(b, 4, True)}]" for name, _, v, a, b in rows
-    )
-    return _svg(id, title, f"{x_label}: {text}.", parts, height)
+    said = [f"{name} {fixed(v, 4, True)} [{fixed(a, 4, True)}, {fixed(b, 4, True)}]" for name, _, v, a, b in rows]
+    return _svg(id, title, f"{x_label}: {'; '.join(said)}.", parts, height)

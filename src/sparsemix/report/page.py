@@ -38,7 +38,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     kinds = ", ".join(str(row.get("kind")) for row in rows) or DASH
     sections = [
         ("verdict", "Verdict", _verdict(result)),
-        ("table", "Comparison", _join(comparison_table(result), differences(result), speed_table(result))),
+        ("table", "Comparison", join(comparison_table(result), differences(result), speed_table(result))),
         ("loss-flops", "Loss against compute", losses(result, "flops")),
         ("loss-time", "Loss against time", losses(result, "wall_s")),
         ("lr", "Learning rates", learning_rates(result)),
@@ -48,42 +48,50 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         ("data", "Data", _data(result)),
         ("reproduce", "Reproduce", _reproduce(result)),
     ]
-    shown = [section for section in sections if section[2]]
-    template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     byline = " · ".join(
         [
             f"{si(result.get('budget_flops'), 'FLOP')} per run",
             *(str(result[key]) for key in ("hardware", "created") if result.get(key)),
         ]
     )
-    page = template.substitute(
-        title=escape(f"Equal-FLOP comparison: {kinds}"),
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(f"Equal-FLOP comparison: {kinds}", byline, sections), encoding="utf-8")
+
+
+def render(title: str, byline: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A whole page of (id, heading, body) sections, the empty ones left out."""
+    shown = [section for section in sections if section[2]]
+    template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title),
         byline=escape(byline),
+        first=shown[0][0],
         contents="\n".join(f'<li><a href="#{id}">{heading}</a></li>' for id, heading, _ in shown),
         sections="\n".join(
             f'<section id="{id}">\n<h2>{heading}</h2>\n{body}\n</section>' for id, heading, body in shown
         ),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
 
 
-def _paragraph(text: object, css: str = "") -> Markup:
+def paragraph(text: object, css: str = "") -> Markup:
+    """Text as a paragraph."""
     return Markup(f'<p class="{css}">{escape(text)}</p>')
 
 
-def _list(items: Sequence[object], css: str = "") -> Markup:
+def listed(items: Sequence[object], css: str = "") -> Markup:
+    """Texts as a list."""
     return Markup(f'<ul class="{css}">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>')
 
 
-def _join(*parts: str) -> Markup:
+def join(*parts: str) -> Markup:
+    """The parts that are not empty, one after the other."""
     return Markup("\n".join(part for part in parts if part))
 
 
 def _verdict(result: dict[str, Any]) -> Markup:
     rows = [row for row in ranked(result) if is_number(row.get("bpb"))]
     if not rows:
-        return _join(_paragraph(f"{DASH} (no kind has a finite loss)", "headline"), _warnings(result))
+        return join(paragraph(f"{DASH} (no kind has a finite loss)", "headline"), warned(result.get("warnings") or []))
     best, dense = rows[0], next((row for row in rows if row.get("kind") == "dense"), None)
     against = f", against {fixed(dense['bpb'], 4)} for dense" if dense and dense is not best else ""
     headline = (
@@ -98,18 +106,19 @@ def _verdict(result: dict[str, Any]) -> Markup:
             )
             lines.append(Markup(f"<b>{escape(row.get('kind'))}</b> {numbers}: {escape(row.get('verdict'))}"))
     note = "Difference from dense in bits per byte, 95\u00a0% confidence interval, verdict; negative is better."
-    return _join(
-        _paragraph(headline, "headline"),
-        _list(lines, "verdicts") if lines else "",
-        _paragraph(note, "note") if lines else "",
-        _paragraph(result.get("scope")),
-        _warnings(result),
+    return join(
+        paragraph(headline, "headline"),
+        listed(lines, "verdicts") if lines else "",
+        paragraph(note, "note") if lines else "",
+        paragraph(result.get("scope")),
+        warned(result.get("warnings") or []),
     )
 
 
-def _warnings(result: dict[str, Any]) -> Markup:
-    warnings = [Markup(f"<b>Warning:</b> {escape(text)}") for text in result.get("warnings") or []]
-    return _list(warnings, "warnings") if warnings else Markup("")
+def warned(texts: Sequence[str]) -> Markup:
+    """Warnings set apart; empty if there are none."""
+    warnings = [Markup(f"<b>Warning:</b> {escape(text)}") for text in texts]
+    return listed(warnings, "warnings") if warnings else Markup("")
 
 
 EXPERTS = (
@@ -120,7 +129,7 @@ EXPERTS = (
 
 def _routing(result: dict[str, Any]) -> Markup:
     rows, styles = result.get("rows") or [], styles_of(result)
-    parts: list[str] = [leak_table(rows), _paragraph(EXPERTS, "note")]
+    parts: list[str] = [leak_table(rows), paragraph(EXPERTS, "note")]
     for i, row in enumerate(rows):
         kind, routing = row.get("kind"), row.get("routing") or {}
         if not any(routing.get(key) for key in ("passes", "predictor", "experts")):
@@ -130,7 +139,7 @@ def _routing(result: dict[str, Any]) -> Markup:
         parts.append(predictor_table(row) if routing.get("predictor") else "")
         if routing.get("experts"):
             parts.append(f'<div class="pair">{loads(row, f"load-{i}", styles[str(kind)])}{experts_table(row)}</div>')
-    return _join(*parts)
+    return join(*parts)
 
 
 def _fairness(result: dict[str, Any]) -> Markup:
@@ -155,14 +164,14 @@ def _fairness(result: dict[str, Any]) -> Markup:
         "Settings other than the learning rate, which were not searched.",
     ]
     read = f"The training text was read {fixed(epochs, 2)} times." if is_number(epochs) else ""
-    return _join(
-        _list(held),
+    return join(
+        listed(held),
         sizing_table(rows, result.get("budget_flops")),
-        _paragraph(read) if read else "",
+        paragraph(read) if read else "",
         Markup("<h3>How FLOPs were counted</h3>"),
-        _paragraph(result.get("convention")),
+        paragraph(result.get("convention")),
         Markup("<h3>What this does not show</h3>"),
-        _list(limits),
+        listed(limits),
     )
 
 
@@ -180,7 +189,7 @@ def _data(result: dict[str, Any]) -> Markup:
         ["tokenizer", f"{corpus.get('tokenizer') or DASH}, vocabulary of {fixed(corpus.get('vocab_size'), 0)}"],
         ["SHA-256 fingerprint", _code(corpus.get("fingerprint"))],
     ]
-    return _join(
+    return join(
         _facts("The corpus.", facts),
         table("Splits, by document.", ["split", "size", "documents", "tokens", "bytes per token"], lines),
     )
@@ -215,7 +224,7 @@ def _reproduce(result: dict[str, Any]) -> Markup:
         for run in row.get("runs") or []
     ]
     command = result.get("command")
-    return _join(
+    return join(
         Markup(f"<pre><code>{escape(command)}</code></pre>"),
         _facts("Machine and versions.", [*machine, *versions]),
         table("Every run.", ["kind", "seed", "learning rate", "bits per byte", "folder"], runs, text=[4]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.report.figures import Chart, Line, Point, bars, intervals, legend
+from sparsemix.report.figures import Bars, Chart, Line, Point, intervals, legend
 from sparsemix.report.numbers import DASH, PREFIXES, Markup, escape, fixed, is_number, prefix_power, si
 from sparsemix.report.tables import BASELINES, ranked
 
@@ -128,7 +128,7 @@ def passes(row: dict[str, Any], id: str, style: int) -> Markup:
     if not counts:
         return Markup("")
     title = f"{row.get('kind')}: tokens by number of routed blocks"
-    svg = bars(id, title, "routed blocks that processed the token", counts, style)
+    svg = Bars(id, title, "routed blocks that processed the token", counts, style).svg()
     blocks = len(counts) - 1
     text = f"{row.get('kind')}: how many of its {blocks} routed blocks processed a token ({si(sum(counts))} tokens)."
     return figure(svg, text)
@@ -136,24 +136,34 @@ def passes(row: dict[str, Any], id: str, style: int) -> Markup:
 
 def loads(row: dict[str, Any], id: str, style: int) -> Markup:
     """Sorted expert load per layer of one kind, relative to an even load; empty for kinds without experts."""
+    chart = load_chart((row.get("routing") or {}).get("experts") or {}, id, str(row.get("kind")), style)
+    return figure(chart.svg(), load_caption(chart), legend(chart.lines)) if chart else Markup("")
+
+
+def load_chart(experts: dict[str, Any], id: str, name: str, style: int) -> Chart | None:
+    """The sorted load of every layer's experts, relative to an even load; None without any load."""
     curves: dict[str, list[Point]] = {}
-    for layer, seen in ((row.get("routing") or {}).get("experts") or {}).items():
+    for layer, seen in experts.items():
         load = seen.get("load") or []
         if sum(load) > 0:
             even = sum(load) / len(load)
             curves[layer] = [(100 * (j + 0.5) / len(load), share / even) for j, share in enumerate(load)]
     if not curves:
-        return Markup("")
+        return None
     # A few experts with far more than their share would flatten all others on a linear axis.
     log = max(y for points in curves.values() for _, y in points) > 10
     lines = [
         Line(layer, i, [point for point in points if point[1] > 0 or not log], colour=style)
         for i, (layer, points) in enumerate(curves.items())
     ]
-    title = f"{row.get('kind')}: load of the experts, sorted"
+    title = f"{name}: load of the experts, sorted"
     x_label, y_label = "experts, busiest first (%)", "load relative to even"
-    chart = Chart(id, title, x_label, y_label, lines, [("even", 1.0)], y_zero=not log, log_y=log)
-    caption = f"{row.get('kind')}: sorted load of the experts in each layer; 1 is an even load." + (
-        " Logarithmic; experts without a token are not drawn." if log else ""
+    return Chart(id, title, x_label, y_label, lines, [("even", 1.0)], y_zero=not log, log_y=log)
+
+
+def load_caption(chart: Chart) -> str:
+    """What a chart of `load_chart` shows."""
+    name = chart.title.partition(":")[0]
+    return f"{name}: sorted load of the experts in each layer; 1 is an even load." + (
+        " Logarithmic; experts without a token are not drawn." if chart.log_y else ""
     )
-    return figure(chart.svg(), caption, legend(lines))

@@ -1,5 +1,6 @@
 """Feed-forward kinds sized to the FLOPs of the dense layer they replace."""
 
+import math
 from typing import Any
 
 from sparsemix.config import ConfigError, nearest
@@ -20,7 +21,8 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
         raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
     target = dense.cost(d_model, 1).flops
     settings = {"kind": kind, **SIZES[kind](target, dense, d_model)}
-    spent = LayerConfig.model_validate(settings).cost(d_model, 1).flops
+    # Of a whole sequence: an expert that picks tokens takes at least one.
+    spent = LayerConfig.model_validate(settings).cost(d_model, seq_len).flops / seq_len
     if abs(spent / target - 1) > TOLERANCE:
         raise ConfigError(
             f"kinds={kind} cannot be sized to the dense layer's {target:.3g} FLOPs per token (nearest {spent:.3g}); "
@@ -51,6 +53,20 @@ def _moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
     return {"num_experts": E, "top_k": K, "d_ff": max(1, int(d_ff)), "activation": dense.activation}
 
 
+def _expert_choice(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """The experts of `moe`, each taking a quarter of the tokens: 2 a token on average."""
+    moe = _moe(target, dense, d_model)
+    return {"num_experts": 8, "capacity_factor": 2.0, "d_ff": moe["d_ff"], "activation": dense.activation}
+
+
+def _mode(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """8 experts and 2 no-ops, 2 of the 10 a token: 1.6 experts at the balance loss's target, so wider than `moe`'s."""
+    E, M, K = 8, 2, 2
+    d_ff = (target - 2 * d_model * (E + M)) / (2 * K * E / (E + M) * num_matrices(dense.activation) * d_model)
+    widths = {"d_ff": max(1, int(d_ff)), "activation": dense.activation}
+    return {"num_experts": E, "num_noop": M, "top_k": K, **widths}
+
+
 def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
     """2 heads, 2 experts a sub-token; the inner width pays for head and merge, the number of experts matches the
     parameters of `moe` (arXiv:2411.16205, eqs. 8 and 9)."""
@@ -67,22 +83,41 @@ def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
 
 
 def _peer(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
-    """d_key = d_model / 4, 16 experts a head; as many heads (at most 8, as in the paper, unless the table is full)
-    and then as many experts as the FLOPs allow."""
-    K, d_key = 16, max(2, d_model // 8 * 2)
-    largest = min(1024, int((MAX_TABLE_PARAMS / (2 * d_model)) ** 0.5))
+    """16 experts a head, two rows each."""
+    n, lookup = _product_keys(target, d_model, 16, 2)
+    return {"num_experts": n * n, **lookup}
+
+
+def _pkm(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """32 values a head, one row each: the expert FLOPs of PEER."""
+    n, lookup = _product_keys(target, d_model, 32, 1)
+    return {"num_values": n * n, **lookup}
+
+
+def _product_keys(target: float, d_model: int, K: int, rows: int) -> tuple[int, dict[str, Any]]:
+    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4; as many heads (at most 8, as in the
+    papers, unless the tables are full) and then as many sub-keys as the FLOPs allow; a pick reads `rows` table rows."""
+    d_key = max(2, d_model // 8 * 2)
+    largest = min(1024, int((MAX_TABLE_PARAMS / (rows * d_model)) ** 0.5))
 
     def side(heads: int) -> int:
-        """Sub-keys a side that the FLOPs left after queries and experts pay for."""
-        return int((target / heads - 2 * d_model * d_key - 4 * K * d_model) / (2 * d_key))
+        """Sub-keys a side that the FLOPs left after queries and looked-up rows pay for."""
+        return int((target / heads - 2 * d_model * d_key - 2 * rows * K * d_model) / (2 * d_key))
 
     heads = next((h for h in (8, 4, 2) if side(h) >= 32), 1)
     while side(heads) > largest:
         heads += 1
-    return {"num_experts": max(4, side(heads)) ** 2, "num_heads": heads, "top_k": K, "d_key": d_key}
+    return max(math.isqrt(K - 1) + 1, side(heads)), {"num_heads": heads, "top_k": K, "d_key": d_key}
 
 
-SIZES = {"moe": _moe, "peer": _peer, "mh_moe": _mh_moe}
+SIZES = {
+    "moe": _moe,
+    "expert_choice": _expert_choice,
+    "pkm": _pkm,
+    "peer": _peer,
+    "mh_moe": _mh_moe,
+    "mode": _mode,
+}
 
 
 def example(kind: str, d_model: int, seq_len: int) -> LayerConfig | None:

@@ -77,6 +77,42 @@ class Watch:
             self.say("; ".join(notes))
 
 
+class Stages:
+    """Stages of one piece of work: a bar on a terminal, one plain line a stage elsewhere. Context manager; call it
+    with (stage, done, total)."""
+
+    def __init__(self, title: str, say: Callable[[str], None]) -> None:
+        self.title, self.say = title, say
+
+    def __enter__(self) -> Self:
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.stage: str | None = None
+        return self
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self.stage:
+            if self.bar.disable:
+                self.say(f"{self.title}: {stage}")
+            for task in self.bar.task_ids:
+                self.bar.remove_task(task)
+            self.bar.start()
+            self.stage, self.task = stage, self.bar.add_task(f"{self.title}: {stage}", total=total)
+        self.bar.update(self.task, completed=done, total=total)
+
+    def finish(self) -> None:
+        self.bar.stop()
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+
 def _last(folder: Path) -> dict[str, Any] | None:
     """The newest whole line of a run's log, read from the end of its file."""
     path = folder / "metrics.jsonl"

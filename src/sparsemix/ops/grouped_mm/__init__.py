@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -10,7 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 def grouped_mm(
     rows: Float[Tensor, "R D"], weight: Float[Tensor, "E F D"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R F"]:
-    """out_r = weight[e(r)] row_r; rows are sorted by expert and counts says how many each has (sum R).
+    """out_r = weight[e(r)] row_r; rows are sorted by expert and counts says how many each has. Rows after the last
+    expert's (sum of counts below R) belong to none: they cost nothing, give 0 and take no gradient.
 
     Under autocast rows and weight take the autocast dtype. Differentiable in rows and weight."""
     if torch.is_autocast_enabled(rows.device.type):
@@ -23,11 +25,14 @@ def grouped_mm(
 def _forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if rows.is_cuda and _fits_torch(rows, weight):
         offsets = counts.cumsum(0).to(torch.int32)
-        return F.grouped_mm(rows, weight.mT, offs=offsets)
+        out = F.grouped_mm(rows, weight.mT, offs=offsets)
+        # torch leaves what lies after the last expert's rows unwritten.
+        return out.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= offsets[-1], 0)
     # On CPU torch's own grouped product is the same loop, minus odd widths and fp64.
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for e, piece, into in _segments(counts, rows, out):
         torch.mm(piece, weight[e].mT, out=into)
+    out[int(counts.sum()) :] = 0
     return out
 
 
@@ -82,11 +87,17 @@ def _backward(ctx, grad: Tensor):
 _forward.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.sparsemix.grouped_mm)
-def _flops(rows_shape, weight_shape, counts_shape, *args, **kwargs) -> int:
-    return 2 * rows_shape[0] * weight_shape[1] * weight_shape[2]
+def rows_run(rows: Tensor, counts: Tensor) -> int:
+    """Rows that some expert runs; where counts has no values (meta and fake tensors), all of them."""
+    unknown = counts.is_meta or isinstance(counts, FakeTensor)
+    return rows.shape[0] if unknown else int(counts.sum())
 
 
-@register_flop_formula(torch.ops.sparsemix.grouped_mm_weight_grad)
-def _weight_grad_flops(grad_shape, rows_shape, counts_shape, *args, **kwargs) -> int:
-    return 2 * rows_shape[0] * rows_shape[1] * grad_shape[1]
+@register_flop_formula(torch.ops.sparsemix.grouped_mm, get_raw=True)
+def _flops(rows: Tensor, weight: Tensor, counts: Tensor, *args, **kwargs) -> int:
+    return 2 * rows_run(rows, counts) * weight.shape[1] * weight.shape[2]
+
+
+@register_flop_formula(torch.ops.sparsemix.grouped_mm_weight_grad, get_raw=True)
+def _weight_grad_flops(grad: Tensor, rows: Tensor, counts: Tensor, *args, **kwargs) -> int:
+    return 2 * rows_run(rows, counts) * rows.shape[1] * grad.shape[1]

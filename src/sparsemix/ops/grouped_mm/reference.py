@@ -8,6 +8,7 @@ from torch import Tensor
 def grouped_mm(
     rows: Float[Tensor, "R D"], weight: Float[Tensor, "E F D"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R F"]:
-    """out_r = weight[e(r)] row_r, where the first counts[0] rows belong to expert 0, and so on."""
-    pieces = rows.split(counts.tolist())
-    return torch.cat([piece @ weight[e].mT for e, piece in enumerate(pieces)])
+    """out_r = weight[e(r)] row_r, where the first counts[0] rows belong to expert 0, and so on; 0 for rows of none."""
+    *pieces, rest = rows.split([*counts.tolist(), len(rows) - int(counts.sum())])
+    products = [piece @ weight[e].mT for e, piece in enumerate(pieces)]
+    return torch.cat([*products, rows.new_zeros(len(rest), weight.shape[1])])

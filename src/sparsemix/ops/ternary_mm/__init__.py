@@ -12,6 +12,8 @@ from jaxtyping import Float, Int, Int8, Int32
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops.grouped_mm import rows_run
+
 int_mm = torch.ops.aten._int_mm.default
 SMALLEST = 1e-5
 LARGEST = 127
@@ -61,7 +63,8 @@ def ternary_mm(row_codes: Int8[Tensor, "N D"], weight_codes: Int8[Tensor, "F D"]
 def ternary_grouped_mm(
     row_codes: Int8[Tensor, "R D"], weight_codes: Int8[Tensor, "E F D"], counts: Int[Tensor, " E"]
 ) -> Int32[Tensor, "R F"]:
-    """out_r = weight_codes[e(r)] row_codes_r; rows are sorted by expert and counts says how many each has (sum R)."""
+    """out_r = weight_codes[e(r)] row_codes_r; rows are sorted by expert and counts says how many each has. Rows after
+    the last expert's belong to none: they cost nothing and give 0."""
     return torch.ops.sparsemix.ternary_grouped_mm(row_codes, weight_codes, counts)
 
 
@@ -81,6 +84,7 @@ def _grouped(row_codes: Tensor, weight_codes: Tensor, counts: Tensor) -> Tensor:
         if count:
             out[start : start + count] = _mm(row_codes[start : start + count], weight_codes[e])
         start += count
+    out[start:] = 0
     return out
 
 
@@ -123,6 +127,6 @@ def _flops(rows_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * rows_shape[0] * weight_shape[0] * weight_shape[1]
 
 
-@register_flop_formula(torch.ops.sparsemix.ternary_grouped_mm)
-def _grouped_flops(rows_shape, weight_shape, counts_shape, *args, **kwargs) -> int:
-    return 2 * rows_shape[0] * weight_shape[1] * weight_shape[2]
+@register_flop_formula(torch.ops.sparsemix.ternary_grouped_mm, get_raw=True)
+def _grouped_flops(row_codes: Tensor, weight_codes: Tensor, counts: Tensor, *args, **kwargs) -> int:
+    return 2 * rows_run(row_codes, counts) * weight_codes.shape[1] * weight_codes.shape[2]

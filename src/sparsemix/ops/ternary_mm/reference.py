@@ -31,6 +31,7 @@ def ternary_mm(row_codes: Int8[Tensor, "N D"], weight_codes: Int8[Tensor, "F D"]
 def ternary_grouped_mm(
     row_codes: Int8[Tensor, "R D"], weight_codes: Int8[Tensor, "E F D"], counts: Int[Tensor, " E"]
 ) -> Int32[Tensor, "R F"]:
-    """One expert at a time: the first counts[0] rows belong to expert 0, and so on."""
-    pieces = row_codes.split(counts.tolist())
-    return torch.cat([ternary_mm(piece, weight_codes[e]) for e, piece in enumerate(pieces)])
+    """One expert at a time: the first counts[0] rows belong to expert 0, and so on; 0 for rows of none."""
+    *pieces, rest = row_codes.split([*counts.tolist(), len(row_codes) - int(counts.sum())])
+    products = [ternary_mm(piece, weight_codes[e]) for e, piece in enumerate(pieces)]
+    return torch.cat([*products, torch.zeros(len(rest), weight_codes.shape[1], dtype=torch.int32)])

@@ -5,24 +5,21 @@
 import math
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from loops.experts import expert_choice, mode, moe
+from loops.tokens import ACTIVATION, assemble, dense, gain, linear, normed, real_of, real_tokens, rms
 from sparsemix.layers.attention import Attention
 from sparsemix.layers.block import Block
 from sparsemix.layers.dense import Dense
+from sparsemix.layers.expert_choice import ExpertChoice
 from sparsemix.layers.mh_moe import MHMoE
 from sparsemix.layers.mod import MoD
+from sparsemix.layers.mode import MoDE
 from sparsemix.layers.moe import MoE
 from sparsemix.layers.peer import PEER
+from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryBatchNorm, QueryLayerNorm
-
-ACTIVATION = {
-    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
-    "relu": lambda z: z.clamp(min=0),
-    "silu": lambda z: z / (1 + torch.exp(-z)),
-}
-GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def loop(layer, x, ctx):
@@ -33,64 +30,12 @@ def positions_of(x, ctx):
     return torch.arange(x.shape[1]).expand(x.shape[:2]) if ctx.positions is None else ctx.positions
 
 
-def real_of(x, ctx):
-    return torch.ones(x.shape[:2], dtype=torch.bool) if ctx.valid is None else ctx.valid
-
-
-def real_tokens(x, ctx):
-    real = real_of(x, ctx)
-    return [(b, t) for b in range(x.shape[0]) for t in range(x.shape[1]) if real[b, t]]
-
-
-def assemble(x, rows):
-    """(B, T, D) from {(b, t): vector}; zero where there is none."""
-    zero = torch.zeros_like(x[0, 0])
-    return torch.stack([torch.stack([rows.get((b, t), zero) for t in range(x.shape[1])]) for b in range(x.shape[0])])
-
-
 def turn(head, position, theta):
     """Channel pairs (i, i + d/2) as complex numbers, multiplied by exp(i position theta^(-2i/d))."""
     d = len(head)
     angle = position * theta ** (-2 * torch.arange(d // 2, dtype=head.dtype) / d)
     turned = torch.complex(head[: d // 2], head[d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag])
-
-
-def share_of(module):
-    return 1.0 if module.warmup is None else float(module.warmup.share())
-
-
-def ternary_row(token, share):
-    """x + share (Q(x) - x), gradient one; Q rounds to 127 steps of the row's largest magnitude."""
-    s = 127 / max(float(token.detach().abs().max()), 1e-5)
-    return token + share * ((token * s).round() / s - token).detach()
-
-
-def ternary_matrix(weight, share):
-    """W + share (Q(W) - W), gradient one; Q rounds to -1, 0, 1 times the mean magnitude."""
-    scale = max(float(weight.detach().abs().mean()), 1e-5)
-    return weight + share * ((weight / scale).round().clamp(-1, 1) * scale - weight).detach()
-
-
-def times(module, weight, token):
-    """weight token in the precision of `module`."""
-    if not module.precision.ternary:
-        return weight @ token
-    return ternary_matrix(weight, share_of(module)) @ ternary_row(token, share_of(module))
-
-
-def linear(module: nn.Module, token):
-    out = times(module, module.weight, token)
-    return out if module.bias is None else out + module.bias
-
-
-def normed(norm, token):
-    """RMSNorm where there is one: `norm` is its gain, or None."""
-    return token if norm is None else rms(token, norm)
-
-
-def gain(norm):
-    return None if norm is None else norm.weight
 
 
 def attention(layer, x, ctx):
@@ -111,55 +56,6 @@ def attention(layer, x, ctx):
             heads.append(sum(w * v for w, v in zip(weights, values, strict=True)) / weights.sum())
         rows[b, t] = linear(layer.o, normed(gain(layer.sub_norm), torch.cat(heads)))
     return assemble(x, rows), {}
-
-
-def activated(activation, up, gate):
-    return ACTIVATION[GATED[activation]](gate) * up if activation in GATED else ACTIVATION[activation](up)
-
-
-def dense(layer, x, ctx):
-    fed = {}
-    for at in real_tokens(x, ctx):
-        gate = linear(layer.gate, x[at]) if layer.activation in GATED else None
-        hidden = activated(layer.activation, linear(layer.up, x[at]), gate)
-        fed[at] = linear(layer.down, normed(gain(layer.sub_norm), hidden))
-    return assemble(x, fed), {}
-
-
-def expert(bank, e, token):
-    if bank.activation in GATED:
-        gate, up = (times(bank, weight, token) for weight in bank.gate_up[e].chunk(2))
-    else:
-        gate, up = None, times(bank, bank.up[e], token)
-    hidden = activated(bank.activation, up, gate)
-    return times(bank, bank.down[e], normed(None if bank.sub_norm is None else bank.sub_norm[e], hidden))
-
-
-def moe(layer, x, ctx):
-    c = layer.config
-    rows, picks, mass, squares = {}, [0] * c.num_experts, torch.zeros(c.num_experts, dtype=x.dtype), []
-    for b, t in real_tokens(x, ctx):
-        logits = layer.router.weight @ x[b, t]
-        probs = logits.exp() / logits.exp().sum()
-        chosen = sorted(range(c.num_experts), key=lambda e: -float(probs[e].detach()))[: c.top_k]
-        scale = sum(probs[e] for e in chosen) if c.normalize_gates else 1
-        rows[b, t] = sum(probs[e] / scale * expert(layer.experts, e, x[b, t]) for e in chosen)
-        for e in chosen:
-            picks[e] += 1
-        mass = mass + probs
-        squares.append(logits.exp().sum().log() ** 2)
-    y, tokens = assemble(x, rows), len(rows)
-    if c.shared_d_ff:
-        y = y + dense(layer.shared, x, ctx)[0]
-    losses = {}
-    if c.balance_weight:
-        shares = [n / (tokens * c.top_k) for n in picks]
-        losses["balance"] = (
-            c.balance_weight * c.num_experts * sum(f * p for f, p in zip(shares, mass / tokens, strict=True))
-        )
-    if c.z_weight:
-        losses["router_z"] = c.z_weight * sum(squares) / tokens
-    return y, losses
 
 
 def normal_queries(norm, queries, causal):
@@ -189,24 +85,36 @@ PEER_GATES = {
 }
 
 
-def peer(layer, x, ctx):
+def best_rows(layer, x, ctx):
+    """(b, t), scores and rows of what every head of every real token picks, by scoring all n * n keys."""
     c, half = layer.config, layer.config.d_key // 2
     queries = {
         (b, t): (layer.query.weight @ x[b, t] + layer.query.bias).view(c.num_heads, c.d_key)
         for b, t in real_tokens(x, ctx)
     }
-    rows = {}
     for at, query in normal_queries(layer.query_norm, queries, ctx.causal).items():
-        y = torch.zeros_like(x[at])
         for h in range(c.num_heads):
             keys = layer.keys if c.share_keys else layer.keys[h]
             scores = torch.stack(
                 [query[h, :half] @ keys[0, i] + query[h, half:] @ keys[1, j] for i in range(c.n) for j in range(c.n)]
             )
             best = scores.detach().argsort(descending=True)[: c.top_k]
-            for g, e in zip(PEER_GATES[c.gate](scores[best]), best.tolist(), strict=True):
-                y = y + g * ACTIVATION[c.activation](layer.w_in[e] @ x[at]) * layer.w_out[e]
-        rows[at] = y
+            yield at, scores[best], best.tolist()
+
+
+def pkm(layer, x, ctx):
+    rows = {}
+    for at, scores, best in best_rows(layer, x, ctx):
+        for g, e in zip(scores.exp() / scores.exp().sum(), best, strict=True):
+            rows[at] = rows.get(at, 0) + g * layer.values[e]
+    return assemble(x, rows), {}
+
+
+def peer(layer, x, ctx):
+    c, rows = layer.config, {}
+    for at, scores, best in best_rows(layer, x, ctx):
+        for g, e in zip(PEER_GATES[c.gate](scores), best, strict=True):
+            rows[at] = rows.get(at, 0) + g * ACTIVATION[c.activation](layer.w_in[e] @ x[at]) * layer.w_out[e]
     return assemble(x, rows), {}
 
 
@@ -227,7 +135,10 @@ def mh_moe(layer, x, ctx):
         (b, t): linear(layer.merge, normed(gain(layer.merge_norm), torch.cat([mixed[b, t * h + j] for j in range(h)])))
         for b, t in heads
     }
-    return assemble(x, merged), {f"inner.{name}": value for name, value in losses.items()}
+    y = assemble(x, merged)
+    if layer.config.shared_d_ff:
+        y = y + dense(layer.shared, x, ctx)[0]
+    return y, {f"inner.{name}": value for name, value in losses.items()}
 
 
 MOD_GATES = {
@@ -238,29 +149,86 @@ MOD_GATES = {
 }
 
 
-def mod(layer, x, ctx):
-    """At full size: the wrapped layer sees all T tokens, of which only the routed ones are real."""
-    c, real = layer.config, real_of(x, ctx)
-    scores = {at: (layer.router.weight[0] @ x[at]) for at in real_tokens(x, ctx)}
-    top = torch.zeros_like(real)
+def passing(c, n, slack):
+    """How many of n tokens pass."""
+    base = min(int(c), n) if c > 1 else math.ceil(round(c * n, 6))
+    return base + math.ceil(slack * (n - base))
+
+
+def closes_a_stretch(position, c):
+    """Is this the last token of another 1 / c of them?"""
+    return math.floor(c * (position + 1) + 1e-6) > math.floor(c * position + 1e-6)
+
+
+def hashed(position, salt):
+    """A position as a number in [0, 1): the 32-bit integer hash of two rounds."""
+    h = (position + salt) % 2**32
+    for multiplier, shift in ((0x7FEB352D, 16), (0x846CA68B, 15)):
+        h = (h ^ (h >> shift)) * multiplier % 2**32
+    return (h ^ (h >> 16)) / 2**32
+
+
+def selected(layer, x, ctx, scores):
+    """The tokens that the selector of training takes, and those that wanted to pass."""
+    c, real, positions = layer.config, real_of(x, ctx), positions_of(x, ctx)
+    noise = torch.randn_like(x[..., 0]) if c.selector == "random" else None
+    top, wants = torch.zeros_like(real), torch.zeros_like(real)
     for b in range(x.shape[0]):
         mine = [t for t in range(x.shape[1]) if real[b, t]]
-        quota = math.ceil(round(c.capacity * len(mine), 6))
-        for t in sorted(mine, key=lambda t: (-float(scores[b, t].detach()), t))[:quota]:
+        if c.selector in ("token_choice", "strided"):
+            order = [
+                t
+                for t in mine
+                if (
+                    float(scores[b, t].detach()) > 0
+                    if c.selector == "token_choice"
+                    else closes_a_stretch(int(positions[b, t]), c.capacity)
+                )
+            ]
+        else:
+            rank = noise if noise is not None else {(b, t): scores[b, t].detach() for t in mine}
+            order = sorted(mine, key=lambda t, rank=rank, b=b: (-float(rank[b, t]), t))
+        for t in order:
+            wants[b, t] = True
+        for t in order[: passing(c.capacity, len(mine), layer.slack)]:
             top[b, t] = True
+    return top, wants
+
+
+def mod(layer, x, ctx):
+    """At full size: the wrapped layer sees all T tokens, of which only the routed ones are real."""
+    c, real, positions = layer.config, real_of(x, ctx), positions_of(x, ctx)
+    scores = {at: (layer.router.weight[0] @ x[at]) for at in real_tokens(x, ctx)}
+    top, wants = selected(layer, x, ctx, scores)
     losses, guess = {}, {}
-    if c.sampling == "predictor":
+    if c.selector == "expert_choice" and c.sampling == "predictor":
         for at in scores:
             hidden = ACTIVATION["silu"](linear(layer.predictor.up, x[at].detach()))
             guess[at] = linear(layer.predictor.down, hidden)[0]
         wrong = [F.softplus(-guess[at] if top[at] else guess[at]) for at in guess]
         losses["predictor"] = sum(wrong) / len(wrong)
+    if c.selector == "expert_choice" and c.sampling == "router_bce":
+        wrong = [F.softplus(-scores[at] if top[at] else scores[at]) for at in scores]
+        losses["router_bce"] = c.router_loss_weight * sum(wrong) / len(wrong)
+    if c.selector == "token_choice":
+        f = sum(bool(wants[at]) for at in scores) / len(scores)
+        P = sum(1 / (1 + torch.exp(-r)) for r in scores.values()) / len(scores)
+        balance = f * P / c.capacity + (1 - f) * (1 - P) / (1 - c.capacity)
+        losses["balance"] = c.router_loss_weight * balance
     routed = top
     if ctx.causal:
+        rule = {
+            "predictor": lambda at: guess[at] > 0,
+            "router_bce": lambda at: scores[at] > 0,
+            "threshold": lambda at: scores[at] > layer.threshold,
+            "token_choice": lambda at: scores[at] > 0,
+            "strided": lambda at: closes_a_stretch(int(positions[at]), c.capacity),
+            "random": lambda at: hashed(int(positions[at]), int(layer.salt)) < c.capacity,
+        }[c.sampling if c.selector == "expert_choice" else c.selector]
         routed = torch.zeros_like(real)
         for at in scores:
-            routed[at] = guess[at] > 0 if c.sampling == "predictor" else scores[at] > layer.threshold
-    inner_ctx = ctx._replace(positions=positions_of(x, ctx), valid=routed)
+            routed[at] = rule(at)
+    inner_ctx = ctx._replace(positions=positions, valid=routed)
     if not routed.any():
         return torch.zeros_like(x), losses
     out, inner = loop(layer.inner, x, inner_ctx)
@@ -268,10 +236,6 @@ def mod(layer, x, ctx):
     full = c.block_output == "full"
     rows = {at: gate * (x[at] + out[at] if full else out[at]) for at, gate in gates.items()}
     return assemble(x, rows), losses | {f"inner.{name}": value for name, value in inner.items()}
-
-
-def rms(token, weight):
-    return token / (token.square().mean() + 1e-6).sqrt() * weight
 
 
 def block(layer, x, ctx):
@@ -285,4 +249,15 @@ def block(layer, x, ctx):
     return mixed + fed, losses | {f"ffn.{name}": value for name, value in ffn_losses.items()}
 
 
-LOOPS = {Attention: attention, Dense: dense, MoE: moe, PEER: peer, MHMoE: mh_moe, MoD: mod, Block: block}
+LOOPS = {
+    Attention: attention,
+    Dense: dense,
+    MoE: moe,
+    ExpertChoice: expert_choice,
+    MoDE: mode,
+    PKM: pkm,
+    PEER: peer,
+    MHMoE: mh_moe,
+    MoD: mod,
+    Block: block,
+}

@@ -1,0 +1,237 @@
+"""Routing statistics of a trained run on any text: what `sparsemix inspect` measures."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from sparsemix.checkpoint import load_weights
+from sparsemix.config import ConfigError, config_hash, parse
+from sparsemix.data import Batch, Shards, read_documents
+from sparsemix.data.tokenizer import encode_stream, load_tokenizer
+from sparsemix.data.windows import Stream
+from sparsemix.evaluate.correlation import correlations
+from sparsemix.evaluate.perplexity import Losses, document_losses
+from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
+from sparsemix.layers import LayerConfig
+from sparsemix.model import LM
+from sparsemix.run import Run
+from sparsemix.train import RunConfig, pick_device
+
+Progress = Callable[[str, int, int | None], None]
+HISTOGRAM_BINS = 20
+
+
+def inspect_folder(
+    folder: Path, text: Sequence[str], tokens: int, data: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Statistics of a run, or of the first seed of every kind of a comparison, on the first `tokens` tokens of `text`
+    (of the run's own test split if there is no text). Raises ConfigError."""
+    runs = [inspect_run(run, text, tokens, data, progress) for run in run_folders(folder)]
+    return {"folder": folder.resolve().name, "runs": runs}
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folder itself if a run wrote it, or each kind's first seed if a comparison did. Raises ConfigError."""
+    if not (folder / "plan.yaml").is_file():
+        return [folder]
+    result = folder / "result.json"
+    if not result.is_file():
+        raise ConfigError(f"{folder} holds an unfinished comparison; finish it, or name one of its runs' folders")
+    rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    return [folder / min(row["runs"], key=lambda run: run["seed"])["folder"] for row in rows]
+
+
+def inspect_run(
+    folder: Path, text: Sequence[str], tokens: int, data: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Statistics of one run. Raises ConfigError."""
+    config = parse(RunConfig, Run(folder).settings)
+    seq_len = config.model.seq_len
+    if tokens < seq_len:
+        raise ConfigError(f"tokens={tokens} must be at least the run's model.seq_len={seq_len}")
+    model = load_model(folder, config)
+    stream = read_stream(folder, config, text, tokens, data)
+    total = int(stream.starts[-1])
+    if total < seq_len:
+        where = ", ".join(text) if text else "the test split"
+        raise ConfigError(f"text={where} holds {total} tokens, less than one window of {seq_len}; add text")
+    # The logits are the largest tensor: at most 2^25 of them at a time.
+    rows = max(1, min(4096, 2**25 // config.model.vocab_size) // seq_len)
+    name = folder.resolve().name
+    batches = _told(stream.eval_batches(rows, seq_len), f"measuring {name}", -(-total // seq_len), progress)
+    losses = document_losses(model, batches, per_token=True)
+    series = losses.series()
+    found = {
+        "run": name,
+        "kinds": sorted({kind for path in _routed_paths(losses) for kind in _kinds(config, path)}),
+        "text": list(text) or ["the run's test split"],
+        "tokens": losses.tokens,
+        "documents": len(losses.nats),
+        "nats_per_token": losses.total / losses.tokens if np.isfinite(losses.total) else None,
+        "experts": expert_layers(config, losses, series),
+        "mod": mod_layers(config, losses, series),
+        "passes": None if losses.passes is None else losses.passes.tolist(),
+        "loss_by_depth": loss_by_depth(series),
+        "correlation": {
+            stat: {to: correlations(value, series[of], series["doc"]) for to, of in TARGETS.items()}
+            for stat, value in series.items()
+            if stat not in ("doc", *TARGETS.values())
+        },
+    }
+    return {**found, "warnings": _warnings(found)}
+
+
+TARGETS = {"loss": "nats", "entropy": "entropy"}
+
+
+def load_model(folder: Path, config: RunConfig) -> LM:
+    """The trained model of a run's folder. Raises ConfigError if it is unfinished or damaged."""
+    path = folder / "model" / "model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no trained model; finish the run with the command that started it")
+    model = config.model.build(config.seed)
+    try:
+        load_weights(model, path)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it and train the run anew") from None
+    except RuntimeError:
+        raise ConfigError(f"{path} does not fit {folder / 'config.yaml'}; restore what the run wrote") from None
+    return model.to(pick_device())
+
+
+def read_stream(folder: Path, config: RunConfig, text: Sequence[str], tokens: int, data: Path | None) -> Stream:
+    """The first `tokens` tokens of the text, or of the run's test split, by the run's tokenizer. Raises ConfigError."""
+    shards = find_shards(folder, config, data)
+    if not text:
+        if shards is None:
+            raise ConfigError(f"the prepared data of {folder} is not beside it; give --text, or --data with its folder")
+        return Stream(shards.tokens("test"), shards.starts("test")).first(tokens)
+    if shards is not None:
+        tokenizer = shards.tokenizer()
+    elif config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    else:
+        raise ConfigError(f"the tokenizer of {folder} is not beside it; give --data with the run's prepared data")
+    documents = (document.text for document in read_documents(text))
+    return Stream(*encode_stream(tokenizer, documents, tokens)).first(tokens)
+
+
+def find_shards(folder: Path, config: RunConfig, data: Path | None) -> Shards | None:
+    """The data that the run was trained on: in `data`, or where `compare` and `train` put it. Raises ConfigError."""
+    name = config_hash(config.data.replace(fingerprint=None))
+    parent = folder.resolve().parent
+    places = [data] if data is not None else [parent / "data", parent / f"data-{name}"]
+    for place in places:
+        if data is None and not (place / "manifest.json").is_file():
+            continue
+        shards = Shards.open(place)
+        if config.data.fingerprint in (None, shards.manifest["fingerprint"]):
+            return shards
+        if data is not None:
+            raise ConfigError(f"data={data} is not what {folder} was trained on; name the folder that it read")
+    return None
+
+
+def _told(batches: Iterable[Batch], stage: str, windows: int, progress: Progress) -> Iterator[Batch]:
+    done = 0
+    for batch in batches:
+        progress(stage, done, windows)
+        yield batch
+        done += len(batch.tokens)
+    progress(stage, windows, windows)
+
+
+def _routed_paths(losses: Losses) -> list[str]:
+    names = ("counts", "routed", "confusion", "taken")
+    known = [*losses.stats, *losses.rows_per_token]
+    return sorted({name.rpartition(".")[0] for name in known if name.rpartition(".")[2] in names})
+
+
+def _kinds(config: RunConfig, path: str) -> list[str]:
+    """The kinds along a layer's path, outermost first, plain blocks left out."""
+    along: list[Any] = [config.model]
+    for name in path.split("."):
+        along.append(along[-1][int(name)] if name.isdigit() else getattr(along[-1], name, None))
+    kinds = [getattr(at, "kind", "block") for at in along if isinstance(at, LayerConfig)]
+    return [kind for kind in kinds if kind != "block"]
+
+
+def expert_layers(config: RunConfig, losses: Losses, series: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Expert statistics by layer path, of the tokens that reached the layer."""
+    layers: dict[str, Any] = {}
+    for path in _routed_paths(losses):
+        layer: dict[str, Any] = {"kind": " / ".join(_kinds(config, path))}
+        if f"{path}.counts" in losses.stats:
+            top = series.get(f"{path}.top_gate")
+            tokens = losses.tokens if top is None else int((~np.isnan(top)).sum())
+            rows = tokens * losses.rows_per_token.get(f"{path}.top_gate", 1)
+            summed = [losses.stats[f"{path}.{name}"] for name in ("counts", "gate_mass", "gate_histogram")]
+            layer |= expert_details(*summed, tokens, rows)
+        if f"{path}.taken" in losses.stats:
+            layer["taken"] = taken_report(losses.stats[f"{path}.taken"])
+        if len(layer) > 1:
+            layers[path] = layer
+    return layers
+
+
+def mod_layers(config: RunConfig, losses: Losses, series: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mixture-of-Depths by layer path: share routed, sigmoid of the router's scores, predictor."""
+    layers: dict[str, Any] = {}
+    for name in sorted(name for name in series if name.endswith(".routed")):
+        path = name.removesuffix(".routed")
+        routed = series[name][~np.isnan(series[name])]
+        layer: dict[str, Any] = {
+            "kind": " / ".join(_kinds(config, path)),
+            "tokens": len(routed),
+            "routed_rate": float(routed.mean()) if len(routed) else None,
+        }
+        if f"{path}.scores" in series:
+            scores = series[f"{path}.scores"].astype(np.float64)
+            weights = 1 / (1 + np.exp(-np.clip(scores[~np.isnan(scores)], -500, 500)))
+            layer["weights"] = np.histogram(weights, HISTOGRAM_BINS, (0, 1))[0].tolist()
+            layer["above_half"] = float((weights > 0.5).mean()) if len(weights) else None
+        if f"{path}.guess" in series:
+            layer["guess"] = _histogram(series[f"{path}.guess"])
+        if f"{path}.confusion" in losses.stats:
+            layer["predictor"] = predictor_report(losses.stats[f"{path}.confusion"])
+        layers[path] = layer
+    return layers
+
+
+def _histogram(values: np.ndarray) -> dict[str, list[float]]:
+    """Counts between edges that hold the middle 99 % of the values; the others are in the end bins."""
+    values = values[~np.isnan(values)]
+    low, high = (float(v) for v in np.percentile(values, [0.5, 99.5])) if len(values) else (0.0, 0.0)
+    edges = np.linspace(low, high if high > low else low + 1, HISTOGRAM_BINS + 1)
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def loss_by_depth(series: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Mean loss of the tokens that 0, 1, 2, ... Mixture-of-Depths layers processed."""
+    if "depth" not in series:
+        return []
+    depth, nats = series["depth"], series["nats"].astype(np.float64)
+    return [
+        {"depth": int(d), "tokens": int((depth == d).sum()), "nats": float(nats[depth == d].mean())}
+        for d in np.unique(depth)
+    ]
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    said = []
+    if not found["experts"] and not found["mod"]:
+        said.append("no routed layer: there are no routing statistics of this run")
+    for path, layer in found["experts"].items():
+        if layer.get("lower_bound"):
+            visits, experts = layer["visits_per_expert"], layer["num_experts"]
+            said.append(
+                f"{path}: usage is a lower bound: {visits:.2g} visits per expert ({layer['tokens']} tokens x "
+                f"{layer['picks_per_token']:.3g} picks / {experts} experts); use at least "
+                f"{int(np.ceil(10 * experts / max(1e-9, layer['picks_per_token'])))} tokens"
+            )
+    return said
