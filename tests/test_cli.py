@@ -98,11 +98,14 @@ BLOCK = "model.blocks.1.ffn."
         (["train", "tiny", "train.budget_flops=1"], "is less than one step"),
         (["train", "tiny", "model.d_model=66"], "num_heads=4"),
         (["kinds", "moo"], "did you mean 'mo"),
+        (["parity", "--heads", "5"], "num_heads=5 must divide d_model=768"),
+        (["parity", "--d-ff", "100"], "leaves no width for experts"),
+        (["train", "peer:L99"], "recipe=peer:L99 is none of 30k"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, args, says):
     monkeypatch.chdir(tmp_path)
-    where = [] if args[0] == "kinds" else ["--out", tmp_path / "out"]
+    where = [] if args[0] in ("kinds", "parity") else ["--out", tmp_path / "out"]
     code, _, err = call(monkeypatch, capsys, *args, *where)
     errors = [line for line in err.splitlines() if " steps of " not in line]
     assert code == 2, err
@@ -129,6 +132,25 @@ def test_kinds_and_recipes_are_listed(monkeypatch, capsys):
     _, out, _ = call(monkeypatch, capsys, "recipes")
     assert "tiny" in out
     assert "small" in out
+
+
+def test_parity_prints_the_published_sizes_and_a_layer_that_builds(monkeypatch, capsys):
+    import yaml
+
+    from sparsemix.api import build_layer
+
+    code, out, _ = call(monkeypatch, capsys, "parity", "--d-model", 768, "--d-ff", 2048, "--heads", 3)
+    assert code == 0
+    cells = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    assert cells["inner width"][-3:] == ["2048", "512", "512.000"]
+    assert cells["experts"][-3:] == ["8", "96", "93.000"]
+    assert "+0.000%" in cells["MFLOPs a token, without the gate"]
+    assert "+3.125%" in cells["parameters, without the gate"]
+    settings = yaml.safe_load(out.splitlines()[-1])
+    assert settings["inner"]["num_experts"] == 96
+    build_layer(settings, 768)
+    code, out, _ = call(monkeypatch, capsys, "parity", "--d-model", 24, "--d-ff", 64, "--plain", "--time")
+    assert code == 0 and "time a token" in out and " x " in out
 
 
 def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, capsys, tmp_path, corpus):

@@ -215,16 +215,17 @@ def inspect(
 @app.command()
 def recipes() -> None:
     """List the packaged recipes."""
-    from rich.console import Console
     from rich.table import Table
 
-    from sparsemix.recipes import FOLDER, purpose
+    from sparsemix.recipes import FOLDER, purpose, sizes_of
     from sparsemix.recipes import recipes as packaged
 
-    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    table = Table("recipe", box=None, pad_edge=False)
+    table.add_column("what it is", overflow="fold")
+    table.add_column("sizes, as NAME:SIZE; the first if none is named")
     for name, path in packaged().items():
-        table.add_row(name, purpose(path))
-    Console().print(table)
+        table.add_row(name, purpose(path), " ".join(sizes_of(name)))
+    _print(table)
     print(f"files: {FOLDER}")
 
 
@@ -254,6 +255,28 @@ def kinds(
         if (config := example(name, d_model, seq_len)) is not None:
             console.print(f"  example at width {d_model}, {cost_line(config.cost(d_model, seq_len), seq_len)}")
         console.print()
+
+
+@app.command()
+def parity(
+    d_model: Annotated[int, typer.Option(help="Model width.")] = 768,
+    d_ff: Annotated[int, typer.Option(help="Width of the experts to match.")] = 2048,
+    experts: Annotated[int, typer.Option(help="How many there are.")] = 8,
+    top_k: Annotated[int, typer.Option(help="How many of them a token uses.")] = 1,
+    heads: Annotated[int, typer.Option(help="Heads of the multi-head layer.")] = 2,
+    heads_top_k: Annotated[int | None, typer.Option(help="Experts a sub-token uses; default: as heads.")] = None,
+    gated: Annotated[bool, typer.Option("--gated/--plain", help="Three matrices an expert, or two.")] = True,
+    multiple_of: Annotated[int, typer.Option(help="Round the number of experts to a multiple of this.")] = 8,
+    timed: Annotated[bool, typer.Option("--time", help="Also measure both: equal FLOPs are not equal time.")] = False,
+) -> None:
+    """Size a multi-head mixture of experts at the FLOPs and parameters of an ordinary one."""
+    from sparsemix.layers.parity import parity as at_parity
+    from sparsemix.sweep.parity import parity_tables, seconds_per_token, sparse_settings
+
+    found = at_parity(d_model, d_ff, experts, top_k, heads, heads_top_k, gated, multiple_of)
+    sparse = sparse_settings(experts, top_k, d_ff, found.activation)
+    both = {"moe": sparse, "mh_moe": found.settings()}
+    _print(parity_tables(found, sparse, seconds_per_token(both, d_model) if timed else None))
 
 
 if __name__ == "__main__":

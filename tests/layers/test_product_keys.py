@@ -1,11 +1,9 @@
-"""What PEER and PKM share: symmetries of the look-up, gradients, memory, determinism, running statistics."""
+"""What PEER and PKM share: symmetries of the look-up, gradients, determinism, running statistics."""
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from cases import PEER, PKM, build, contexts, tokens
-from memory import allocated
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from sparsemix.api import layer_cost
 from sparsemix.config import parse
 from sparsemix.layers import Ctx, LayerConfig, update
-from tiny import unchecked_shapes
 
 KINDS = {"peer": PEER, "pkm": PKM}
 each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
@@ -193,53 +190,6 @@ def test_two_runs_are_equal_bit_for_bit(config, threads):
 
 
 @each_kind
-def test_a_training_step_compiles_to_one_graph_that_serves_every_step(config):
-    layer, weights = build(config), torch.randn(2, 7, 10, dtype=torch.float64)
-    counter = CompileCounterWithBackend("aot_eager")
-    with unchecked_shapes():
-        compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=counter)
-        for _ in range(3):
-            x = tokens()
-            got, want = compiled(x, Ctx())[0], layer(x, Ctx())[0]
-            close(got, want)
-            for mine, theirs in zip(gradients(layer, got, weights), gradients(layer, want, weights), strict=True):
-                close(mine, theirs)
-            update(layer, layer(x, Ctx())[1].stats)
-    assert counter.frame_count == 1
-
-
-def naive(layer, x):
-    """The layer by gather and einsum, in the dtype of its parameters; scores and picks in at least fp32."""
-    c, exact = layer.config, torch.promote_types(x.dtype, torch.float32)
-    query = F.linear(x.to(exact), layer.query.weight.to(exact), layer.query.bias.to(exact))
-    halves = layer.query_norm(query.view(-1, c.num_heads, c.d_key), None)[0].unflatten(2, (2, -1))
-    keys = layer.keys.to(exact) if layer.keys.ndim == 4 else layer.keys.to(exact)[None].expand(c.num_heads, -1, -1, -1)
-    left, right = (torch.einsum("nhc,hic->nhi", halves[:, :, p], keys[:, p]) for p in (0, 1))
-    best, ids = (left[..., :, None] + right[..., None, :]).flatten(2).topk(c.top_k)
-    gates, ids = best.softmax(-1).flatten(1).to(x.dtype), ids.flatten(1)
-    if c.kind == "pkm":
-        return torch.einsum("nr,nrd->nd", gates, layer.values[ids])
-    hidden = F.gelu(torch.einsum("nd,nrd->nr", x, layer.w_in[ids]))
-    return torch.einsum("nr,nrd->nd", gates * hidden, layer.w_out[ids])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("query_norm", ["batch", "layer", "none"])
-@each_kind
-def test_low_precision_errs_no_more_than_twice_a_gather_in_that_precision(config, query_norm, dtype):
-    torch.manual_seed(0)
-    settings = {size_of(config): 256, "num_heads": 4, "top_k": 16, "d_key": 16, "query_norm": query_norm}
-    layer = parse(LayerConfig, config | settings).build(64).to(dtype).train()
-    x = torch.randn(1, 200, 64).to(dtype)
-    y, baseline = layer(x)[0][0], naive(layer, x[0])
-    assert y.dtype == baseline.dtype == dtype
-    exact = naive(layer.double(), x[0].double())
-    mine, theirs = ((out.double() - exact).norm() / exact.norm() for out in (y, baseline))
-    assert mine <= 2 * theirs
-    assert mine < (1e-5 if dtype == torch.float32 else 1e-2)
-
-
-@each_kind
 def test_activation_checkpointing_observes_once_and_changes_no_gradient(config):
     layer, x = build(config), tokens().requires_grad_()
     before = {name: value.clone() for name, value in layer.named_buffers()}
@@ -291,52 +241,6 @@ def test_statistics_of_data_parallel_ranks_are_those_of_one_process(tmp_path):
             close(ranks[0][name], value)
         if not name.endswith("num_updates"):
             assert (control[name] - value).abs().max() > 1e-3, "one rank alone must differ"
-
-
-# One unit is a token's d_model + num_heads * top_k numbers of 4 bytes.
-HEADS, TOP_K, WIDTH = 8, 16, 64
-UNIT = 4 * (WIDTH + HEADS * TOP_K)
-LARGEST, PEAK = 3, 26
-CHUNK = 4 * 2**22
-
-
-def training_step(kind, n, T, through=None):
-    size = {"peer": "num_experts", "pkm": "num_values"}[kind]
-    config = parse(LayerConfig, {"kind": kind, size: n * n, "num_heads": HEADS, "top_k": TOP_K, "d_key": 8})
-    layer, x = config.build(WIDTH), torch.randn(1, T, WIDTH, requires_grad=True)
-
-    def step():
-        y = layer(x)[0] if through is None else through(layer, x[0])
-        y.square().sum().backward()
-
-    return allocated(step)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_tensor_of_a_training_step_is_larger_than_tokens_times_width_plus_picks(kind):
-    T = 12_000
-    assert training_step(kind, 64, T).largest <= max(LARGEST * UNIT * T, CHUNK)
-    # All scores, (T, heads, 2 * 64), would be.
-    assert max(LARGEST * UNIT * T, CHUNK) < 4 * T * HEADS * 2 * 64
-
-
-def per_token(kind, n, T, through=None):
-    """Peak bytes that each further token adds: tables and chunks, which do not grow, fall out."""
-    return (training_step(kind, n, 2 * T, through).peak - training_step(kind, n, T, through).peak) / T
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_grows_with_tokens_times_width_plus_picks_whatever_the_number_of_experts(kind):
-    # From 4,096 tokens on the scores of 64 sub-keys a side fill a chunk.
-    few, many = per_token(kind, 64, 4096), per_token(kind, 128, 4096)
-    assert many <= PEAK * UNIT
-    assert many <= 1.01 * few
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gather_of_the_picked_rows_would_not_fit_that_bound(kind):
-    assert per_token(kind, 32, 64, naive) > PEAK * UNIT
-    assert training_step(kind, 32, 512, naive).largest > LARGEST * UNIT * 512
 
 
 @each_kind

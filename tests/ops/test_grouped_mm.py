@@ -53,6 +53,39 @@ def test_grouped_product_takes_strided_rows_and_weights():
     assert_same(grouped_mm, reference, rows, weight, torch.tensor([5, 0, 7]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["dense", "rows_apart", "rows_shifted", "weight_turned", "rows_turned"])
+@pytest.mark.parametrize(("D", "F"), [(16, 24), (12, 8), (7, 16), (16, 5), (640, 32)])
+@pytest.mark.parametrize("counts", [[7, 0, 13, 1, 0], [0, 0, 21], [21, 0, 0], [2, 0, 3], [1, 0, 0]], ids=str)
+def test_low_precision_errs_no_more_than_plain_products_whichever_kernel_runs(counts, D, F, layout, dtype):
+    counts, R = torch.tensor(counts), 21
+    rows, weight = randn(R, D), randn(len(counts), F, D)
+    exact = reference(rows, weight, counts)
+    low, low_weight = rows.to(dtype), weight.to(dtype)
+    if layout == "rows_apart":
+        low = torch.cat([low, low], dim=1)[:, :D]
+    elif layout == "rows_shifted":
+        low = torch.cat([low.new_zeros(1), low.flatten()])[1:].view(R, D)
+    elif layout == "rows_turned":
+        low = low.T.contiguous().T
+    elif layout == "weight_turned":
+        low_weight = low_weight.mT.contiguous().mT
+    low.requires_grad_()
+    low_weight.requires_grad_()
+    out = grouped_mm(low, low_weight, counts)
+    direction = randn(R, F)
+    grads = torch.autograd.grad(out, (low, low_weight), direction.to(dtype))
+    rows.requires_grad_()
+    weight.requires_grad_()
+    wanted = torch.autograd.grad(reference(rows, weight, counts), (rows, weight), direction)
+    plain = reference(low, low_weight, counts)
+    plain_grads = torch.autograd.grad(plain, (low, low_weight), direction.to(dtype))
+    for got, other, want in zip((out, *grads), (plain, *plain_grads), (exact, *wanted), strict=True):
+        mine, theirs = ((x.detach().double() - want.detach()).abs().max() for x in (got, other))
+        assert float(mine) <= 2 * float(theirs) + 1e-6
+    assert out[counts.sum() :].abs().sum() == 0
+
+
 def test_grouped_product_is_the_per_row_product():
     counts, rows, weight = torch.tensor([2, 0, 3]), randn(5, 4), randn(3, 6, 4)
     experts = [0, 0, 2, 2, 2]

@@ -1,5 +1,6 @@
 """Packaged recipes: a recipe is a YAML file that holds the settings of a run."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,43 @@ def recipes() -> dict[str, Path]:
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """Raw settings of a packaged recipe, or of the YAML file at path `name`. Raises ConfigError."""
+    """Raw settings of a packaged recipe, or of the YAML file at path `name`; `name:SIZE` picks one of its sizes, the
+    first if none is named. Raises ConfigError.
+
+    A recipe may have `base: OTHER`, whose settings it changes, and `sizes: {SIZE: {setting.by.path: value}}`, a family;
+    a size of the base and the one of that name here both apply."""
+    name, _, size = name.partition(":")
+    raw = _merged(name)
+    sizes: dict[str, dict[str, Any]] = raw.pop("sizes", {})
+    if size and size not in sizes:
+        known = f"none of {', '.join(sizes)}{nearest(size, sizes)}" if sizes else "no size of it: it has none"
+        raise ConfigError(f"recipe={name}:{size} is {known}")
+    chosen = sizes.get(size or next(iter(sizes), ""), {})
+    return apply_overrides(raw, [f"{path}={json.dumps(value)}" for path, value in chosen.items()])
+
+
+def sizes_of(name: str) -> list[str]:
+    """The sizes of a recipe, smallest first; empty if it is no family."""
+    return list(_merged(name).get("sizes", {}))
+
+
+def _merged(name: str) -> dict[str, Any]:
+    """A recipe over its base."""
     known = recipes()
-    if name in known:
-        return load_yaml(known[name])
-    if Path(name).suffix in (".yaml", ".yml"):
-        return load_yaml(Path(name))
-    raise ConfigError(f"recipe={name} is none of {', '.join(known)}, nor a .yaml file{nearest(name, known)}")
+    if name not in known and Path(name).suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"recipe={name} is none of {', '.join(known)}, nor a .yaml file{nearest(name, known)}")
+    raw = load_yaml(known.get(name, Path(name)))
+    base = raw.pop("base", None)
+    return raw if base is None else _over(_merged(base), raw)
+
+
+def _over(base: Any, change: Any) -> Any:
+    """Mappings merged key by key, anything else replaced; a new `kind` replaces its mapping whole."""
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    if change.get("kind", base.get("kind")) != base.get("kind"):
+        return change
+    return {**base, **{key: _over(base.get(key), value) for key, value in change.items()}}
 
 
 def settings_of(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -23,12 +23,14 @@ def grouped_mm(
 
 @torch.library.custom_op("sparsemix::grouped_mm", mutates_args=())
 def _forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    if rows.is_cuda and _fits_torch(rows, weight):
+    if _fits_torch(rows, weight):
         offsets = counts.cumsum(0).to(torch.int32)
         out = F.grouped_mm(rows, weight.mT, offs=offsets)
-        # torch leaves what lies after the last expert's rows unwritten.
-        return out.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= offsets[-1], 0)
-    # On CPU torch's own grouped product is the same loop, minus odd widths and fp64.
+        # torch leaves what lies after the last expert's rows unwritten; a GPU must not be asked where that is.
+        if rows.is_cuda:
+            return out.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= offsets[-1], 0)
+        out[int(offsets[-1]) :] = 0
+        return out
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for e, piece, into in _segments(counts, rows, out):
         torch.mm(piece, weight[e].mT, out=into)
@@ -39,7 +41,7 @@ def _forward(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 @torch.library.custom_op("sparsemix::grouped_mm_weight_grad", mutates_args=())
 def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     """dW_e = sum over the rows of expert e of grad_r row_r^T."""
-    if rows.is_cuda and _fits_torch(rows, grad):
+    if _fits_torch(rows, grad):
         offsets = counts.cumsum(0).to(torch.int32)
         return F.grouped_mm(grad.mT, rows, offs=offsets)
     out = rows.new_zeros(counts.shape[0], grad.shape[1], rows.shape[1])
@@ -49,8 +51,20 @@ def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def _fits_torch(*operands: Tensor) -> bool:
-    # torch's grouped product wants bf16 and 16-byte strides.
-    return all(x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and x.shape[-2] % 8 == 0 for x in operands)
+    """torch's grouped product has no loop of ours, but wants on a GPU bf16, on a CPU anything but fp64, and everywhere
+    rows that begin at multiples of 16 bytes."""
+    known = (torch.bfloat16,) if operands[0].is_cuda else (torch.float32, torch.bfloat16, torch.float16)
+    return all(x.dtype in known and len(x) > 0 and _aligned(x) for x in operands)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Is the last or the last but one axis dense, every other step and the start a multiple of 16 bytes?"""
+    strides = list(x.stride())
+    dense = 1 if strides[-1] != 1 and strides[-2] == 1 else 0
+    strides.pop(-2 if dense else -1)
+    wide = x.shape[-2 if dense else -1] * x.element_size() % 16 == 0
+    steps = all(step > 0 and step * x.element_size() % 16 == 0 for step in strides)
+    return wide and steps and x.data_ptr() % 16 == 0
 
 
 def _segments(counts: Tensor, *per_row: Tensor):
