@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.block import RMSNorm
-from sparsemix.layers.dense import DenseConfig
+from sparsemix.layers.dense import Activation, DenseConfig
 from sparsemix.layers.linear import Linear
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 
@@ -31,7 +31,7 @@ class MHMoEConfig(LayerConfig):
     def shared(self) -> DenseConfig | None:
         if not self.shared_d_ff:
             return None
-        activation = getattr(self.inner, "activation", "swiglu")
+        activation: Activation = getattr(self.inner, "activation", "swiglu")
         return DenseConfig(d_ff=self.shared_d_ff, activation=activation, precision=self.precision)
 
     def d_head(self, d_model: int) -> int:
