@@ -23,6 +23,7 @@ app = typer.Typer(
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib; one or more.")
 ]
+DEFAULT_KINDS = "dense,moe,peer,mh_moe,mod"
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
 
 

@@ -34,6 +34,16 @@ def test_a_ternary_kind_is_that_kind_with_ternary_matrices_at_the_same_flops(kin
     )
 
 
+@pytest.mark.parametrize(("placement", "experts"), [("middle", [1, 3]), ("every-2", [1, 3]), ("every", [0, 1, 2, 3])])
+def test_staged_mode_has_its_experts_inside_the_wrapped_blocks(placement, experts):
+    blocks = config_of("mod+moe", SETTINGS.replace(placement=placement)).model.blocks
+    assert [block.kind for block in blocks] == ["block", "mod", "block", "mod"]
+    inside = [getattr(block, "inner", block).ffn.kind for block in blocks]
+    assert [i for i, kind in enumerate(inside) if kind == "moe"] == experts
+    alone = config_of("moe", SETTINGS.replace(placement="every")).model.blocks[0].ffn
+    assert blocks[1].inner.ffn == alone
+
+
 def test_the_rate_by_rule_is_that_of_the_width_for_every_precision_and_a_given_one_is_kept():
     for kind in ("dense", "moe@ternary"):
         assert config_of(kind).train.lr == rate_by_rule(64)

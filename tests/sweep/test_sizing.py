@@ -74,8 +74,12 @@ def test_a_sequence_too_short_for_every_expert_to_pick_its_share_is_refused():
 
 
 def test_a_kind_may_name_its_precision():
-    assert split_kind("dense") == ("dense", None)
-    assert split_kind("mh_moe@ternary") == ("mh_moe", "ternary")
+    assert split_kind("dense") == (False, "dense", None)
+    assert split_kind("mh_moe@ternary") == (False, "mh_moe", "ternary")
+    assert split_kind("mod") == (True, "dense", None)
+    assert split_kind("mod+moe@ternary") == (True, "moe", "ternary")
+    with pytest.raises(ConfigError, match=r"kinds=peer\+moe: only mod wraps blocks; write mod\+moe"):
+        split_kind("peer+moe")
     with pytest.raises(ConfigError, match=r"^kinds=moe@ternery: 'ternery' is none of float, ternary; did you mean"):
         split_kind("moe@ternery")
     with pytest.raises(ConfigError, match="'' is none of float, ternary"):

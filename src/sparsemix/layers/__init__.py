@@ -3,6 +3,7 @@
 from sparsemix.layers.attention import AttentionConfig
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, update
 from sparsemix.layers.block import BlockConfig
+from sparsemix.layers.cache import Cache
 from sparsemix.layers.dense import DenseConfig
 from sparsemix.layers.expert_choice import ExpertChoiceConfig
 from sparsemix.layers.mh_moe import MHMoEConfig
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionConfig",
     "Aux",
     "BlockConfig",
+    "Cache",
     "Cost",
     "Ctx",
     "DenseConfig",

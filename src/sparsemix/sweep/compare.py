@@ -75,8 +75,8 @@ def rate_by_rule(d_model: int) -> float:
 def kind_config(settings: CompareConfig, kind: str, data: DataConfig, budget: float) -> RunConfig:
     """The run that stands for `kind`: the recipe's dense backbone with that kind in its place, at equal FLOPs.
 
-    `kind@ternary` is the same run with every matrix ternary that can be (model.precision)."""
-    kind, precision = split_kind(kind)
+    `kind@ternary` is the same run with every matrix ternary that can be (model.precision), `mod+kind` staged MoDE."""
+    wrapped, kind, precision = split_kind(kind)
     raw = settings_of(settings.recipe, [*settings.overrides, f"train.budget_flops={budget!r}"])
     if precision:
         raw.setdefault("model", {})["precision"] = precision
@@ -90,10 +90,12 @@ def kind_config(settings: CompareConfig, kind: str, data: DataConfig, budget: fl
         raise ConfigError(
             f"recipe={settings.recipe} must have a dense feed-forward to replace, not {pattern['each']['ffn']['kind']}"
         )
-    if kind == "mod":
+    if wrapped:
         pattern["wrap"] = mod_wrap(dense.model.d_model)
-    elif kind != "dense":
-        pattern["ffn"] = {"at": settings.placement, **sized_ffn(kind, ffn, dense.model.d_model, dense.model.seq_len)}
+    if kind != "dense":
+        # Staged MoDE has its experts inside the wrapped blocks.
+        at = "every-2" if wrapped and settings.placement == "middle" else settings.placement
+        pattern["ffn"] = {"at": at, **sized_ffn(kind, ffn, dense.model.d_model, dense.model.seq_len)}
     raw["train"]["lr"] = rate_by_rule(dense.model.d_model) if settings.lr in ("rule", "sweep") else float(settings.lr)
     return parse(RunConfig, raw)
 

@@ -31,14 +31,18 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
     return settings
 
 
-def split_kind(kind: str) -> tuple[str, str | None]:
-    """(kind, precision) of `kind@precision`; no precision where there is no @. Raises ConfigError."""
+def split_kind(kind: str) -> tuple[bool, str, str | None]:
+    """(is there Mixture-of-Depths around blocks, feed-forward kind, precision) of `mod`, `KIND`, `mod+KIND` (staged
+    MoDE), each with or without `@precision`. Raises ConfigError."""
     name, at, precision = kind.partition("@")
     if at and precision not in PRECISIONS:
         raise ConfigError(
             f"kinds={kind}: {precision!r} is none of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
         )
-    return name, precision or None
+    wrap, plus, feed = name.partition("+")
+    if plus and wrap != "mod":
+        raise ConfigError(f"kinds={kind}: only mod wraps blocks; write mod+{feed}")
+    return wrap == "mod", feed if plus else {"mod": "dense"}.get(name, name), precision or None
 
 
 def mod_wrap(d_model: int) -> dict[str, Any]:

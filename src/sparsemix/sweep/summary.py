@@ -213,17 +213,18 @@ def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
         "Intervals: paired t over seeds and ratio bootstrap over documents; p-values and verdicts are corrected for "
         "the number of kinds (Holm).",
     ]
-    if any(split_kind(kind)[1] for kind in configs):
+    if any(split_kind(kind)[2] for kind in configs):
         said.append(TERNARY)
     for kind, config in configs.items():
-        pairs = zip(model.blocks, config.model.blocks, strict=True)
+        # Staged MoDE has its feed-forwards inside the wrapped blocks.
+        pairs = zip(model.blocks, [getattr(block, "inner", block) for block in config.model.blocks], strict=True)
         changed = [
             (old.ffn, new.ffn)
             for old, new in pairs
             if isinstance(new, BlockConfig) and isinstance(old, BlockConfig) and new != old
         ]
         # A precision changes every block, a kind only those where it is placed.
-        placed = [(old, new) for old, new in changed if type(old) is not type(new) or split_kind(kind)[0] == "dense"]
+        placed = [(old, new) for old, new in changed if type(old) is not type(new) or split_kind(kind)[1] == "dense"]
         for old, new in placed[:1]:
             share = new.cost(model.d_model, 1).flops / old.cost(model.d_model, 1).flops
             said.append(f"{kind}: {share:.3f} of the dense feed-forward's FLOPs per token; {_words(new.model_dump())}")
