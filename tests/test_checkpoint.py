@@ -33,16 +33,14 @@ def assert_same(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
-def test_load_brings_back_weights_running_state_moments_counters_and_generator(tmp_path):
+def test_load_brings_back_weights_running_state_moments_and_counters(tmp_path):
     model, optimizer = trained()
     expected, state = bits(model, optimizer), checkpoint.TrainState(step=2, cursor=4, flops=1.5e9, wall_s=0.25)
     checkpoint.save(tmp_path, state, model, optimizer)
-    drawn = torch.rand(3)
     other, other_optimizer = trained(steps=1)
     assert checkpoint.load(tmp_path, other, other_optimizer) == state
     assert_same(bits(other, other_optimizer), expected)
     assert int(other.blocks[1].num_updates) == 2
-    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_an_empty_or_missing_folder_gives_a_fresh_state_and_changes_nothing(tmp_path):

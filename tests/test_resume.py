@@ -52,8 +52,7 @@ def assert_same_end(run, reference):
     for file in ("model", "optimizer"):
         there, expected = tensors(run, file), tensors(reference, file)
         assert there.keys() == expected.keys()
-        # The generator's state is the process's own; training draws nothing from it.
-        for name in expected.keys() - {"rng"}:
+        for name in expected:
             assert torch.equal(there[name], expected[name]), name
     lines, logged = ([without_clock(line) for line in Run(folder).metrics()] for folder in (run, reference))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -103,6 +102,25 @@ def test_an_interrupt_from_the_progress_callback_saves_and_resumes_to_the_same_b
     assert Run(tmp_path).result is None
     train.train(config, tmp_path, shards)
     assert_same_end(tmp_path, reference)
+
+
+def test_random_routing_draws_from_seed_and_step_alone(unbroken, tmp_path):
+    data, shards = unbroken[0].data, unbroken[1]
+    config = run_config(data, "random", STEPS)
+    config = config.replace(train=config.train.replace(checkpoint_s=1e6))
+
+    def interrupt(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(1)
+    train.train(config, tmp_path / "whole", shards)
+    torch.manual_seed(2)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "twice", shards, interrupt)
+    torch.manual_seed(3)
+    train.train(config, tmp_path / "twice", shards)
+    assert_same_end(tmp_path / "twice", tmp_path / "whole")
 
 
 @pytest.fixture

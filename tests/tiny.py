@@ -50,6 +50,7 @@ BLOCKS = {
     "mh_moe": [block(DENSE), block(MH_MOE)],
     "mod": [block(DENSE), mod(block(DENSE))],
     "threshold": [block(DENSE), mod(block(DENSE), sampling="threshold")],
+    "random": [block(DENSE), mod(block(DENSE), selector="random")],
     "expert_choice": [block(DENSE), block(EXPERT_CHOICE)],
     "mode": [block(MODE | {"routing": "expert_choice"}), block(MODE)],
     # Every kind of running state and of extra loss at once.

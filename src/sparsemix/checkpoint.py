@@ -40,7 +40,7 @@ def _write(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.o
     save_weights(model, folder / "model.safetensors")
     packed = optimizer.state_dict()
     tensors = {f"{i}.{name}": t for i, slots in packed["state"].items() for name, t in slots.items()}
-    save_file({**tensors, "rng": torch.get_rng_state()}, folder / "optimizer.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -48,13 +48,12 @@ def _write(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.o
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Bring model, optimizer and generator to the newest checkpoint and return its state; fresh if there is none."""
+    """Bring model and optimizer to the newest checkpoint and return its state; fresh if there is none."""
     newest = max(folder.glob("step-*"), default=None)
     if newest is None:
         return TrainState()
     load_weights(model, newest / "model.safetensors")
     tensors = load_file(newest / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, slot = name.partition(".")

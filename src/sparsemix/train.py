@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -127,6 +128,8 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
                     group["lr"] = config.train.lr * rate
                     if config.train.schedule == "two_stage" and second_stage(at, steps):
                         group["weight_decay"] = 0.0
+                # Random routing draws from the seed and the step alone, so a resumed run draws the same.
+                torch.manual_seed(zlib.crc32(f"{config.seed}/{state.step}".encode()))
                 line = train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
                 if not np.isfinite(sum(line.values())):
                     raise _failure(config, model, optimizer, state, folder, line)
@@ -157,6 +160,7 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
         checkpoint.save(folder / "checkpoints", state, model, optimizer)
         raise
     checkpoint.save(folder / "checkpoints", state, model, optimizer)
+    torch.manual_seed(zlib.crc32(f"{config.seed}/after".encode()))
     reestimate(model, reestimation_batches(config, shards))
     (folder / "model").mkdir(exist_ok=True)
     checkpoint.save_weights(model, folder / "model" / "model.safetensors")
