@@ -11,6 +11,9 @@ CASES = BASES | {
     "moe_capacity_and_bias": MOE | {"capacity_factor": 0.6, "bias_rate": 0.1, "shared_d_ff": 4},
     "expert_choice_batch": EXPERT_CHOICE | {"group": "batch"},
     "mode_choice": MODE | {"routing": "expert_choice"},
+    "mh_moe_ternary": BASES["mh_moe"] | {"precision": "ternary", "inner": MOE | {"precision": "ternary"}},
+    **{f"{kind}_ternary": BASES[kind] | {"precision": "ternary"} for kind in ("attention", "dense", "moe", "mode")},
+    "dense_warming_up": BASES["dense"] | {"precision": {"weights": "ternary", "warmup_steps": 4}},
 }
 
 

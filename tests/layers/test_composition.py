@@ -141,7 +141,7 @@ def layers(draw, d=D, depth=3):
 
 nestings = st.tuples(layers(), st.sampled_from(["float", "ternary"])).map(lambda pair: with_precision(*pair))
 many = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

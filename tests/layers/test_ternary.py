@@ -1,7 +1,3 @@
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 import yaml
@@ -198,28 +194,6 @@ def test_autocast_changes_a_ternary_layer_only_by_bf16_rounding(name):
     (y.float().sum() + sum(aux.losses.values())).backward()
     assert all(torch.isfinite(p.grad).all() for p in (x, *layer.parameters()) if p.grad is not None)
     assert float((y - wanted).detach().norm() / wanted.norm()) < 0.1
-
-
-COMPILE = """
-import sys, json, torch, sparsemix
-torch.manual_seed(0)
-for config in json.loads(sys.argv[1]):
-    layer, x, results = sparsemix.build_layer(config, 10), torch.randn(2, 7, 10), []
-    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        layer.zero_grad()
-        y = call(x)[0]
-        y.square().sum().backward()
-        results.append([y, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-"""
-
-
-def test_ternary_layers_compile_to_one_graph_and_equal_themselves():
-    # In a process of its own: the type checks of the tests are nothing that a compiler can trace.
-    configs = [LAYERS[name] for name in ("attention", "dense", "moe", "mh_moe_all", "dense_warming_up", "mode")]
-    done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(configs)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_plain_name_is_the_setting_and_survives_yaml():
