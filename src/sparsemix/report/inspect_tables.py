@@ -98,7 +98,7 @@ def taken(run: Run) -> Spec:
         if "taken" in layer
     ]
     columns = ["layer", "kind", "by none", "by one", "by several", "experts a token"]
-    return Spec("Expert choice: tokens taken", columns, rows, (0, 1))
+    return Spec("Tokens by how many experts took them", columns, rows, (0, 1))
 
 
 def depths(run: Run) -> Spec:
