@@ -16,9 +16,9 @@ from sparsemix.layers.ternary import PrecisionConfig
 
 CONVENTION = (
     "FLOPs count matrix multiplies, 2 per multiply-add: linear layers, attention scores and values over the full "
-    "square of the sequence, routers, predictors, experts (PEER: 4 * heads * top_k * d_model a token for the "
-    "looked-up rows), and the logits. Index reads, norms, softmax and the embedding lookup count 0. "
-    "Training costs 3 x forward."
+    "square of the sequence, routers, predictors, experts (looked-up rows: PEER 4 * heads * top_k * d_model "
+    "a token, PKM half of that), and the logits. Index reads, norms, softmax and the embedding lookup count 0. "
+    "Training costs 3 x forward; where routing decides what runs, what ran is charged."
 )
 
 
