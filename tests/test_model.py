@@ -79,6 +79,13 @@ def test_bad_blocks_are_refused_in_one_line(blocks, wanted):
     assert "\n" not in str(caught.value)
 
 
+def test_blocks_that_are_all_wrong_are_not_called_too_few_as_well():
+    with pytest.raises(ConfigError) as caught:
+        parse(ModelConfig, raw([BLOCK | {"precision": "ternary"}] * 2))
+    known = "precision=ternary is no setting here (known: kind, mixer, ffn)"
+    assert str(caught.value) == f"blocks.0.{known}; blocks.1.{known}"
+
+
 def test_a_width_that_fits_no_head_is_refused_with_the_block():
     with pytest.raises(ConfigError, match=r"^blocks.1: num_heads=3 must give every head an even width"):
         build_model(raw([BLOCK, BLOCK | {"mixer": {"kind": "attention", "num_heads": 3}}]))

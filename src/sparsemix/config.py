@@ -103,7 +103,11 @@ def parse(cls: type[C], raw: Mapping[str, Any]) -> C:
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("; ".join(dict.fromkeys(_sentence(e) for e in error.errors()))) from None
+        errors = error.errors()
+        # A list all of whose items are wrong also counts as too short.
+        inner = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
+        told = [e for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
+        raise ConfigError("; ".join(dict.fromkeys(_sentence(e) for e in told))) from None
 
 
 def _sentence(error: Any) -> str:
