@@ -88,8 +88,12 @@ COMPARING = [
 
 @lru_cache
 def model_of(name):
+    """`observed_model` around a case."""
+    return observed_model(block(CASES[name]) if name in FRAMED else CASES[name])
+
+
+def observed_model(middle):
     """An observed fp64 model whose first and last blocks are plain, so that a leak can travel."""
-    middle = block(CASES[name]) if name in FRAMED else CASES[name]
     model = build_model({"d_model": 16, "vocab_size": V, "seq_len": T, "blocks": [block(DENSE), middle, block(DENSE)]})
     model = model.double().requires_grad_(False)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_causality import CASES, V, model_of
+from test_causality import CASES, DENSE, V, block, mod, model_of, observed_model
 
 from sparsemix.layers import Ctx
 from sparsemix.layers.cache import FIRST_SLOTS, Cache
@@ -78,8 +78,22 @@ def test_a_routed_layer_holds_the_tokens_it_routed_and_no_others(name):
     assert 0 < int(routed.sum()) < 3 * T
     assert cache.lengths("blocks.1.inner.mixer").tolist() == routed.tolist()
     assert cache.lengths("blocks.0.mixer").tolist() == [T] * 3
-    per_token = 2 * 8 * 16 * 2 // 4  # keys and values, fp64, half of the 16 channels: two of four heads
-    assert cache.bytes() == per_token * 2 * (2 * 3 * T + int(routed.sum())) // 2
+    per_token = 2 * 8 * 8  # keys and values, fp64, two of four heads: 8 of 16 channels
+    assert cache.bytes() == per_token * (2 * 3 * T + int(routed.sum()))
+
+
+@pytest.mark.parametrize("capacity", [0.05, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("sampling", ["threshold", "predictor", "router_bce"])
+def test_every_capacity_decodes_a_ragged_batch_as_every_sequence_alone(sampling, capacity):
+    model = observed_model(mod(block(DENSE), sampling=sampling, capacity=capacity)).eval()
+    several = sequences()
+    tokens, valid, _ = padded(several, "left")
+    logits, cache = in_chunks(model, tokens, valid, [3, *range(4, T + 1)])
+    routed = []
+    for b, sequence in enumerate(several):
+        assert_equal(logits[b, valid[b]], alone(model, sequence))
+        routed += counted(model, "blocks.1", sequence[None], Ctx(causal=True)).tolist()
+    assert cache.lengths("blocks.1.inner.mixer").tolist() == routed
 
 
 @pytest.mark.parametrize("name", ["attention", "mod_block", "mod_in_mod", "mod_threshold"])
