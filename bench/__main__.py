@@ -63,6 +63,7 @@ def op_cases() -> dict[str, tuple[Callable[[], list[Tensor]], Callable[[], list[
     ids = torch.randint(65536, (1024, 128), generator=generator)
     rows, weight = draw(4096, 128), draw(16, 256, 128)
     counts = torch.full((16,), 256)
+    narrow_rows, narrow_weight, narrow_counts = draw(2048, 32), draw(41, 24, 32), torch.full((41,), 49)
     query, keys = draw(32, 8, 2, 16), draw(2, 128, 16)  # the reference forms all n * n sums
 
     def picked(op: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
@@ -80,6 +81,12 @@ def op_cases() -> dict[str, tuple[Callable[[], list[Tensor]], Callable[[], list[
         "grouped_mm": (
             lambda: with_gradients(lambda r, w: grouped_mm.grouped_mm(r, w, counts), rows, weight),
             lambda: with_gradients(lambda r, w: grouped_mm_reference.grouped_mm(r, w, counts), rows, weight),
+        ),
+        "grouped_mm, 41 experts of 24 x 32": (
+            lambda: with_gradients(lambda r, w: grouped_mm.grouped_mm(r, w, narrow_counts), narrow_rows, narrow_weight),
+            lambda: with_gradients(
+                lambda r, w: grouped_mm_reference.grouped_mm(r, w, narrow_counts), narrow_rows, narrow_weight
+            ),
         ),
         "product_key_topk": (
             lambda: picked(product_key_topk.product_key_topk),

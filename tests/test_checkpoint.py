@@ -40,7 +40,7 @@ def test_load_brings_back_weights_running_state_moments_and_counters(tmp_path):
     other, other_optimizer = trained(steps=1)
     assert checkpoint.load(tmp_path, other, other_optimizer) == state
     assert_same(bits(other, other_optimizer), expected)
-    assert int(other.blocks[1].num_updates) == 2
+    assert int(other.blocks[1].threshold.num_updates) == 2
 
 
 def test_an_empty_or_missing_folder_gives_a_fresh_state_and_changes_nothing(tmp_path):

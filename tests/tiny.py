@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jaxtyping
+import torch
 
+from sparsemix import train
 from sparsemix.config import parse
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.train import RunConfig
@@ -100,3 +102,16 @@ def run_config(data: DataConfig, blocks="dense", steps: int = 4, seed: int = 0, 
     config = parse(RunConfig, {"model": model, "data": data.model_dump(), "train": defaults | train, "seed": seed})
     # Half a step more than whole steps: the budget buys `steps` of them.
     return config.replace(train=config.train.replace(budget_flops=(steps + 0.5) * config.step_flops))
+
+
+def result_of(config, folder, shards):
+    """What a run that is trained to its end says of itself."""
+    result = train.train(config, folder, shards).result
+    assert result is not None
+    return result
+
+
+def changed(left, right):
+    """Names of the tensors that differ in any bit."""
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]

@@ -124,10 +124,12 @@ def test_a_reestimated_threshold_is_the_mean_of_the_batches_quantiles(shards):
     sample = [shards.batch(4 * i, 4, T, seed=3) for i in range(3)]
     with torch.no_grad():
         model.train()
-        quantiles = [model(b.tokens, Ctx(b.positions, b.doc_ids)).aux.stats["blocks.1.threshold"] for b in sample]
-    assert float(model.blocks[1].threshold) != pytest.approx(float(sum(quantiles)) / 3, rel=1e-6)
+        quantiles = [
+            model(b.tokens, Ctx(b.positions, b.doc_ids)).aux.stats["blocks.1.threshold.quantile"] for b in sample
+        ]
+    assert float(model.blocks[1].threshold.threshold) != pytest.approx(float(sum(quantiles)) / 3, rel=1e-6)
     reestimate(model, iter(sample))
-    assert float(model.blocks[1].threshold) == pytest.approx(float(sum(quantiles)) / 3, rel=1e-11)
+    assert float(model.blocks[1].threshold.threshold) == pytest.approx(float(sum(quantiles)) / 3, rel=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "mh_moe"])

@@ -9,7 +9,7 @@ from cases import assert_is_its_loop, build, contexts, tokens
 from sparsemix.api import layer_cost
 from sparsemix.config import ConfigError, parse
 from sparsemix.layers import Ctx, LayerConfig, update
-from sparsemix.layers.token_selection import ANNEAL_LEVELS, anneal_slack, quota, uniform
+from sparsemix.layers.token_selection import ANNEAL_LEVELS, Annealing, quota, uniform
 
 BLOCK = {"kind": "block", "mixer": {"kind": "attention", "num_heads": 5}, "ffn": {"kind": "dense", "d_ff": 3}}
 DENSE = BLOCK["ffn"]
@@ -187,7 +187,7 @@ def test_annealing_starts_with_every_token_and_ends_at_the_capacity_by_a_cosine_
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) == ANNEAL_LEVELS + 1
     assert counts[20] == 16 + 24
-    assert anneal_slack(0, 40) == 1 and anneal_slack(40, 40) == 0 == anneal_slack(10**9, 40)
+    assert Annealing(40).slack == 1 and layer.slack == 0
 
 
 def test_annealing_reports_the_flops_that_it_really_spends():
@@ -273,6 +273,6 @@ def test_thresholds_and_annealing_survive_being_saved_with_a_model(tmp_path):
     other = build_model(config, seed=1)
     load_weights(other, tmp_path / "model.safetensors")
     assert other.blocks[1].slack == model.blocks[1].slack == 0.5
-    assert float(other.blocks[1].threshold) == float(model.blocks[1].threshold) != 0
+    assert float(other.blocks[1].threshold.threshold) == float(model.blocks[1].threshold.threshold) != 0
     words = torch.randint(11, (2, 9))
     assert torch.equal(other.eval()(words).logits, model.eval()(words).logits)

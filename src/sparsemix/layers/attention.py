@@ -69,7 +69,7 @@ class Attention(Layer):
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
         B, T, D = x.shape
-        positions = torch.arange(T, device=x.device)[None] if ctx.positions is None else ctx.positions
+        positions = ctx.places(T, x.device)
         cos, sin = rotation(positions, D // self.num_heads, self.rope_theta, x.dtype)
         q = rotate(self.q(x).view(B, T, self.num_heads, -1).transpose(1, 2), cos, sin)  # (B, H, T, d_head)
         k = rotate(self.k(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2), cos, sin)

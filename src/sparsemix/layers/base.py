@@ -1,6 +1,5 @@
 """The contract every mechanism obeys: `forward(x, ctx) -> (y, Aux)`, where the caller adds y to x."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -25,6 +24,10 @@ class Ctx(NamedTuple):
     rows: Int[Tensor, " B"] | None = None
     causal: bool = False
     cache: Cache | None = None
+
+    def places(self, seq_len: int, device: torch.device) -> Int[Tensor, "b T"]:
+        """The positions, 0..T-1 for every row unless they are given."""
+        return torch.arange(seq_len, device=device)[None] if self.positions is None else self.positions
 
     def pick(self, ids: Int[Tensor, "B C"], real: Bool[Tensor, "B C"] | None = None) -> "Ctx":
         """The context of tokens `ids` of every row; `real` False marks filling."""
@@ -200,9 +203,3 @@ def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) 
 def valid_only(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, "B T"]:
     """0 where a token is padding."""
     return values if valid is None else torch.where(valid, values, 0.0)
-
-
-def ceil_share(capacity: float, seq_len: int) -> int:
-    """Tokens of a sequence that a capacity ratio lets through, rounded up, at least one."""
-    # The small offset keeps 0.1 * 30 from rounding up to 4.
-    return max(1, math.ceil(capacity * seq_len - 1e-9))

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sparsemix.layers.base import Cost, ceil_share
+from sparsemix.layers.base import Cost
 from sparsemix.layers.linear import num_matrices
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
+from sparsemix.layers.token_selection import quota, row_quota
 
 
 class Seats(NamedTuple):
@@ -83,14 +84,12 @@ def run_seats(
 
 def num_seats(share: float, seq_len: int) -> int:
     """Seats of one expert among seq_len tokens: ceil(share * seq_len), at most one a token."""
-    return min(seq_len, ceil_share(share, seq_len))
+    return quota(min(1.0, share), seq_len)
 
 
-def quota(share: float, valid: Bool[Tensor, "B T"]) -> Int[Tensor, "B 1"]:
+def row_seats(share: float, valid: Bool[Tensor, "B T"]) -> Int[Tensor, "B 1"]:
     """Seats that each group may fill: as `num_seats`, of its real tokens."""
-    count = valid.sum(dim=1, keepdim=True)
-    # In fp32, 0.1 * 30 is already more than 3 by more than the offset.
-    return (count.double() * share - 1e-9).ceil().long().minimum(count)
+    return row_quota(min(1.0, share), valid.sum(dim=1, keepdim=True)).long()
 
 
 def first_come(
@@ -110,7 +109,7 @@ def first_come(
     starts = torch.searchsorted(asked, edges)  # (B, E + 1)
     taken = starts.diff(dim=1)  # (B, E)
     if valid is not None:
-        taken = taken.minimum(quota(share, valid))
+        taken = taken.minimum(row_seats(share, valid))
     seat = torch.arange(C, device=asked.device)
     at = (starts[:, :-1, None] + seat).clamp(max=K * T - 1)  # (B, E, C)
     return Seats(order.gather(1, at.flatten(1)).view_as(at), seat < taken[..., None])
@@ -125,5 +124,5 @@ def best_tokens(scores: Float[Tensor, "B T E"], valid: Bool[Tensor, "B T"] | Non
     picks = ranked.argsort(dim=2, descending=True, stable=True)[..., :C]
     real = torch.ones_like(picks, dtype=torch.bool)
     if valid is not None:
-        real = torch.arange(C, device=picks.device) < quota(share, valid)[..., None].expand_as(picks)
+        real = torch.arange(C, device=picks.device) < row_seats(share, valid)[..., None].expand_as(picks)
     return Seats(picks, real)

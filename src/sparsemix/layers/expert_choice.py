@@ -83,7 +83,7 @@ class ExpertChoice(Layer):
         self.router = Router(d_model, config.num_experts)
         self.experts = Experts(config.num_experts, d_model, config.d_ff, config.activation, config.precision)
         self.shared = Dense(config.shared, d_model) if config.shared else None
-        self.threshold = RunningThreshold(config.num_experts, config.share) if config.looks_ahead else None
+        self.threshold = RunningThreshold(config.num_experts) if config.looks_ahead else None
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
@@ -95,7 +95,8 @@ class ExpertChoice(Layer):
         y, chosen = take(grouped, affinity, valid, self.experts, self.config.share, self.threshold, ctx.causal)
         stats = choice_stats(chosen.view(B, T, -1), affinity.view(B, T, -1), ctx.valid, self.training)
         if self.training and self.threshold is not None:
-            stats |= observed(self.threshold, affinity, valid)
+            seen = self.threshold.observe(affinity, valid, self.config.share)
+            stats |= Aux({}, seen).under("threshold").stats
         if self.training and not ctx.causal and self.config.group == "batch":
             stats["extra_flops"] = x.new_tensor(self.config.batch_extra(D, B, T), dtype=torch.double)
         y = y.view_as(x)
@@ -142,11 +143,3 @@ def choice_stats(
     expert_ids = torch.arange(E, device=chosen.device).expand_as(chosen).reshape(-1, 1)
     stats |= usage_stats(expert_ids, gates.reshape(-1, 1), E, chosen.reshape(-1))
     return stats | {"top_gate": torch.where(chosen, gates.detach(), 0.0).amax(dim=2)}
-
-
-def observed(
-    threshold: RunningThreshold, affinity: Float[Tensor, "B T E"], valid: Bool[Tensor, "B T"] | None
-) -> dict[str, Tensor]:
-    """What the layer's `threshold` moves by, under its path."""
-    seen = threshold.observe(affinity.flatten(0, 1), None if valid is None else valid.flatten())
-    return Aux({}, seen).under("threshold").stats

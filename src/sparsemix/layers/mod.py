@@ -1,6 +1,5 @@
 """Mixture-of-Depths: only some tokens of a sequence pass through the wrapped layer."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,9 +11,9 @@ from torch.nn import functional as F
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, valid_mean, valid_only
 from sparsemix.layers.linear import Linear
 from sparsemix.layers.router import Router, at_least_fp32
-from sparsemix.layers.threshold import quantile
+from sparsemix.layers.threshold import RunningThreshold
 from sparsemix.layers.token_selection import (
-    anneal_slack,
+    Annealing,
     first_tokens,
     quota,
     row_quota,
@@ -116,10 +115,6 @@ class MoD(Layer):
     gate of 1 is the plain block; `full` gates x + update. Its equation gates with the raw score, its figures with a
     sigmoid (default). `anneal_steps` lowers the quota from all tokens by a cosine, in quarters."""
 
-    observes = ("threshold",)
-    threshold: Tensor
-    num_updates: Tensor
-    anneal_step: Tensor
     salt: Tensor
 
     def __init__(self, config: MoDConfig, d_model: int) -> None:
@@ -129,16 +124,16 @@ class MoD(Layer):
         self.inner = config.inner.build(d_model)
         if config.predicts:
             self.predictor = Predictor(d_model, config.predictor_width)
-        if config.has_threshold:
-            self.register_buffer("threshold", torch.zeros(()))
-            self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        self.threshold = RunningThreshold(1) if config.has_threshold else None
+        self.annealing = Annealing(config.anneal_steps) if config.anneal_steps else None
         if config.selector == "random":
             self.register_buffer("salt", torch.zeros((), dtype=torch.long))
-        self.slack = 1.0 if config.anneal_steps else 0.0
-        if config.anneal_steps:
-            self.register_buffer("anneal_step", torch.zeros((), dtype=torch.long))
-            self.register_load_state_dict_post_hook(lambda module, _: module._set_slack())  # type: ignore[operator]
         self.reset_parameters()
+
+    @property
+    def slack(self) -> float:
+        """Share of the tokens beyond the capacity that pass as well, while it is annealed."""
+        return 0.0 if self.annealing is None else self.annealing.slack
 
     def reset_parameters(self) -> None:
         if self.config.selector == "random":
@@ -202,7 +197,7 @@ class MoD(Layer):
         if self.config.selector == "token_choice":
             wants = scores.detach() > 0
         else:
-            wants = strided(positions_of(scores, ctx), self.config.capacity).expand_as(scores)
+            wants = strided(ctx.places(scores.shape[1], scores.device), self.config.capacity).expand_as(scores)
         return wants if ctx.valid is None else wants & ctx.valid
 
     def causal_rule(
@@ -212,18 +207,16 @@ class MoD(Layer):
         if self.config.selector in ("token_choice", "strided"):
             return self.wants(scores, ctx)
         if self.config.selector == "random":
-            keep = (uniform(positions_of(scores, ctx), self.salt) < self.config.capacity).expand_as(scores)
+            keep = (uniform(ctx.places(scores.shape[1], scores.device), self.salt) < self.config.capacity).expand_as(
+                scores
+            )
         elif guess is not None:
             keep = guess > 0
         elif self.config.sampling == "router_bce":
             keep = scores > 0
         else:
-            if not self.num_updates:
-                raise RuntimeError(
-                    "the routing threshold was never observed: train first (sparsemix.update(module, aux.stats) after "
-                    "every step), or set sampling to predictor"
-                )
-            keep = scores > self.threshold
+            assert self.threshold is not None
+            keep = self.threshold(scores[..., None])[..., 0]
         return keep if ctx.valid is None else keep & ctx.valid
 
     def observe(
@@ -250,10 +243,10 @@ class MoD(Layer):
             losses["balance"] = config.router_loss_weight * target_balance(scores, wants, ctx.valid, config.capacity)
             if self.training:
                 stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
-        if self.training and config.has_threshold:
+        if self.training and self.threshold is not None:
             share = quota(config.capacity, scores.shape[1], self.slack) / scores.shape[1]
-            valid = None if ctx.valid is None else ctx.valid.flatten()
-            stats["threshold"] = quantile(scores.detach().flatten()[:, None], valid, 1 - share)[0]
+            seen = self.threshold.observe(scores[..., None], ctx.valid, share)
+            stats |= Aux({}, seen).under("threshold").stats
         if self.training and self.slack:
             stats["extra_flops"] = scores.new_tensor(self.extra_flops(*scores.shape), dtype=torch.float64)
         if not self.training:
@@ -267,29 +260,6 @@ class MoD(Layer):
         D, capacity = self.router.weight.shape[1], self.config.capacity
         now, at_last = (self.config.inner.cost(D, quota(capacity, T, slack)).flops for slack in (self.slack, 0.0))
         return B * (now - at_last)
-
-    @torch.no_grad()
-    def update(self, stats: Mapping[str, Tensor]) -> None:
-        if self.config.anneal_steps:
-            self.anneal_step += 1
-            self._set_slack()
-        if "threshold" not in stats:
-            return
-        self.num_updates += 1
-        # A plain average at first, then a running one over about 100 steps.
-        self.threshold.lerp_(stats["threshold"].to(self.threshold), max(0.01, 1.0 / int(self.num_updates)))
-
-    def _set_slack(self) -> None:
-        # A plain number beside the buffer: reading a tensor in forward would stall a GPU and break the graph.
-        self.slack = anneal_slack(int(self.anneal_step), self.config.anneal_steps)
-
-    def forget(self) -> None:
-        if self.config.has_threshold:
-            self.num_updates.zero_()
-
-
-def positions_of(scores: Float[Tensor, "B T"], ctx: Ctx) -> Int[Tensor, "b T"]:
-    return torch.arange(scores.shape[1], device=scores.device)[None] if ctx.positions is None else ctx.positions
 
 
 GATES = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.dense import Activation
 from sparsemix.layers.dispatch import dispatch, experts_cost, num_seats
-from sparsemix.layers.expert_choice import choice_stats, observed, take
+from sparsemix.layers.expert_choice import choice_stats, take
 from sparsemix.layers.linear import Experts
 from sparsemix.layers.router import Route, Router, load_of, route, z_loss
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
@@ -88,7 +88,7 @@ class MoDE(Layer):
         self.config = config
         self.router = Router(d_model, config.columns)
         self.experts = Experts(config.num_experts, d_model, config.d_ff, config.activation, config.precision)
-        self.threshold = RunningThreshold(config.num_experts, config.share) if config.looks_ahead else None
+        self.threshold = RunningThreshold(config.num_experts) if config.looks_ahead else None
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
@@ -137,7 +137,8 @@ class MoDE(Layer):
         if self.training:
             stats["noop_share"] = stats["taken"][0] / stats["taken"].sum().clamp_min(1)
             if self.threshold is not None:
-                stats |= observed(self.threshold, affinity, ctx.valid)
+                seen = self.threshold.observe(affinity, ctx.valid, self.config.share)
+                stats |= Aux({}, seen).under("threshold").stats
         return y, stats
 
 

@@ -1,4 +1,4 @@
-"""A running threshold per expert: the causal stand-in for choosing the best share of a batch."""
+"""A running threshold per column of scores: the causal stand-in for choosing the best share of a batch."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from sparsemix.layers.base import Layer
 
 class RunningThreshold(Layer):
     """take_ne = scores_ne > threshold_e, where threshold_e is a running average over training batches of the
-    (1 - share) quantile of column e over the batch's real tokens.
+    (1 - share) quantile of column e (an expert, or the one router of Mixture-of-Depths) over the batch's real tokens.
 
     Source: arXiv:2603.11535, which trains by this rule too; here training compares tokens, and only the causal rule
     uses thresholds. forward raises RuntimeError before any observation."""
@@ -20,23 +20,25 @@ class RunningThreshold(Layer):
     threshold: Tensor
     num_updates: Tensor
 
-    def __init__(self, num_experts: int, share: float) -> None:
+    def __init__(self, num_columns: int) -> None:
         super().__init__()
-        self.share = share
-        self.register_buffer("threshold", torch.zeros(num_experts))
+        self.register_buffer("threshold", torch.zeros(num_columns))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, scores: Float[Tensor, "*B E"]) -> Bool[Tensor, "*B E"]:  # type: ignore[override]
         if not self.num_updates:
             raise RuntimeError(
-                "the experts' thresholds were never observed: train first (sparsemix.update(module, aux.stats) after "
-                "every step)"
+                "the routing thresholds were never observed: train first (sparsemix.update(module, aux.stats) after "
+                "every step), or choose a routing that needs none"
             )
         return scores > self.threshold
 
-    def observe(self, scores: Float[Tensor, "N E"], valid: Bool[Tensor, " N"] | None) -> dict[str, Tensor]:
+    def observe(
+        self, scores: Float[Tensor, "*B E"], valid: Bool[Tensor, "*B"] | None, share: float
+    ) -> dict[str, Tensor]:
         """The batch's quantiles, to `update` with; without a real token the threshold as it is."""
-        seen = quantile(scores.detach(), valid, 1 - self.share)
+        valid = None if valid is None else valid.flatten()
+        seen = quantile(scores.detach().flatten(0, -2), valid, 1 - share)
         return {"quantile": seen if valid is None else torch.where(valid.any(), seen, self.threshold)}
 
     @torch.no_grad()

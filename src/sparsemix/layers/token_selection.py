@@ -1,12 +1,13 @@
 """Which tokens of a sequence pass: quotas, selections of fixed size, and rules that need no later token."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparsemix.layers.base import ceil_share, valid_mean
+from sparsemix.layers.base import Layer, valid_mean
 
 # A capacity falls in this many equal steps while it is annealed: each is a shape to compile for, and torch.compile
 # gives up at its ninth.
@@ -16,7 +17,8 @@ ANNEAL_LEVELS = 4
 def quota(capacity: float, seq_len: int, slack: float = 0.0) -> int:
     """Tokens of a sequence that pass: a ratio (up to 1) rounded up, or a number of tokens; at least 1. `slack` adds
     that share of the others."""
-    C = ceil_share(capacity, seq_len) if capacity <= 1 else min(int(capacity), seq_len)
+    # The small offset keeps 0.1 * 30 from rounding up to 4.
+    C = max(1, math.ceil(capacity * seq_len - 1e-9)) if capacity <= 1 else min(int(capacity), seq_len)
     return C + math.ceil(slack * (seq_len - C))
 
 
@@ -27,10 +29,27 @@ def row_quota(capacity: float, real: Int[Tensor, "B 1"], slack: float = 0.0) -> 
     return C + (slack * (real - C)).ceil()
 
 
-def anneal_slack(step: int, steps: int) -> float:
-    """1 at step 0, 0 from `steps` on, by a cosine in equal levels."""
-    share = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-    return math.ceil(ANNEAL_LEVELS * share - 1e-9) / ANNEAL_LEVELS
+class Annealing(Layer):
+    """slack = (1 + cos(pi step / steps)) / 2, rounded up to one of `ANNEAL_LEVELS` equal levels, and 0 from `steps` on;
+    `update` counts the optimizer's steps."""
+
+    step: Tensor
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        # A plain number beside the buffer: reading a tensor in forward would stall a GPU and break the graph.
+        self.slack = 1.0
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_load_state_dict_post_hook(lambda module, _: module.set_slack())  # type: ignore[operator]
+
+    def set_slack(self) -> None:
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, int(self.step) / self.steps)))
+        self.slack = math.ceil(ANNEAL_LEVELS * share - 1e-9) / ANNEAL_LEVELS
+
+    def update(self, stats: Mapping[str, Tensor]) -> None:
+        self.step += 1
+        self.set_slack()
 
 
 def top_tokens(

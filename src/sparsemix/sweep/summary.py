@@ -215,6 +215,8 @@ def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
     ]
     if any(split_kind(kind)[2] for kind in configs):
         said.append(TERNARY)
+    if staged := [kind for kind in configs if kind.startswith("mod+")]:
+        said.append(f"{', '.join(staged)}: staged MoDE, experts in every wrapped block, whatever the placement.")
     for kind, config in configs.items():
         # Staged MoDE has its feed-forwards inside the wrapped blocks.
         pairs = zip(model.blocks, [getattr(block, "inner", block) for block in config.model.blocks], strict=True)

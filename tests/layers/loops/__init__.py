@@ -220,7 +220,7 @@ def mod(layer, x, ctx):
         rule = {
             "predictor": lambda at: guess[at] > 0,
             "router_bce": lambda at: scores[at] > 0,
-            "threshold": lambda at: scores[at] > layer.threshold,
+            "threshold": lambda at: scores[at] > layer.threshold.threshold[0],
             "token_choice": lambda at: scores[at] > 0,
             "strided": lambda at: closes_a_stretch(int(positions[at]), c.capacity),
             "random": lambda at: hashed(int(positions[at]), int(layer.salt)) < c.capacity,
