@@ -8,7 +8,8 @@ from torch.library import opcheck
 
 from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_dot.reference import row_dot as dot_reference
-from sparsemix.ops.row_mix import row_mix, table_grad
+from sparsemix.ops.row_grad import table_grad, take_rows
+from sparsemix.ops.row_mix import row_mix
 from sparsemix.ops.row_mix.reference import row_mix as mix_reference
 
 OPS = {"row_dot": (row_dot, dot_reference), "row_mix": (row_mix, mix_reference)}
@@ -79,8 +80,8 @@ def test_torch_accepts_the_row_ops():
     coef = randn(4, 2).requires_grad_()
     # Without symbolic sizes: num_rows would be one, and the tests' type checks want an int.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    opcheck(torch.ops.sparsemix.row_dot.default, (x, ids, table), test_utils=tests)
-    opcheck(torch.ops.sparsemix.row_mix.default, (coef, ids, table), test_utils=tests)
+    opcheck(torch.ops.sparsemix.row_dot.default, (x, ids, table, False, "auto"), test_utils=tests)
+    opcheck(torch.ops.sparsemix.row_mix.default, (coef, ids, table, False, "auto"), test_utils=tests)
     opcheck(torch.ops.sparsemix.row_table_grad.default, (randn(4, 2), ids, randn(4, 3), 5), test_utils=tests)
 
 
@@ -124,3 +125,20 @@ def test_gradients_of_rows_beyond_two_to_the_31_elements_reach_them():
     grad = table_grad(coef, ids, vec, M)
     assert torch.equal(grad[rows], table_grad(coef, torch.searchsorted(rows, ids), vec, len(rows)))
     assert not grad[1:-3:1009].any()
+
+
+def test_recorded_factors_are_the_dense_gradient():
+    ids, x, table = torch.randint(9, (7, 3)), randn(7, 4), randn(9, 4).requires_grad_()
+    direction = randn(7, 3)
+    (wanted,) = torch.autograd.grad(row_dot(x, ids, table), table, direction)
+    (none,) = torch.autograd.grad(row_dot(x, ids, table, record=True), table, direction, allow_unused=True)
+    assert none is None
+    (left,) = take_rows(table)
+    torch.testing.assert_close(table_grad(left.coef, left.ids, left.vec, 9), wanted, rtol=0, atol=1e-12)
+    assert take_rows(table) == []
+
+
+def test_nothing_is_recorded_for_a_table_that_needs_no_gradient():
+    x, table = randn(7, 4).requires_grad_(), randn(9, 4)
+    row_dot(x, torch.randint(9, (7, 3)), table, record=True).sum().backward()
+    assert take_rows(table) == []

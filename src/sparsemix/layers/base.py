@@ -150,6 +150,10 @@ class Layer(nn.Module):
     # The entries of its own stats that `update` takes up.
     observes: ClassVar[tuple[str, ...]] = ()
 
+    # Parameters whose rows are looked up. An optimizer that takes their gradients as factors sets `row_grads`.
+    tables: ClassVar[tuple[str, ...]] = ()
+    row_grads: bool = False
+
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
 

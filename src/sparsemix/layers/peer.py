@@ -73,6 +73,8 @@ class PEER(Layer):
     values are not stated there: w_in has unit-variance projections, w_out is scaled so that the output has the variance
     of the feed-forward it replaces."""
 
+    tables = ("w_in", "w_out")
+
     def __init__(self, config: PEERConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
@@ -101,8 +103,8 @@ class PEER(Layer):
         valid = None if ctx.valid is None else ctx.valid.flatten()
         scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
         gates, ids = GATES[config.gate](scores).flatten(1), ids.flatten(1)  # (N, H K)
-        hidden = ACTIVATIONS[config.activation](row_dot(tokens, ids, self.w_in))
-        y = row_mix(gates.to(hidden.dtype) * hidden, ids, self.w_out).to(x.dtype)
+        hidden = ACTIVATIONS[config.activation](row_dot(tokens, ids, self.w_in, self.row_grads))
+        y = row_mix(gates.to(hidden.dtype) * hidden, ids, self.w_out, self.row_grads).to(x.dtype)
         if not self.training:
             stats |= usage_stats(ids, gates, config.num_experts, valid)
         return y.view_as(x), Aux({}, stats)

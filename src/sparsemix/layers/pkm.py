@@ -66,6 +66,8 @@ class PKM(Layer):
     start with the output variance of the feed-forward they replace; the paper's code draws N(0, 1 / d_model), far
     smaller."""
 
+    tables = ("values",)
+
     def __init__(self, config: PKMConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
@@ -86,7 +88,7 @@ class PKM(Layer):
         valid = None if ctx.valid is None else ctx.valid.flatten()
         scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
         gates, ids = scores.softmax(dim=-1).flatten(1), ids.flatten(1)  # (N, H K)
-        y = row_mix(gates, ids, self.values).to(x.dtype)
+        y = row_mix(gates, ids, self.values, self.row_grads).to(x.dtype)
         if not self.training:
             stats |= usage_stats(ids, gates, self.config.num_values, valid)
         return y.view_as(x), Aux({}, stats)

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.product_key_topk.selection import best_pairs, candidate_ranks
-from sparsemix.ops.row_mix import row_mix, table_grad
+from sparsemix.ops.row_grad import table_grad
+from sparsemix.ops.row_mix import row_mix
 
 # Scores that exist at a time: 16 MiB in fp32, whatever the number of tokens.
 MAX_SCORES = 2**22

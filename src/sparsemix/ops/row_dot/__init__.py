@@ -5,16 +5,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsemix.ops.row_mix import table_grad
+from sparsemix.ops.impl import Kernels
+from sparsemix.ops.row_dot import reference
+from sparsemix.ops.row_grad import rows_gradient
+
+KERNELS = Kernels("row_dot")
 
 
-def row_dot(x: Float[Tensor, "N D"], ids: Int[Tensor, "N R"], table: Float[Tensor, "M D"]) -> Float[Tensor, "N R"]:
-    """z_nr = <x_n, table[ids_nr]>. Differentiable in x and table; x takes the table's dtype."""
-    return torch.ops.sparsemix.row_dot(x.to(table.dtype), ids, table)
+def row_dot(
+    x: Float[Tensor, "N D"],
+    ids: Int[Tensor, "N R"],
+    table: Float[Tensor, "M D"],
+    record: bool = False,
+    impl: str = "auto",
+) -> Float[Tensor, "N R"]:
+    """z_nr = <x_n, table[ids_nr]>. Differentiable in x and table; x takes the table's dtype.
+
+    With `record` the table's gradient is left as factors (ops/row_grad) and `table.grad` stays None."""
+    return torch.ops.sparsemix.row_dot(x.to(table.dtype), ids, table, record, impl)
 
 
 @torch.library.custom_op("sparsemix::row_dot", mutates_args=())
-def _forward(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+def _forward(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
+    if KERNELS.pick(impl, x) == "reference":
+        return reference.row_dot(x, ids, table)
     # An embedding bag's gradient towards its per-sample weights is exactly this product.
     N, R = ids.shape
     bag = torch.arange(N, device=ids.device).repeat_interleave(R)
@@ -26,19 +40,20 @@ def _forward(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
 
 
 @_forward.register_fake
-def _(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+def _(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
     return x.new_empty(ids.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.record, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad: Tensor):
     x, ids, table = ctx.saved_tensors
-    d_x = torch.ops.sparsemix.row_mix(grad, ids, table) if ctx.needs_input_grad[0] else None
-    d_table = table_grad(grad, ids, x, table.shape[0]) if ctx.needs_input_grad[2] else None
-    return d_x, None, d_table
+    d_x = torch.ops.sparsemix.row_mix(grad, ids, table, False, ctx.impl) if ctx.needs_input_grad[0] else None
+    d_table = rows_gradient(table, ids, grad, x, ctx.record) if ctx.needs_input_grad[2] else None
+    return d_x, None, d_table, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)

@@ -6,48 +6,48 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops.impl import Kernels
+from sparsemix.ops.row_grad import rows_gradient
+from sparsemix.ops.row_mix import reference
 
-def row_mix(coef: Float[Tensor, "N R"], ids: Int[Tensor, "N R"], table: Float[Tensor, "M D"]) -> Float[Tensor, "N D"]:
-    """y_n = sum_r coef_nr table[ids_nr]. Differentiable in coef and table; coef takes the table's dtype."""
-    return torch.ops.sparsemix.row_mix(coef.to(table.dtype), ids, table)
+KERNELS = Kernels("row_mix")
+
+
+def row_mix(
+    coef: Float[Tensor, "N R"],
+    ids: Int[Tensor, "N R"],
+    table: Float[Tensor, "M D"],
+    record: bool = False,
+    impl: str = "auto",
+) -> Float[Tensor, "N D"]:
+    """y_n = sum_r coef_nr table[ids_nr]. Differentiable in coef and table; coef takes the table's dtype.
+
+    With `record` the table's gradient is left as factors (ops/row_grad) and `table.grad` stays None."""
+    return torch.ops.sparsemix.row_mix(coef.to(table.dtype), ids, table, record, impl)
 
 
 @torch.library.custom_op("sparsemix::row_mix", mutates_args=())
-def _forward(coef: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+def _forward(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
+    if KERNELS.pick(impl, coef) == "reference":
+        return reference.row_mix(coef, ids, table)
     return F.embedding_bag(ids, table, per_sample_weights=coef.contiguous(), mode="sum")
 
 
-@torch.library.custom_op("sparsemix::row_table_grad", mutates_args=())
-def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int) -> Tensor:
-    """G[m] = sum over picks (n, r) with ids_nr = m of coef_nr * vec_n, dense (num_rows, D)."""
-    N, R = ids.shape
-    bag = torch.arange(N, device=ids.device).repeat_interleave(R)
-    weights = coef.reshape(-1).contiguous()
-    empty = ids.new_empty(0)
-    return torch.ops.aten._embedding_bag_dense_backward(
-        vec.contiguous(), ids.reshape(-1), bag, empty, empty, num_rows, False, 0, weights
-    )
-
-
 @_forward.register_fake
-def _(coef: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+def _(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
     return table.new_empty(ids.shape[0], table.shape[1])
 
 
-@table_grad.register_fake
-def _(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int) -> Tensor:
-    return vec.new_empty(num_rows, vec.shape[1])
-
-
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.record, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad: Tensor):
     coef, ids, table = ctx.saved_tensors
-    d_coef = torch.ops.sparsemix.row_dot(grad, ids, table) if ctx.needs_input_grad[0] else None
-    d_table = table_grad(coef, ids, grad, table.shape[0]) if ctx.needs_input_grad[2] else None
-    return d_coef, None, d_table
+    d_coef = torch.ops.sparsemix.row_dot(grad, ids, table, False, ctx.impl) if ctx.needs_input_grad[0] else None
+    d_table = rows_gradient(table, ids, coef, grad, ctx.record) if ctx.needs_input_grad[2] else None
+    return d_coef, None, d_table, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -56,8 +56,3 @@ _forward.register_autograd(_backward, setup_context=_save)
 @register_flop_formula(torch.ops.sparsemix.row_mix)
 def _flops(coef_shape, ids_shape, table_shape, *args, **kwargs) -> int:
     return 2 * ids_shape[0] * ids_shape[1] * table_shape[1]
-
-
-@register_flop_formula(torch.ops.sparsemix.row_table_grad)
-def _table_grad_flops(coef_shape, ids_shape, vec_shape, *args, **kwargs) -> int:
-    return 2 * ids_shape[0] * ids_shape[1] * vec_shape[1]

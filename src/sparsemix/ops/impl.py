@@ -1,0 +1,60 @@
+"""Which implementation of an op runs: `auto` picks by device and dtype, a name asks for one and gets it or an error."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsemix.errors import ConfigError
+from sparsemix.ops import native
+
+# reference reads like the equation; torch uses PyTorch's own kernels; native is C on the CPU; triton is for GPUs.
+IMPLS = ("auto", "reference", "torch", "native", "triton")
+_picked: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What an op has besides reference and torch: a C source, Triton kernels, and the dtypes that both take."""
+
+    op: str
+    source: Path | None = None
+    triton: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def refuses(self, impl: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why `impl` cannot run on this device and dtype, None if it can."""
+        if impl in ("reference", "torch"):
+            return None
+        if (self.source is None) if impl == "native" else not self.triton:
+            return "the op has no such kernel"
+        if dtype not in self.dtypes:
+            return f"the kernel takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}"
+        if impl == "native":
+            assert self.source is not None
+            return "native kernels run on the CPU" if device != "cpu" else native.unusable(self.source)
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
+        return None
+
+    def pick(self, impl: str, *operands: Tensor, refused: str | None = None) -> str:
+        """The implementation to run: SPARSEMIX_IMPL stands in for `auto`. `refused` says what else, such as sizes,
+        keeps native and Triton kernels from these operands. Raises ConfigError if an explicit wish cannot be had."""
+        device, dtype = operands[0].device.type, operands[0].dtype
+        wish = os.environ.get("SPARSEMIX_IMPL", "auto") if impl == "auto" else impl
+        if wish not in IMPLS:
+            raise ConfigError(f"impl={wish} is none of {', '.join(IMPLS)}")
+        if wish == "auto":
+            fast = "triton" if device == "cuda" else "native"
+            wish = "torch" if refused or self.refuses(fast, device, dtype) else fast
+        elif reason := self.refuses(wish, device, dtype) or (refused if wish in ("native", "triton") else None):
+            raise ConfigError(f"{self.op}: impl={wish} cannot run here: {reason}; use impl=auto")
+        _picked[self.op] = wish
+        return wish
+
+
+def picked() -> dict[str, str]:
+    """Op -> the implementation that ran last in this process."""
+    return dict(sorted(_picked.items()))
