@@ -7,6 +7,8 @@ import os
 import pytest
 from jaxtyping import install_import_hook
 
+# GPU kernels are interpreted; Triton reads this when it decorates a kernel.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 CHECKED = os.environ.get("SPARSEMIX_UNCHECKED_TYPES") != "1"
 collect_ignore = ["compiled"] if CHECKED else []
 
