@@ -19,7 +19,7 @@ LADDER = (
     ("evaluate", "checkpoint"),
     ("train", "api", "parallel"),
     ("report", "interop", "recipes"),
-    ("sweep", "inspection"),
+    ("sweep", "inspection", "doctor"),
     ("cli",),
 )
 FLOORS = {name: floor for floor, names in enumerate(LADDER) for name in names}

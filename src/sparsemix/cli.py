@@ -237,25 +237,9 @@ def kinds(
     seq_len: Annotated[int, typer.Option(help="Sequence length at which costs are given.", min=1)] = 256,
 ) -> None:
     """List the kinds of layers with their settings and what an example of each costs."""
-    from rich.console import Console
+    from sparsemix.sweep.kinds import described
 
-    from sparsemix.config import nearest
-    from sparsemix.layers import LayerConfig
-    from sparsemix.sweep.kinds import cost_line, settings_table
-    from sparsemix.sweep.sizing import example
-
-    known = LayerConfig.family or {}
-    if kind is not None and kind not in known:
-        raise ConfigError(f"kind={kind} is none of {', '.join(sorted(known))}{nearest(kind, known)}")
-    console = Console(highlight=False)
-    for name in [kind] if kind else sorted(known):
-        config_type = known[name]
-        assert issubclass(config_type, LayerConfig)
-        console.print(f"[bold]{name}[/]: {' '.join((config_type.__doc__ or '').split())}")
-        console.print(settings_table(config_type))
-        if (config := example(name, d_model, seq_len)) is not None:
-            console.print(f"  example at width {d_model}, {cost_line(config.cost(d_model, seq_len), seq_len)}")
-        console.print()
+    _print(described(kind, d_model, seq_len))
 
 
 @app.command()
@@ -278,6 +262,20 @@ def parity(
     sparse = sparse_settings(experts, top_k, d_ff, found.activation)
     both = {"moe": sparse, "mh_moe": found.settings()}
     _print(parity_tables(found, sparse, seconds_per_token(both, d_model) if timed else None))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, which kernels it uses, and what would make it faster."""
+    from rich.table import Table
+
+    from sparsemix.doctor import examine
+
+    table = Table("what", "found", box=None, pad_edge=False)
+    table.add_column("advice", overflow="fold", style="yellow")
+    for finding in examine():
+        table.add_row(*finding)
+    _print(table)
 
 
 if __name__ == "__main__":

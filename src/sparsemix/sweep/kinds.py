@@ -3,11 +3,32 @@
 from typing import Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from sparsemix.config import Config
-from sparsemix.layers import Cost
+from sparsemix.config import Config, ConfigError, nearest
+from sparsemix.layers import Cost, LayerConfig
 from sparsemix.layers.ternary import PRECISIONS, PrecisionConfig
+from sparsemix.sweep.sizing import example
+
+
+def described(kind: str | None, d_model: int, seq_len: int) -> Group:
+    """Every kind, or one, with its settings and an example's cost at this width and length. Raises ConfigError."""
+    known = LayerConfig.family or {}
+    if kind is not None and kind not in known:
+        raise ConfigError(f"kind={kind} is none of {', '.join(sorted(known))}{nearest(kind, known)}")
+    parts: list[RenderableType] = []
+    for name in [kind] if kind else sorted(known):
+        config_type = known[name]
+        assert issubclass(config_type, LayerConfig)
+        parts.append(Text.assemble((name, "bold"), f": {' '.join((config_type.__doc__ or '').split())}"))
+        parts.append(settings_table(config_type))
+        if (config := example(name, d_model, seq_len)) is not None:
+            cost = cost_line(config.cost(d_model, seq_len), seq_len)
+            parts.append(Text(f"  example at width {d_model}, {cost}"))
+        parts.append(Text(""))
+    return Group(*parts)
 
 
 def settings_table(config_type: type[Config]) -> Table:

@@ -1,0 +1,58 @@
+"""`sparsemix doctor`: what this machine runs, and the way out where it could be faster."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsemix.doctor import all_kernels, examine
+from sparsemix.ops.impl import Kernels
+from test_cli import call
+
+
+def found(what: str):
+    return next(finding for finding in examine() if finding.what == what)
+
+
+def test_every_op_is_examined():
+    names = {finding.what for finding in examine()}
+    assert {"C compiler", "instruction set", "threads", "huge pages"} < names
+    assert {kernels.op for kernels in all_kernels()} < names
+    assert {"row_dot", "row_mix"} <= names
+
+
+def test_a_missing_compiler_is_said_with_the_way_out(monkeypatch):
+    monkeypatch.setenv("SPARSEMIX_CC", "none")
+    finding = found("C compiler")
+    assert finding.found == "none"
+    assert "install gcc" in finding.advice
+
+
+def test_a_compiler_that_cannot_build_is_said_at_the_op(monkeypatch):
+    monkeypatch.setattr("sparsemix.doctor.native.unusable", lambda source: "cc cannot build an_op: broken")
+    (kernels, *_) = all_kernels()
+    mine = Kernels(kernels.op, source=Path(__file__))
+    monkeypatch.setattr("sparsemix.doctor.all_kernels", lambda: [mine])
+    assert found(kernels.op) == (kernels.op, "torch", "cc cannot build an_op: broken")
+
+
+def test_a_wrong_wish_is_advice_not_a_crash(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEMIX_ISA", "avx1024")
+    assert "SPARSEMIX_ISA=avx1024" in found("instruction set").advice
+
+
+def test_the_command_prints_a_table(monkeypatch, capsys):
+    code, out, err = call(monkeypatch, capsys, "doctor")
+    assert code == 0
+    assert err == ""
+    assert "C compiler" in out
+    assert "row_dot" in out
+
+
+@pytest.mark.parametrize("chosen", ["always", "madvise", "never"])
+def test_huge_pages_are_advised_only_where_they_are_off(monkeypatch, tmp_path, chosen):
+    state = tmp_path / "enabled"
+    state.write_text(" ".join(f"[{word}]" if word == chosen else word for word in ("always", "madvise", "never")))
+    monkeypatch.setattr("sparsemix.doctor.HUGE_PAGES", state)
+    finding = found("huge pages")
+    assert finding.found == chosen
+    assert bool(finding.advice) == (chosen == "never")
