@@ -1,5 +1,7 @@
 """Is an op its reference, in the output and in every gradient?"""
 
+import contextlib
+
 import torch
 
 
@@ -19,3 +21,39 @@ def assert_same(op, reference, *inputs, expanded=False):
 
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def with_gradients(op, inputs, direction, dtype=None):
+    """op(*inputs) and its gradients towards `direction`, all in fp64; floating inputs are cast to `dtype` first."""
+    cast = [x.detach().to(dtype or x.dtype) if x.is_floating_point() else x for x in inputs]
+    moving = [x.requires_grad_() for x in cast if x.is_floating_point()]
+    out = op(*cast)
+    found = [out, *torch.autograd.grad(out, moving, direction.to(out.dtype).expand_as(out))]
+    return [x.detach().double() for x in found]
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory that is never written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_fp32_is(op, reference, *inputs, direction):
+    """`op` in fp32 is `reference` in fp64 to the default tolerances of fp32."""
+    with poisoned():
+        mine = with_gradients(op, inputs, direction)
+    for got, want in zip(mine, with_gradients(reference, inputs, direction, torch.float64), strict=True):
+        torch.testing.assert_close(got.float(), want.float())
+
+
+def assert_errs_at_most_twice(op, theirs, reference, *inputs, direction):
+    """The error of `op` against `reference` in fp64 is at most twice that of `theirs`."""
+    exact = with_gradients(reference, inputs, direction, torch.float64)
+    with poisoned():
+        mine = with_gradients(op, inputs, direction)
+    for got, other, want in zip(mine, with_gradients(theirs, inputs, direction), exact, strict=True):
+        assert (got - want).norm() <= 2 * (other - want).norm() + 1e-6 * want.norm()

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
-from sparsemix.layers.linear import ACTIVATIONS
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
     check,
@@ -16,13 +15,13 @@ from sparsemix.layers.product_keys import (
     look_up_cost,
     new_keys,
     new_query,
+    new_table,
     reset_keys,
     side,
 )
 from sparsemix.layers.query_norm import QueryNormKind
 from sparsemix.layers.router import usage_stats
-from sparsemix.ops.row_dot import row_dot
-from sparsemix.ops.row_mix import row_mix
+from sparsemix.ops.peer_experts import peer_experts
 
 # E[act(z)^2] for z ~ N(0, 1).
 ACTIVATION_VARIANCE = {"gelu": 0.425, "relu": 0.5, "silu": 0.356}
@@ -80,8 +79,8 @@ class PEER(Layer):
         self.config = config
         self.query, self.query_norm = new_query(config, d_model)
         self.keys = new_keys(config)
-        self.w_in = nn.Parameter(torch.empty(config.num_experts, d_model))
-        self.w_out = nn.Parameter(torch.empty(config.num_experts, d_model))
+        self.w_in = new_table(config.num_experts, d_model)
+        self.w_out = new_table(config.num_experts, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,8 +102,7 @@ class PEER(Layer):
         valid = None if ctx.valid is None else ctx.valid.flatten()
         scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
         gates, ids = GATES[config.gate](scores).flatten(1), ids.flatten(1)  # (N, H K)
-        hidden = ACTIVATIONS[config.activation](row_dot(tokens, ids, self.w_in, self.row_grads))
-        y = row_mix(gates.to(hidden.dtype) * hidden, ids, self.w_out, self.row_grads).to(x.dtype)
+        y = peer_experts(tokens, ids, gates, self.w_in, self.w_out, config.activation, self.row_grads).to(x.dtype)
         if not self.training:
             stats |= usage_stats(ids, gates, config.num_experts, valid)
         return y.view_as(x), Aux({}, stats)

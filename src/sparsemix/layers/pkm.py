@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from sparsemix.layers.product_keys import (
     look_up_cost,
     new_keys,
     new_query,
+    new_table,
     reset_keys,
     side,
 )
@@ -73,7 +73,7 @@ class PKM(Layer):
         self.config = config
         self.query, self.query_norm = new_query(config, d_model)
         self.keys = new_keys(config)
-        self.values = nn.Parameter(torch.empty(config.num_values, d_model))
+        self.values = new_table(config.num_values, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -12,6 +12,7 @@ from sparsemix.layers.base import Cost
 from sparsemix.layers.linear import Linear
 from sparsemix.layers.query_norm import QueryNorm, QueryNormKind, build_query_norm
 from sparsemix.layers.router import at_least_fp32
+from sparsemix.ops import native
 from sparsemix.ops.product_key_topk import product_key_topk
 
 # Variance per channel of a SwiGLU feed-forward's output at initialisation: E[silu(g)^2] for g ~ N(0, 1). Layers that
@@ -90,6 +91,13 @@ def new_keys(config: ProductKeySettings) -> nn.Parameter:
     """Empty sub-keys (2, n, d_key / 2), one set for all heads or one each."""
     sides = (2, config.n, config.d_key // 2)
     return nn.Parameter(torch.empty(sides if config.share_keys else (config.num_heads, *sides)))
+
+
+def new_table(num_rows: int, d_model: int) -> nn.Parameter:
+    """An empty table (num_rows, d_model), on huge pages where the system allows: its rows are read at random."""
+    table = torch.empty(num_rows, d_model)
+    native.huge_pages(table)
+    return nn.Parameter(table)
 
 
 def reset_keys(keys: Tensor) -> None:

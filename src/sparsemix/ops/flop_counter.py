@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 import sparsemix.ops.grouped_mm
+import sparsemix.ops.peer_experts
 import sparsemix.ops.product_key_topk
 import sparsemix.ops.row_dot
 import sparsemix.ops.row_mix

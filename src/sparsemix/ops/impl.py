@@ -54,6 +54,11 @@ class Kernels:
         _picked[self.op] = wish
         return wish
 
+    def call(self, name: str, *args: Tensor | int | float | None) -> None:
+        """Run one C kernel of this op, after `pick` said native."""
+        assert self.source is not None
+        native.call(self.source, name, *args)
+
 
 def picked() -> dict[str, str]:
     """Op -> the implementation that ran last in this process."""

@@ -11,17 +11,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsemix.errors import ConfigError
 
 WISHES = ("SPARSEMIX_CC", "SPARSEMIX_ISA", "SPARSEMIX_CACHE")
-HEADER = Path(__file__).with_name("native.h")
+# Where native.h and gemm.h lie.
+HEADERS = Path(__file__).parent
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 # Slowest first. Flags, not -march=native: a cache folder may be shared by different machines.
@@ -31,6 +33,11 @@ ISAS = {
     "avx512": AVX512,
     "avx512_bf16": (*AVX512, "-mavx512vnni", "-mavx512bf16"),
 }
+TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
+# Below it the processor's own caches of addresses reach.
+SMALLEST_HUGE = 2**24
+_libraries: dict[Path, ctypes.CDLL] = {}
 COMMON = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 
 
@@ -70,14 +77,15 @@ def cache_folder() -> Path:
 def _built(source: Path, cc: str, isa: str, folder: Path) -> ctypes.CDLL:
     flags = (*COMMON, *ISAS[isa], *(("-fopenmp",) if sys.platform == "linux" else ()))
     stamp = f"{cc} {Path(cc).stat().st_mtime_ns} {' '.join(flags)}".encode()
-    content = hashlib.sha256(source.read_bytes() + HEADER.read_bytes() + stamp).hexdigest()[:16]
+    headers = b"".join(header.read_bytes() for header in sorted(HEADERS.glob("*.h")))
+    content = hashlib.sha256(source.read_bytes() + headers + stamp).hexdigest()[:16]
     library = folder / f"{source.parent.name}-{isa}-{content}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed: processes that start together do not read half a library.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             built = Path(aside) / library.name
-            command = [cc, *flags, f"-I{HEADER.parent}", str(source), "-o", str(built), "-lm"]
+            command = [cc, *flags, f"-I{HEADERS}", str(source), "-o", str(built), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
@@ -88,41 +96,80 @@ def _built(source: Path, cc: str, isa: str, folder: Path) -> ctypes.CDLL:
 
 def unusable(source: Path) -> str | None:
     """Why the kernels of `source` cannot run here, None if they can. Builds them on the first call."""
-    return _unusable(source, *(os.environ.get(wish) for wish in WISHES))
-
-
-@lru_cache
-def _unusable(source: Path, *wishes: str | None) -> str | None:
-    cc = compiler()
-    if cc is None:
-        return "no C compiler was found (cc, gcc or clang; SPARSEMIX_CC names another)"
-    try:
-        _built(source, cc, isa(), cache_folder())
-    except OSError as error:
-        return error.strerror or str(error)
+    found = _loaded(source, *(os.environ.get(wish) for wish in WISHES))
+    if isinstance(found, str):
+        return found
+    _libraries[source] = found
     return None
 
 
 @lru_cache
-def _kernel(source: Path, name: str, *wishes: str | None) -> Callable[..., None]:
-    """The function itself. What the environment wishes is part of the key, so that a change of it is seen."""
+def _loaded(source: Path, *wishes: str | None) -> ctypes.CDLL | str:
+    """The library, or why there is none. What the environment wishes is part of the key: a change of it is seen."""
     cc = compiler()
-    assert cc is not None, "ask `unusable` first"
-    kernel = getattr(_built(source, cc, isa(), cache_folder()), name)
-    kernel.restype = None
-    return kernel
+    if cc is None:
+        return "no C compiler was found (cc, gcc or clang; SPARSEMIX_CC names another)"
+    try:
+        return _built(source, cc, isa(), cache_folder())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        # Without a compiler PyTorch's kernels are what one expects; with one that fails they are not.
+        warnings.warn(
+            f"{reason}; PyTorch's slower kernels run instead (sparsemix doctor)", RuntimeWarning, stacklevel=3
+        )
+        return reason
 
 
 def call(source: Path, name: str, *args: Tensor | int | float | None) -> None:
-    """Run one kernel of `source`, which must be usable. Tensors must be contiguous and on the CPU; None is NULL."""
-    values: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double] = []
+    """Run one kernel of `source`, in the library that `unusable` found last. Tensors must be contiguous and on the CPU;
+    None is NULL. A kernel's arguments are of the same types in every call."""
+    kernel = getattr(_libraries[source], name)
+    if kernel.argtypes is None:
+        kernel.argtypes = [*(_c_type(arg) for arg in args), ctypes.c_int64]
+        kernel.restype = None
+    values = []
     for arg in args:
         if isinstance(arg, Tensor):
             assert arg.is_cpu and arg.is_contiguous(), name
-            values.append(ctypes.c_void_p(arg.data_ptr()))
-        elif arg is None:
-            values.append(ctypes.c_void_p(None))
-        else:
-            values.append(ctypes.c_double(arg) if isinstance(arg, float) else ctypes.c_int64(arg))
-    kernel = _kernel(source, name, *(os.environ.get(wish) for wish in WISHES))
-    kernel(*values, ctypes.c_int64(torch.get_num_threads()))
+            arg = arg.data_ptr()
+        values.append(arg)
+    kernel(*values, torch.get_num_threads())
+
+
+def _c_type(arg: Tensor | int | float | None) -> type:
+    if arg is None or isinstance(arg, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_double if isinstance(arg, float) else ctypes.c_int64
+
+
+def typed(name: str, tensor: Tensor) -> str:
+    """The kernel `name` for elements of this tensor's type."""
+    return f"{name}_{'bf16' if tensor.dtype == torch.bfloat16 else 'f32'}"
+
+
+def row_ids(ids: Tensor, num_rows: int) -> Tensor:
+    """Row numbers as a kernel takes them. Raises IndexError for one of no row: a kernel would read past the table."""
+    ids = ids.long().contiguous()
+    if ids.numel():
+        low, high = ids.aminmax()
+        if int(low) < 0 or int(high) >= num_rows:
+            raise IndexError(f"row ids {int(low)} to {int(high)} reach out of a table of {num_rows} rows")
+    return ids
+
+
+def huge_pages(tensor: Tensor) -> str | None:
+    """Let huge pages back a large tensor that nothing was written to yet; why not, None if it was done.
+
+    Only pages touched afterwards are huge. Rows read at random from them miss fewer translations of addresses."""
+    if isinstance(tensor, FakeTensor) or not tensor.is_cpu:
+        return "only memory of the CPU has pages to choose"
+    if tensor.nbytes < SMALLEST_HUGE:
+        return f"a tensor under {SMALLEST_HUGE >> 20} MiB has no use for them"
+    if not TRANSPARENT.is_file() or "[never]" in TRANSPARENT.read_text(encoding="ascii"):
+        return f"the system does not allow them: {TRANSPARENT}"
+    first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    whole = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), ctypes.c_int(MADV_HUGEPAGE)):
+        return os.strerror(ctypes.get_errno())
+    return None

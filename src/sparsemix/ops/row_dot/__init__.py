@@ -1,15 +1,18 @@
 """Inner products of tokens with table rows looked up for them; never forms the gathered [N, R, D] tensor."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
 from sparsemix.ops.row_dot import reference
 from sparsemix.ops.row_grad import rows_gradient
 
-KERNELS = Kernels("row_dot")
+KERNELS = Kernels("row_dot", Path(__file__).with_name("native.c"), triton=True)
 
 
 def row_dot(
@@ -27,8 +30,18 @@ def row_dot(
 
 @torch.library.custom_op("sparsemix::row_dot", mutates_args=())
 def _forward(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
-    if KERNELS.pick(impl, x) == "reference":
+    picked = KERNELS.pick(impl, table, refused=None if table.is_contiguous() else "the table is not contiguous")
+    if picked == "reference":
         return reference.row_dot(x, ids, table)
+    if picked == "triton":
+        from sparsemix.ops.row_dot import triton
+
+        return triton.row_dot(x, ids, table)
+    if picked == "native":
+        dots = x.new_empty(ids.shape, dtype=torch.float32)
+        rows = native.row_ids(ids, len(table))
+        KERNELS.call(native.typed("row_dot", table), x.contiguous(), rows, table, dots, *ids.shape, x.shape[1])
+        return dots.to(x.dtype)
     # An embedding bag's gradient towards its per-sample weights is exactly this product.
     N, R = ids.shape
     bag = torch.arange(N, device=ids.device).repeat_interleave(R)

@@ -1,5 +1,7 @@
 """Gradients of tables whose rows were looked up: dense, or left as factors that an optimizer takes."""
 
+from math import gcd
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,11 @@ from torch import Tensor
 from torch._library.effects import EffectType
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops.impl import Kernels
+from sparsemix.ops.row_grad import reference
+
+KERNELS = Kernels("row_grad", Path(__file__).with_name("native.c"), triton=True)
+
 
 class RowGrad(NamedTuple):
     """G[m] = sum over picks (n, r) with ids_nr = m of coef_nr * vec_n, not formed."""
@@ -15,6 +22,14 @@ class RowGrad(NamedTuple):
     ids: Int[Tensor, "N R"]
     coef: Float[Tensor, "N R"]
     vec: Float[Tensor, "N D"]
+
+
+class Order(NamedTuple):
+    """The picks of a RowGrad by row: row rows[u] has the picks picks[starts[u]:starts[u + 1]], counted over (N, R)."""
+
+    rows: Int[Tensor, " U"]
+    starts: Int[Tensor, " U+1"]
+    picks: Int[Tensor, " P"]
 
 
 # What backward passes left for the optimizer, by the address of the table. The one global that the design permits.
@@ -29,6 +44,8 @@ def take_rows(table: Tensor) -> list[RowGrad]:
 @torch.library.custom_op("sparsemix::record_rows", mutates_args=())
 def record_rows(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
     """Leave one look-up's share of the table's gradient to whoever calls `take_rows`."""
+    # Copies: a compiled backward pass reuses its buffers, and `vec` may be the caller's own input, which the next
+    # micro-batch overwrites. They cost 1 % of the step that they are for.
     _records.setdefault(table.data_ptr(), []).append(RowGrad(ids.clone(), coef.clone(), vec.clone()))
 
 
@@ -47,17 +64,91 @@ def rows_gradient(
     coef: Float[Tensor, "N R"],
     vec: Float[Tensor, "N D"],
     record: bool,
+    impl: str = "auto",
 ) -> Float[Tensor, "M D"] | None:
     """The table's gradient, dense; None where it was recorded instead."""
     if record:
         record_rows(table, ids, coef, vec)
         return None
-    return table_grad(coef, ids, vec, table.shape[0])
+    return table_grad(coef, ids, vec, table.shape[0], impl)
+
+
+def joined(records: list[RowGrad]) -> RowGrad:
+    """The sum of several gradients of one table, as one."""
+    if len(records) == 1:
+        return records[0]
+    # Look-ups of different widths R are cut to a width that divides all; a piece keeps its token's vector.
+    R = gcd(*(record.ids.shape[1] for record in records))
+    ids, coef = (torch.cat([record[i].reshape(-1, R) for record in records]) for i in (0, 1))
+    vecs = [r.vec if r.ids.shape[1] == R else r.vec.repeat_interleave(r.ids.shape[1] // R, dim=0) for r in records]
+    return RowGrad(ids, coef, torch.cat(vecs))
+
+
+def sort_rows(ids: Int[Tensor, "N R"], num_rows: int, impl: str = "auto") -> Order:
+    """The picks ordered by row, and by their place where rows are equal. Raises IndexError for an id of no row."""
+    flat = ids.reshape(-1)
+    picked = KERNELS.pick(impl, ids.new_empty(0, dtype=torch.float32))
+    if picked != "native" or flat.numel() >= 2**32:
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < num_rows:
+            raise IndexError(f"a row id lies outside of the table's {num_rows} rows")
+        by_row, picks = flat.sort(stable=True)
+        rows, counts = by_row.unique_consecutive(return_counts=True)
+        return Order(rows, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), picks)
+    flat = flat.long().contiguous()
+    rows, starts, picks = (flat.new_empty(flat.numel() + 1) for _ in range(3))
+    found = flat.new_empty(1)
+    KERNELS.call("sort_rows", flat, flat.numel(), num_rows, rows, starts, picks, found)
+    U = int(found)
+    if U < 0:
+        raise IndexError(f"a row id lies outside of the table's {num_rows} rows")
+    return Order(rows[:U], starts[: U + 1], picks[:-1])
+
+
+def row_norm(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"], impl: str = "auto") -> Tensor:
+    """The Euclidean norm of the whole table's gradient, a scalar in at least fp32."""
+    picked = KERNELS.pick(impl, vec)
+    if picked == "native":
+        out = torch.empty((), dtype=torch.float64)
+        (N, R), D = coef.shape, vec.shape[1]
+        flat = (coef.float().contiguous(), vec.float().contiguous())
+        KERNELS.call("row_norm_sq", *order, *flat, len(order.rows), N, R, D, out)
+        return out.sqrt().float()
+    if picked == "triton":
+        from sparsemix.ops.row_grad import triton
+
+        return triton.row_norm(order, coef, vec)
+    return torch.linalg.vector_norm(summed(order, coef, vec))
+
+
+def summed(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"]) -> Float[Tensor, "U D"]:
+    """The gradients of the rows that have one, through torch, in at least fp32."""
+    exact = torch.promote_types(vec.dtype, torch.float32)
+    out = vec.new_zeros(len(order.rows), vec.shape[1], dtype=exact)
+    place = torch.repeat_interleave(order.starts.diff())
+    # 2^22 numbers at a time: the vectors of all picks, (P, D), may be larger than the table.
+    for part in torch.arange(len(place), device=vec.device).split(max(1, 2**22 // max(1, vec.shape[1]))):
+        picks = order.picks[part]
+        out.index_add_(0, place[part], coef.reshape(-1)[picks, None].to(exact) * vec[picks // coef.shape[1]].to(exact))
+    return out
 
 
 @torch.library.custom_op("sparsemix::row_table_grad", mutates_args=())
-def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int) -> Tensor:
+def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int, impl: str = "auto") -> Tensor:
     """G[m] = sum over picks (n, r) with ids_nr = m of coef_nr * vec_n, dense (num_rows, D)."""
+    picked = KERNELS.pick(impl, vec)
+    if picked == "reference":
+        return reference.table_grad(coef, ids, vec, num_rows)
+    if picked == "native":
+        order = sort_rows(ids, num_rows, picked)
+        (R, D), out = (ids.shape[1], vec.shape[1]), vec.new_zeros(num_rows, vec.shape[1])
+        name = "table_grad_bf16" if vec.dtype == torch.bfloat16 else "table_grad_float"
+        flat = (coef.float().contiguous(), vec.float().contiguous())
+        KERNELS.call(name, *order, *flat, len(order.rows), R, D, out)
+        return out
+    if picked == "triton":
+        from sparsemix.ops.row_grad import triton
+
+        return triton.table_grad(sort_rows(ids, num_rows, picked), coef, vec, num_rows)
     N, R = ids.shape
     bag = torch.arange(N, device=ids.device).repeat_interleave(R)
     weights = coef.reshape(-1).contiguous()
@@ -68,7 +159,7 @@ def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int) -> Tensor:
 
 
 @table_grad.register_fake
-def _(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int) -> Tensor:
+def _(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int, impl: str = "auto") -> Tensor:
     return vec.new_empty(num_rows, vec.shape[1])
 
 

@@ -1,16 +1,19 @@
 """Weighted sums of table rows looked up per token; never forms the gathered [N, R, D] tensor."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
 from sparsemix.ops.row_grad import rows_gradient
 from sparsemix.ops.row_mix import reference
 
-KERNELS = Kernels("row_mix")
+KERNELS = Kernels("row_mix", Path(__file__).with_name("native.c"), triton=True)
 
 
 def row_mix(
@@ -28,8 +31,18 @@ def row_mix(
 
 @torch.library.custom_op("sparsemix::row_mix", mutates_args=())
 def _forward(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
-    if KERNELS.pick(impl, coef) == "reference":
+    picked = KERNELS.pick(impl, table, refused=None if table.is_contiguous() else "the table is not contiguous")
+    if picked == "reference":
         return reference.row_mix(coef, ids, table)
+    if picked == "triton":
+        from sparsemix.ops.row_mix import triton
+
+        return triton.row_mix(coef, ids, table)
+    if picked == "native":
+        sums = table.new_empty(ids.shape[0], table.shape[1])
+        coef, rows = coef.float().contiguous(), native.row_ids(ids, len(table))
+        KERNELS.call(native.typed("row_mix", table), coef, rows, table, sums, *ids.shape, table.shape[1])
+        return sums
     return F.embedding_bag(ids, table, per_sample_weights=coef.contiguous(), mode="sum")
 
 
