@@ -1,10 +1,11 @@
 import pytest
 import torch
-from compare import randn
+from compare import poisoned, randn
 from torch.library import opcheck
 
+from sparsemix.errors import ConfigError
 from sparsemix.ops import product_key_topk as package
-from sparsemix.ops.product_key_topk import best_pairs, candidate_ranks, product_key_topk
+from sparsemix.ops.product_key_topk import best_pairs, candidate_ranks, product_key_topk, selection
 from sparsemix.ops.product_key_topk import reference as references
 
 SIDES = [1, 2, 3, 16, 31, 128]
@@ -39,6 +40,41 @@ def test_top_k_of_product_keys_is_brute_force_over_all_pairs(n, k, kind):
         wanted = brute_force(left[row].tolist(), right[row].tolist(), k)
         assert list(zip(i[row].tolist(), j[row].tolist(), strict=True)) == wanted
     for got, want in zip((i, j), references.best_pairs(left, right, k), strict=True):
+        assert torch.equal(got, want)
+
+
+def awkward_scores(kind, rows, n):
+    if kind in ("distinct", "heavy_ties", "constant"):
+        return scores(kind, rows, n, torch.float32)
+    left, right = scores("heavy_ties", rows, n, torch.float32)
+    if kind == "signed_zeros":
+        return left * 0, right * -0.0
+    if kind == "infinite":
+        left[:, ::3], right[:, 1::2] = -torch.inf, -torch.inf
+        left[:, 2::7] = torch.inf
+        right[0] = 1.0
+        return left, torch.where(left.isinf().any(-1, keepdim=True) & right.isinf(), -1e38, right)
+    left[:, ::5], left[:, 1::7], right[:, 2::3] = torch.nan, -torch.nan, torch.nan
+    return left, right
+
+
+AWKWARD = ["distinct", "heavy_ties", "constant", "signed_zeros", "infinite", "nan"]
+LONG = [(1000, 1), (1024, 16), (1000, 32), (700, 200), (130, 400)]
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+@pytest.mark.parametrize(("n", "k"), sizes()[:-1] + LONG)
+def test_the_native_selection_settles_everything_as_the_reference(n, k, kind):
+    left, right = awkward_scores(kind, 19, n)
+    # The selection of the torch path, itself compared with the reference above, forms no n * n sums.
+    wanted = (references if n <= 128 else selection).best_pairs(left, right, k)
+    for got, want in zip(best_pairs(left, right, k, impl="native"), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_native_selection_takes_any_leading_axes_and_strides():
+    left, right = torch.randn(7, 3, 5, 2).mT, torch.randn(5, 7, 3, 2).permute(1, 2, 3, 0)
+    for got, want in zip(best_pairs(left, right, 4, "native"), references.best_pairs(left, right, 4), strict=True):
         assert torch.equal(got, want)
 
 
@@ -170,10 +206,11 @@ def test_chunks_of_tokens_change_nothing(shared, monkeypatch):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-def test_scores_are_exact_whatever_the_input_and_autocast():
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_scores_are_exact_whatever_the_input_and_autocast(impl):
     query, keys = (x.bfloat16().requires_grad_() for x in inputs(9, 2, 31, 8, True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        left, right, i, j = product_key_topk(query, keys, 6)
+        left, right, i, j = product_key_topk(query, keys, 6, impl)
     wanted = references.product_key_topk(query.double(), keys.double(), 6)
     assert left.dtype == torch.float32
     assert torch.equal(i, wanted[2])
@@ -184,9 +221,113 @@ def test_scores_are_exact_whatever_the_input_and_autocast():
     assert query.grad.dtype == torch.bfloat16
 
 
+# Triton's interpreter takes a second for the smallest of them.
+NATIVE = [*CASES, (9, 2, 1000, 10, 16), (3, 2, 7, 63, 49), (33, 1, 7, 3, 1), (2, 1, 130, 5, 300)]
+TRITON = [(5, 1, 70, 17, 3), (1, 1, 1, 1, 1), (2, 2, 3, 2, 5), (0, 2, 3, 2, 4)]
+kernels = pytest.mark.parametrize(
+    ("impl", "sizes"), [("native", s) for s in NATIVE] + [("triton", s) for s in TRITON], ids=str
+)
+
+
+def eighths(*shape):
+    """Numbers whose products and sums are exact in fp32, with many ties."""
+    return torch.randint(-16, 17, shape).float() / 8
+
+
 @shared_or_not
-def test_torch_accepts_product_key_topk_as_an_op(shared):
-    query, keys = (x.requires_grad_() for x in inputs(3, 2, 5, 2, shared))
+@kernels
+def test_a_kernel_is_the_reference_with_all_gradients(impl, sizes, shared):
+    *sizes, k = sizes
+    query, keys = (x.requires_grad_() for x in inputs(*sizes, shared, eighths))
+    with poisoned():
+        got = product_key_topk(query, keys, k, impl)
+    want = references.product_key_topk(query.double(), keys.double(), k)
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine.to(theirs), theirs)
+    weight = torch.randn_like(want[0])
+    grads = [torch.autograd.grad((out[0] * weight - out[1]).sum(), [query, keys]) for out in (got, want)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_a_gradient_without_strides_is_the_reference(impl):
+    query, keys = (x.requires_grad_() for x in inputs(4, 2, 6, 3, True, eighths))
+    grads = [
+        torch.autograd.grad(out[0].sum() + out[1].sum(), [query, keys])
+        for out in (product_key_topk(query, keys, 4, impl), references.product_key_topk(query, keys, 4))
+    ]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "native", "triton"])
+def test_a_query_or_key_that_is_not_a_number_is_seen(impl):
+    query, keys = inputs(5, 2, 9, 3, True, eighths)
+    query[1, 0], keys[1, 4] = torch.nan, torch.nan
+    got, want = product_key_topk(query, keys, 2, impl), references.product_key_topk(query, keys, 2)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert got[0][1, 0].isnan().all()
+    assert (got[3][:, :, 0] == 4).sum() == 9
+
+
+@shared_or_not
+def test_the_native_kernel_takes_strided_inputs(shared):
+    query, keys = inputs(4, 2, 6, 3, shared, eighths)
+    strided = query.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0), keys.mT.contiguous().mT
+    assert not any(x.is_contiguous() for x in strided)
+    for got, want in zip(
+        product_key_topk(*strided, 3, "native"), references.product_key_topk(query, keys, 3), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_the_native_kernel_gives_the_same_with_any_number_of_threads():
+    query, keys = inputs(70, 2, 100, 13, False, torch.randn)
+    alone = product_key_topk(query, keys, 16, "native")
+    torch.set_num_threads(2)
+    try:
+        together = product_key_topk(query, keys, 16, "native")
+    finally:
+        torch.set_num_threads(1)
+    for got, want in zip(together, alone, strict=True):
+        assert torch.equal(got, want)
+
+
+@shared_or_not
+def test_every_instruction_set_gives_the_same(shared, monkeypatch):
+    query, keys = inputs(21, 3, 77, 12, shared, eighths)
+    widest = product_key_topk(query, keys, 16, "native")
+    monkeypatch.setenv("SPARSEMIX_ISA", "portable")
+    for got, want in zip(product_key_topk(query, keys, 16, "native"), widest, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_native_scores_are_as_exact_as_those_of_torch():
+    query, keys = inputs(64, 4, 128, 256, True, torch.randn)
+    exact = references.product_key_topk(query.double(), keys.double(), 8)[:2]
+    errors = [
+        sum((mine - theirs).abs().max() for mine, theirs in zip(product_key_topk(query, keys, 8, impl), exact))  # noqa: B905
+        for impl in ("native", "torch")
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_a_kernel_that_cannot_run_says_so():
+    query, keys = inputs(2, 1, 20, 3, True)
+    with pytest.raises(ConfigError, match=r"impl=native cannot run here: the kernel takes float32, not torch.float64"):
+        product_key_topk(query, keys, 4, "native")
+    with pytest.raises(ConfigError, match="k=300 exceeds 256"):
+        product_key_topk(query.float(), keys.float(), 300, "triton")
+    with pytest.raises(ConfigError, match="take queries, not scores"):
+        best_pairs(torch.randn(2, 3), torch.randn(2, 3), 2, "triton")
+
+
+@shared_or_not
+@pytest.mark.parametrize(("impl", "dtype"), [("torch", torch.float64), ("native", torch.float32)], ids=str)
+def test_torch_accepts_product_key_topk_as_an_op(shared, impl, dtype):
+    query, keys = (x.to(dtype).requires_grad_() for x in inputs(3, 2, 5, 2, shared))
     # Without symbolic sizes: the table's number of rows would be one, and the tests' type checks want an int.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    opcheck(torch.ops.sparsemix.product_key_topk.default, (query, keys, 4), test_utils=tests)
+    opcheck(torch.ops.sparsemix.product_key_topk.default, (query, keys, 4, impl), test_utils=tests)

@@ -1,20 +1,27 @@
 """The k best of n * n product keys for every query, without keeping the scores of the others."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsemix.ops.product_key_topk.selection import best_pairs, candidate_ranks
+from sparsemix.ops.impl import Kernels
+from sparsemix.ops.product_key_topk import reference, selection
+from sparsemix.ops.product_key_topk.selection import candidate_ranks
 from sparsemix.ops.row_grad import table_grad
 from sparsemix.ops.row_mix import row_mix
 
-# Scores that exist at a time: 16 MiB in fp32, whatever the number of tokens.
+KERNELS = Kernels("product_key_topk", source=Path(__file__).with_name("native.c"), triton=True, dtypes=(torch.float32,))
+# The longest lists of the Triton kernels, which hold them in registers.
+MAX_TRITON_K = 256
+# Scores that exist at a time on the torch path: 16 MiB in fp32, whatever the number of tokens.
 MAX_SCORES = 2**22
 
 
 def product_key_topk(
-    query: Float[Tensor, "N H 2 C"], keys: Float[Tensor, "*H 2 n C"], k: int
+    query: Float[Tensor, "N H 2 C"], keys: Float[Tensor, "*H 2 n C"], k: int, impl: str = "auto"
 ) -> tuple[Float[Tensor, "N H K"], Float[Tensor, "N H K"], Int[Tensor, "N H K"], Int[Tensor, "N H K"]]:
     """(left, right, i, j): left_k = <query_0, keys_0 i_k>, right_k = <query_1, keys_1 j_k> for the k pairs (i, j)
     with the largest sums, in order of falling sum; ties, NaN and -inf as in `best_pairs`. k <= n * n.
@@ -24,33 +31,82 @@ def product_key_topk(
     it costs 8 K C a head and token, the scores cost 4 n C. Source: arXiv:2407.04153, section 2; pruning is ours."""
     exact = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        return torch.ops.sparsemix.product_key_topk(query.to(exact), keys.to(exact), k)
+        return torch.ops.sparsemix.product_key_topk(query.to(exact), keys.to(exact), k, impl)
+
+
+def best_pairs(
+    left: Float[Tensor, "*B n"], right: Float[Tensor, "*B n"], k: int, impl: str = "auto"
+) -> tuple[Int[Tensor, "*B k"], Int[Tensor, "*B k"]]:
+    """(i, j) of the k largest left_i + right_j, largest first, from scores that are there already; k <= n * n."""
+    refused = "Triton kernels take queries, not scores" if impl == "triton" or left.is_cuda else None
+    picked = KERNELS.pick(impl, left, refused=refused)
+    if picked != "native":
+        return (reference if picked == "reference" else selection).best_pairs(left, right, k)
+    i, j = (torch.empty(*left.shape[:-1], k, dtype=torch.long) for _ in range(2))
+    n = left.shape[-1]
+    a, b = candidate_ranks(k, min(k, n))
+    rows, P = left.numel() // n, a.numel()
+    assert KERNELS.source is not None
+    KERNELS.call("best_pairs", left.contiguous(), right.contiguous(), rows, n, k, a, b, P, i, j)
+    return i, j
 
 
 @torch.library.custom_op("sparsemix::product_key_topk", mutates_args=())
-def _forward(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, H, n = *query.shape[:2], keys.shape[-2]
-    left, right = query.new_empty(N, H, k), query.new_empty(N, H, k)
-    i, j = (query.new_empty(N, H, k, dtype=torch.long) for _ in range(2))
-    widest = max(2 * n, len(candidate_ranks(k, min(k, n))[0]))
-    equation = "nhpc,pmc->pnhm" if keys.ndim == 3 else "nhpc,hpmc->pnhm"
-    step = max(1, MAX_SCORES // (H * widest))
-    for part in (slice(start, start + step) for start in range(0, N, step)):
-        left_scores, right_scores = torch.einsum(equation, query[part], keys)  # (part, H, n) each
-        i[part], j[part] = best_pairs(left_scores, right_scores, k)
-        left[part], right[part] = left_scores.gather(-1, i[part]), right_scores.gather(-1, j[part])
-    return left, right, i, j
+def _forward(query: Tensor, keys: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    too_many = k > MAX_TRITON_K and (impl == "triton" or query.is_cuda)
+    picked = KERNELS.pick(impl, query, refused=f"k={k} exceeds {MAX_TRITON_K}" if too_many else None)
+    if picked == "reference":
+        return reference.product_key_topk(query, keys, k)
+    return {"native": _native, "triton": _triton, "torch": _torch}[picked](query, keys, k)
 
 
-@_forward.register_fake
-def _(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*query.shape[:2], k)
     scores = query.new_empty(shape), query.new_empty(shape)
     return *scores, query.new_empty(shape, dtype=torch.long), query.new_empty(shape, dtype=torch.long)
 
 
+def _native(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, H, _, C = query.shape
+    n, out = keys.shape[-2], _outputs(query, k)
+    a, b = candidate_ranks(k, min(k, n))
+    # With shared keys the heads' queries are as many queries of one head.
+    rows, groups = (N * H, 1) if keys.ndim == 3 else (N, H)
+    operands = query.contiguous(), keys.contiguous(), rows, groups, n, C, k, a, b, a.numel()
+    assert KERNELS.source is not None
+    KERNELS.call("product_key_topk", *operands, *out)
+    return out
+
+
+def _triton(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sparsemix.ops.product_key_topk import triton
+
+    out = _outputs(query, k)
+    triton.product_key_topk(query, keys, k, *out)
+    return out
+
+
+def _torch(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, H, n = *query.shape[:2], keys.shape[-2]
+    left, right, i, j = out = _outputs(query, k)
+    widest = max(2 * n, len(candidate_ranks(k, min(k, n))[0]))
+    equation = "nhpc,pmc->pnhm" if keys.ndim == 3 else "nhpc,hpmc->pnhm"
+    step = max(1, MAX_SCORES // (H * widest))
+    for part in (slice(start, start + step) for start in range(0, N, step)):
+        left_scores, right_scores = torch.einsum(equation, query[part], keys)  # (part, H, n) each
+        i[part], j[part] = selection.best_pairs(left_scores, right_scores, k)
+        left[part], right[part] = left_scores.gather(-1, i[part]), right_scores.gather(-1, j[part])
+    return out
+
+
+@_forward.register_fake
+def _(query: Tensor, keys: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(query, k)
+
+
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[2:])
+    query, keys, _, ctx.impl = inputs
+    ctx.save_for_backward(query, keys, *output[2:])
 
 
 def _backward(ctx, d_left: Tensor, d_right: Tensor, *_):
@@ -61,11 +117,11 @@ def _backward(ctx, d_left: Tensor, d_right: Tensor, *_):
     first = torch.arange(0, table.shape[0], keys.shape[-2], device=i.device).view(*keys.shape[:-2], 1)
     rows = (torch.stack([i, j], dim=2) + first).flatten(0, 2)  # (N H 2, K)
     d_scores = torch.stack([d_left, d_right], dim=2).flatten(0, 2)
-    d_query = row_mix(d_scores, rows, table).view_as(query) if ctx.needs_input_grad[0] else None
+    d_query = row_mix(d_scores, rows, table, False, ctx.impl).view_as(query) if ctx.needs_input_grad[0] else None
     d_keys = None
     if ctx.needs_input_grad[1]:
-        d_keys = table_grad(d_scores, rows, query.reshape(-1, C), table.shape[0]).view_as(keys)
-    return d_query, d_keys, None
+        d_keys = table_grad(d_scores, rows, query.reshape(-1, C), table.shape[0], ctx.impl).view_as(keys)
+    return d_query, d_keys, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
