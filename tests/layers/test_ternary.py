@@ -225,20 +225,21 @@ def test_wrong_precisions_are_refused_in_one_line(value, message):
         build(DENSE | {"precision": value})
 
 
-def test_a_ternary_weight_is_one_byte_and_its_norm_four():
+def test_a_ternary_weight_is_two_bits_and_its_norm_four_bytes():
     for config, norms in ((ATTENTION, D), (DENSE, 7)):
         plain, cost = layer_cost(config, D, 9), layer_cost(config | TERNARY, D, 9)
         assert cost.items == plain.items
         assert (cost.params, cost.active_params) == (plain.params + norms, plain.active_params + norms)
-        assert cost.bytes == plain.bytes / 4 + 4 * norms
+        assert cost.bytes == plain.bytes / 16 + 4 * norms
     plain, cost = layer_cost(MOE, D, 9), layer_cost(MOE | TERNARY, D, 9)
     router, expert = 5 * D, 3 * D * 3
     assert cost.params == plain.params + 5 * 3
-    assert cost.bytes == 4 * router + 2 * (expert + 4 * 3)
+    assert cost.bytes == 4 * router + 2 * (expert / 4 + 4 * 3)
     config = MH_MOE | TERNARY | {"bias": False}
-    assert layer_cost(config, D, 9).bytes == layer_cost(config | {"precision": "float"}, D, 9).bytes - 6 * D**2 + 4 * D
+    plain = layer_cost(config | {"precision": "float"}, D, 9)
+    assert layer_cost(config, D, 9).bytes == plain.bytes - 2 * (4 - 1 / 4) * D**2 + 4 * D
     one_head = {"kind": "mh_moe", "num_heads": 1, "inner": MOE | TERNARY} | TERNARY
-    assert layer_cost(one_head, D, 9).bytes == pytest.approx(2 * D**2 + 4 * D + cost.bytes)
+    assert layer_cost(one_head, D, 9).bytes == pytest.approx(2 * D**2 / 4 + 4 * D + cost.bytes)
 
 
 def test_a_router_a_norm_and_an_embedding_are_never_ternary():

@@ -87,7 +87,7 @@ class Cost:
 
     flops: forward FLOPs of one sequence (matrix multiplies, 2 per multiply-add; attention over the full square;
     index reads 0; PEER's looked-up rows count). items: the same by component. params: all of them.
-    active_params, bytes: parameters and weight bytes (fp32; ternary weights int8) that one token at batch 1 touches,
+    active_params, bytes: parameters and weight bytes (fp32; ternary 2 bits) that one token at batch 1 touches,
     in expectation."""
 
     items: dict[str, float] = field(default_factory=dict)

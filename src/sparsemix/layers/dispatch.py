@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparsemix.layers.base import Cost
-from sparsemix.layers.linear import num_matrices
+from sparsemix.layers.linear import Experts, num_matrices
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.layers.token_selection import quota, row_quota
 
@@ -49,6 +49,8 @@ def dispatch(
     N, K = expert_ids.shape
     order = expert_ids.reshape(-1).argsort(stable=True)  # (N K,) picks, sorted by expert
     counts = torch.bincount(expert_ids.reshape(-1), minlength=num_experts + 1)[:num_experts]
+    if isinstance(experts, Experts) and experts.plain:
+        return experts.mix(tokens, order // K, gates.reshape(-1)[order], counts).to(tokens.dtype)
     rows = experts(tokens.index_select(0, order // K), counts)  # (N K, D)
     rows = rows * gates.reshape(-1)[order, None].to(rows.dtype)
     # A permutation and a sum over K: the same order of additions every time, unlike a scattered add.
@@ -64,6 +66,8 @@ def run_picks(
     experts: nn.Module,
 ) -> Float[Tensor, "N D"]:
     """y_n = sum over the picks r with token_ids_r = n of gates_r expert_r(tokens_n); picks are sorted by expert."""
+    if isinstance(experts, Experts) and experts.plain:
+        return experts.mix(tokens, token_ids, gates, counts).to(tokens.dtype)
     rows = experts(tokens.index_select(0, token_ids), counts)
     rows = rows * gates[:, None].to(rows.dtype)
     return torch.zeros_like(tokens).index_add(0, token_ids, rows.to(tokens.dtype))

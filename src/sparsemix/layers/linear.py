@@ -7,11 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsemix.layers.ternary import FLOAT, PrecisionConfig, experts_of, ternary_experts_mm, ternary_linear
+from sparsemix.layers.ternary import FLOAT, PrecisionConfig, ternary_experts_mm, ternary_linear
+from sparsemix.ops.expert_mlp import expert_mlp
 from sparsemix.ops.grouped_mm import grouped_mm
+from sparsemix.ops.ternary_mm import experts_of
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
+# Gated or not, the function that is applied.
+ACTS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
 class Linear(nn.Module):
@@ -94,6 +98,22 @@ class Experts(nn.Module):
             return self._multiply(hidden, self.down, counts, 1)
 
         return feed_experts(rows, counts, first, down, self.activation, self.sub_norm)
+
+    @property
+    def plain(self) -> bool:
+        """Is every expert no more than two products and an activation?"""
+        return not self.precision.ternary and self.sub_norm is None
+
+    def mix(
+        self,
+        tokens: Float[Tensor, "N D"],
+        token_ids: Int[Tensor, " R"],
+        gates: Float[Tensor, " R"],
+        counts: Int[Tensor, " E"],
+    ) -> Float[Tensor, "N D"]:
+        """y_n = sum over the picks r with token_ids_r = n of gates_r expert_r(tokens_n), for `plain` experts; picks are
+        sorted by expert."""
+        return expert_mlp(tokens, token_ids, gates, counts, self.first, self.down, ACTS[self.activation])
 
     def _multiply(self, rows: Tensor, weight: Tensor, counts: Tensor, matrices: int) -> Tensor:
         if self.precision.ternary:

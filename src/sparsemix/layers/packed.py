@@ -1,4 +1,4 @@
-"""BitNet b1.58 at inference: int8 codes in memory, two bits a weight in the state dict, integer products."""
+"""BitNet b1.58 at inference: two bits a weight, in memory and in the state dict, and integer products."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from sparsemix.config import ConfigError
 from sparsemix.layers.linear import Experts, Linear, feed_experts, num_matrices
-from sparsemix.layers.ternary import Warmup, rescaled, spread
-from sparsemix.ops.ternary_mm import int8_rows, ternary, ternary_grouped_mm, ternary_mm
-from sparsemix.ops.ternary_mm.pack import pack_hf, unpack_hf
+from sparsemix.layers.ternary import Warmup
+from sparsemix.ops.ternary_mm import quantised_grouped_mm, quantised_mm, ternary
+from sparsemix.ops.ternary_mm.pack import hf_from_rows, pack_rows, rows_from_hf
 
 
 def pack_ternary(module: nn.Module) -> nn.Module:
@@ -48,23 +48,25 @@ def _packed(module: nn.Module) -> nn.Module:
 
 
 class TernaryWeight(nn.Module):
-    """W = codes * scale. In memory `codes` (..., F, D) int8; in the state dict `codes` (..., F / 4, D) uint8, four
-    rows of weights in a byte (ops/ternary_mm/pack.py). `scale` fp32, one a matrix, multiplies."""
+    """W = codes * scale. `codes` uint8 holds four weights in a byte (ops/ternary_mm/pack.py): in memory
+    (..., F, D / 4), as the kernels read it; in the state dict (..., F / 4, D), as Hugging Face does. `scale` fp32, one
+    a matrix, multiplies."""
 
     codes: Tensor
     scale: Tensor
 
     def __init__(self, weight: Float[Tensor, "*E F D"], num_matrices: int = 1) -> None:
-        """`num_matrices` lie one after the other in F, each with its own scale: codes stay (..., F, D), scale gets a
-        last axis of that length."""
+        """`num_matrices` lie one after the other in F, each with its own scale: scale is (..., num_matrices)."""
         super().__init__()
-        codes, scale = ternary(weight.detach().unflatten(-2, (num_matrices, -1)))  # scale (..., M)
-        self.register_buffer("codes", codes.flatten(-3, -2))
-        self.register_buffer("scale", scale)
+        *stack, self.d_out, self.d_in = weight.shape
+        # One at a time: what quantising needs beside the result is small.
+        each = [_quantised(w, num_matrices) for w in weight.detach().reshape(-1, self.d_out, self.d_in)]
+        self.register_buffer("codes", torch.stack([codes for codes, _ in each]).view(*stack, self.d_out, -1))
+        self.register_buffer("scale", torch.stack([scale for _, scale in each]).view(*stack, num_matrices))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}codes"] = pack_hf(self.codes)
+        destination[f"{prefix}codes"] = hf_from_rows(self.codes, self.d_in)
 
     def _load_from_state_dict(
         self,
@@ -81,7 +83,7 @@ class TernaryWeight(nn.Module):
         if packed is not None:
             # The caller's dict must stay as it was read.
             state_dict = dict(state_dict)
-            wanted = (*self.codes.shape[:-2], -(-self.codes.shape[-2] // 4), self.codes.shape[-1])
+            wanted = (*self.codes.shape[:-2], -(-self.d_out // 4), self.d_in)
             if packed.dtype != torch.uint8 or packed.shape != wanted:
                 error_msgs.append(
                     f"{name} must be packed ternary weights, uint8 {wanted}, not {packed.dtype} {tuple(packed.shape)}"
@@ -89,13 +91,18 @@ class TernaryWeight(nn.Module):
                 state_dict[name] = self.codes
             else:
                 try:
-                    state_dict[name] = unpack_hf(packed, self.codes.shape[-2])
+                    state_dict[name] = rows_from_hf(packed, self.d_out)
                 except ValueError as error:
                     error_msgs.append(f"{name}: {error}")
                     state_dict[name] = self.codes
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _quantised(weight: Float[Tensor, "F D"], num_matrices: int) -> tuple[Tensor, Tensor]:
+    codes, scale = ternary(weight.unflatten(0, (num_matrices, -1)))
+    return pack_rows(codes.flatten(0, 1)), scale  # (F, D / 4), (M,)
 
 
 class PackedLinear(nn.Module):
@@ -107,9 +114,8 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
-        rows, row_scale = int8_rows(x.flatten(0, -2) if x.ndim > 1 else x[None])
-        sums = ternary_mm(rows, self.weight.codes)
-        y = rescaled(sums, row_scale * self.weight.scale, x.dtype).view(*x.shape[:-1], -1)
+        y = quantised_mm(x.reshape(-1, x.shape[-1]), self.weight.codes, self.weight.scale)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -125,16 +131,10 @@ class PackedExperts(nn.Module):
         self.sub_norm = None if gain is None else nn.Parameter(gain.detach(), requires_grad=False)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
-        def multiply(weight: TernaryWeight, rows: Tensor) -> Tensor:
-            codes, row_scale = int8_rows(rows)
-            sums = ternary_grouped_mm(codes, weight.codes, counts)
-            scale = spread(weight.scale, counts, len(rows), weight.codes.shape[1])
-            return rescaled(sums, row_scale * scale, rows.dtype)
-
         def first(rows: Tensor) -> Tensor:
-            return multiply(self.first, rows)
+            return quantised_grouped_mm(rows, self.first.codes, self.first.scale, counts)
 
         def down(hidden: Tensor) -> Tensor:
-            return multiply(self.down, hidden)
+            return quantised_grouped_mm(hidden, self.down.codes, self.down.scale, counts)
 
         return feed_experts(rows, counts, first, down, self.activation, self.sub_norm)

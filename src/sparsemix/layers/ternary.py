@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sparsemix.config import Config, nearest
 from sparsemix.layers.base import Layer
 from sparsemix.ops.grouped_mm import grouped_mm
-from sparsemix.ops.ternary_mm import int8_row_values, ternary_values
+from sparsemix.ops.ternary_mm import int8_row_values, spread, ternary_values
 
 PRECISIONS = ("float", "ternary")
 
@@ -62,8 +62,8 @@ class PrecisionConfig(Config):
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes a weight takes in memory at inference: int8 codes, or fp32. (On disk ternary weights take 2 bits.)"""
-        return 1.0 if self.ternary else 4.0
+        """Bytes a weight takes at inference, in memory and on disk: two bits, or fp32."""
+        return 0.25 if self.ternary else 4.0
 
     def warmup(self) -> "Warmup | None":
         return Warmup(self.warmup_steps) if self.warmup_steps else None
@@ -140,17 +140,6 @@ def ternary_experts_mm(
     weight_codes, scale = quantised_weight(weight.unflatten(1, (num_matrices, -1)), warmup)  # scale (E, M)
     out = grouped_mm(codes, weight_codes.flatten(1, 2), counts)
     return rescaled(out, row_scale * spread(scale, counts, len(rows), weight.shape[1]), rows.dtype)
-
-
-def spread(scale: Float[Tensor, "E M"], counts: Int[Tensor, " E"], num_rows: int, width: int) -> Float[Tensor, "R F"]:
-    """The scale of every output of every row: that of its expert and matrix."""
-    return scale[experts_of(counts, num_rows)].repeat_interleave(width // scale.shape[1], dim=1)
-
-
-def experts_of(counts: Int[Tensor, " E"], num_rows: int) -> Int[Tensor, " R"]:
-    """The expert of every row, rows sorted by expert; rows past the last one's get the last one."""
-    rows = torch.arange(num_rows, device=counts.device)
-    return torch.searchsorted(counts.cumsum(0), rows, right=True).clamp(max=len(counts) - 1)
 
 
 def rescaled(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,132 +1,181 @@
-"""BitNet b1.58's integers: ternary weights, int8 rows, and their exact product.
+"""int8 rows times ternary weights of two bits, exact in int32, and the same from floats to floats.
 
-Convention: a scale multiplies, x is about codes * scale (some files store its inverse). Codes and scales are computed
-in at least fp32, rounding is half to even. A matrix or row that holds NaN or an infinity gets a scale that is not
-finite, so that its products are NaN: a broken value is seen, never hidden.
-Source: arXiv:2402.17764, section 2."""
+Convention: weights are codes in {-1, 0, 1} packed by `pack_rows` (pack.py), rows are codes in [-127, 127]; a scale
+multiplies (quantise.py)."""
 
-from functools import lru_cache
+from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, Int8, Int32
+from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.grouped_mm import rows_run
+from sparsemix.ops.impl import Kernels
+from sparsemix.ops.ternary_mm import reference
+from sparsemix.ops.ternary_mm.pack import unpack_rows
+from sparsemix.ops.ternary_mm.quantise import int8_row_values, int8_rows, ternary, ternary_values
+from sparsemix.ops.ternary_mm.unpacked import unpacked_mm
 
-int_mm = torch.ops.aten._int_mm.default
-SMALLEST = 1e-5
-LARGEST = 127
-# Sums of so many products of a row code and a weight code stay below 2^24, where fp32 is exact.
-EXACT_IN_FP32 = 2**24 // LARGEST
+__all__ = [
+    "experts_of",
+    "int8_row_values",
+    "int8_rows",
+    "quantised_grouped_mm",
+    "quantised_mm",
+    "spread",
+    "ternary",
+    "ternary_grouped_mm",
+    "ternary_mm",
+    "ternary_values",
+]
 
-
-def ternary_values(weight: Float[Tensor, "*E F D"]) -> tuple[Float[Tensor, "*E F D"], Float[Tensor, "*E"]]:
-    """codes = clamp(round(W / scale), -1, 1) as floats, scale = max(mean |W|, 1e-5): one scale a matrix (F, D), never
-    one over a stack of them."""
-    weight = _exact(weight)
-    scale = weight.abs().mean(dim=(-2, -1)).clamp_min(SMALLEST)
-    return (weight / scale[..., None, None]).round().clamp(-1, 1), scale
-
-
-def int8_row_values(x: Float[Tensor, "*B D"]) -> tuple[Float[Tensor, "*B D"], Float[Tensor, "*B 1"]]:
-    """codes = round(x 127 / m) as floats, scale = m / 127, where m = max(max |x|, 1e-5) of the row. Symmetric, so
-    -128 never occurs."""
-    x = _exact(x)
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST)
-    # An infinite row would divide by infinity and look like zeros.
-    largest = torch.where(largest.isfinite(), largest, torch.nan)
-    return (x * (LARGEST / largest)).round().clamp(-LARGEST, LARGEST), largest / LARGEST
+SOURCE = Path(__file__).with_name("native.c")
+KERNELS = Kernels("ternary_mm", SOURCE, triton=True, dtypes=(torch.int8, torch.float32, torch.bfloat16))
 
 
-def ternary(weight: Float[Tensor, "*E F D"]) -> tuple[Int8[Tensor, "*E F D"], Float[Tensor, "*E"]]:
-    """`ternary_values` with codes in int8; the code of a NaN is 0, its scale is not finite."""
-    codes, scale = ternary_values(weight)
-    return codes.nan_to_num(0.0).to(torch.int8), scale
-
-
-def int8_rows(x: Float[Tensor, "*B D"]) -> tuple[Int8[Tensor, "*B D"], Float[Tensor, "*B 1"]]:
-    """`int8_row_values` with codes in int8; the codes of a row that is not finite are 0, its scale NaN."""
-    codes, scale = int8_row_values(x)
-    return codes.nan_to_num(0.0).to(torch.int8), scale
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def ternary_mm(row_codes: Int8[Tensor, "N D"], weight_codes: Int8[Tensor, "F D"]) -> Int32[Tensor, "N F"]:
-    """row_codes weight_codes^T, exact for row codes in [-127, 127], weight codes in {-1, 0, 1}, D below 2^31 / 127."""
-    return torch.ops.sparsemix.ternary_mm(row_codes, weight_codes)
+def ternary_mm(
+    row_codes: Int8[Tensor, "N D"], packed: UInt8[Tensor, "F P"], impl: str = "auto"
+) -> Int32[Tensor, "N F"]:
+    """row_codes W^T, exact for row codes in [-127, 127] and D below 2^31 / 127. The codes of W are packed by
+    `pack_rows`, P = ceil(D / 4)."""
+    return torch.ops.sparsemix.ternary_mm(row_codes, packed, None, impl)
 
 
 def ternary_grouped_mm(
-    row_codes: Int8[Tensor, "R D"], weight_codes: Int8[Tensor, "E F D"], counts: Int[Tensor, " E"]
+    row_codes: Int8[Tensor, "R D"], packed: UInt8[Tensor, "E F P"], counts: Int[Tensor, " E"], impl: str = "auto"
 ) -> Int32[Tensor, "R F"]:
-    """out_r = weight_codes[e(r)] row_codes_r; rows are sorted by expert and counts says how many each has. Rows after
-    the last expert's belong to none: they cost nothing and give 0."""
-    return torch.ops.sparsemix.ternary_grouped_mm(row_codes, weight_codes, counts)
+    """out_r = W_e(r) row_codes_r; rows are sorted by expert and counts says how many each has. Rows after the last
+    expert's belong to none: they cost nothing and give 0."""
+    return torch.ops.sparsemix.ternary_mm(row_codes, packed, counts, impl)
 
 
-@torch.library.custom_op("sparsemix::ternary_mm", mutates_args=())
-def _mm(row_codes: Tensor, weight_codes: Tensor) -> Tensor:
-    if row_codes.numel() and weight_codes.numel() and _int_mm_serves(row_codes, weight_codes):
-        # The weight stays (F, D): a single row against a contiguous (D, F) is several times slower on CPU.
-        return int_mm(row_codes, weight_codes.mT)
-    return float_product(row_codes, weight_codes)
+def quantised_mm(
+    x: Float[Tensor, "N D"], packed: UInt8[Tensor, "F P"], scale: Float[Tensor, " M"], impl: str = "auto"
+) -> Float[Tensor, "N F"]:
+    """(codes of x) W^T * (scale of the row * scale of W), in x's dtype: `int8_rows`, `ternary_mm` and the scales in
+    one call, bit for bit. M matrices lie one after the other in F, each with its own scale. Not differentiable."""
+    return torch.ops.sparsemix.quantised_mm(x, packed, scale, None, impl)
 
 
-@torch.library.custom_op("sparsemix::ternary_grouped_mm", mutates_args=())
-def _grouped(row_codes: Tensor, weight_codes: Tensor, counts: Tensor) -> Tensor:
-    out = row_codes.new_empty(row_codes.shape[0], weight_codes.shape[1], dtype=torch.int32)
-    start = 0
-    for e, count in enumerate(counts.tolist()):
-        if count:
-            out[start : start + count] = _mm(row_codes[start : start + count], weight_codes[e])
-        start += count
-    out[start:] = 0
-    return out
+def quantised_grouped_mm(
+    x: Float[Tensor, "R D"],
+    packed: UInt8[Tensor, "E F P"],
+    scale: Float[Tensor, "E M"],
+    counts: Int[Tensor, " E"],
+    impl: str = "auto",
+) -> Float[Tensor, "R F"]:
+    """The same for rows sorted by expert, each expert with its own M matrices; rows of no expert give 0."""
+    return torch.ops.sparsemix.quantised_mm(x, packed, scale, counts, impl)
 
 
-def float_product(row_codes: Tensor, weight_codes: Tensor, most: int = EXACT_IN_FP32) -> Tensor:
-    """The product through fp32, in stretches of at most `most` inputs, each of which is exact."""
-    total = row_codes.new_zeros(row_codes.shape[0], weight_codes.shape[0], dtype=torch.int32)
-    for rows, weight in zip(row_codes.split(most, 1), weight_codes.split(most, 1), strict=True):
-        total += (rows.float() @ weight.float().mT).to(torch.int32)
-    return total
+# Defined by schema: decoding a token calls these for every matrix, and custom_op's wrapper would cost as much as a
+# small product.
+torch.library.define("sparsemix::ternary_mm", "(Tensor row_codes, Tensor packed, Tensor? counts, str impl) -> Tensor")
+torch.library.define(
+    "sparsemix::quantised_mm", "(Tensor x, Tensor packed, Tensor scale, Tensor? counts, str impl) -> Tensor"
+)
 
 
-def _int_mm_serves(row_codes: Tensor, weight_codes: Tensor) -> bool:
-    if row_codes.device.type == "cuda":
-        # What cuBLAS takes.
-        return row_codes.shape[0] > 16 and row_codes.shape[1] % 8 == 0 and weight_codes.shape[0] % 8 == 0
-    return row_codes.device.type == "cpu" and int_mm_is_exact_here()
+def _sums(row_codes: Tensor, packed: Tensor, counts: Tensor | None, impl: str) -> Tensor:
+    _check(row_codes, packed)
+    picked = KERNELS.pick(impl, row_codes)
+    if picked == "native":
+        out = row_codes.new_empty(row_codes.shape[0], packed.shape[-2], dtype=torch.int32)
+        rows, weight, sizes = row_codes.contiguous(), packed.contiguous(), _sizes(row_codes, packed)
+        KERNELS.call("ternary_sums", rows, weight, _long(counts), _scratch(rows), out, *sizes)
+        return out
+    if picked == "triton":
+        from sparsemix.ops.ternary_mm import triton
+
+        return triton.ternary_sums(row_codes, packed, counts)
+    if picked == "torch":
+        return unpacked_mm(row_codes, packed, counts)
+    codes = unpack_rows(packed, row_codes.shape[1])
+    if counts is None:
+        return reference.ternary_mm(row_codes, codes)
+    return reference.ternary_grouped_mm(row_codes, codes, counts)
 
 
-@lru_cache(maxsize=1)
-def int_mm_is_exact_here() -> bool:
-    """Does torch's int8 product on this processor neither saturate nor wrap? Builds for processors without VNNI did
-    (pytorch issue 136746)."""
-    rows = torch.tensor([[LARGEST], [-LARGEST], [1]], dtype=torch.int8).repeat(1, 4096)
-    weight = torch.tensor([[1], [-1], [0]], dtype=torch.int8).repeat(1, 4096)
-    return torch.equal(int_mm(rows, weight.mT), float_product(rows, weight))
+def _values(x: Tensor, packed: Tensor, scale: Tensor, counts: Tensor | None, impl: str) -> Tensor:
+    _check(x, packed)
+    picked = KERNELS.pick(impl, x, refused="the scale is float64" if scale.dtype == torch.float64 else None)
+    if picked == "native":
+        out = x.new_empty(x.shape[0], packed.shape[-2])
+        name = "ternary_values_bf16" if x.dtype == torch.bfloat16 else "ternary_values_f32"
+        rows, weight, sizes = x.contiguous(), packed.contiguous(), (*_sizes(x, packed), scale.shape[-1])
+        KERNELS.call(name, rows, weight, scale.float().contiguous(), _long(counts), _scratch(x), out, *sizes)
+        return out
+    codes, row_scale = int8_rows(x.detach())
+    sums = _sums(codes, packed, counts, impl)
+    width = packed.shape[-2]
+    if counts is None:
+        return _times(sums, row_scale * scale.repeat_interleave(width // scale.shape[-1]), x.dtype)
+    values = _times(sums, row_scale * spread(scale, counts, len(x), width), x.dtype)
+    # A row of no expert gives 0, whatever it holds.
+    return values.masked_fill_(torch.arange(len(x), device=x.device)[:, None] >= counts.sum(), 0)
 
 
-@_mm.register_fake
-def _(row_codes: Tensor, weight_codes: Tensor) -> Tensor:
-    return row_codes.new_empty(row_codes.shape[0], weight_codes.shape[0], dtype=torch.int32)
+torch.library.impl("sparsemix::ternary_mm", "CompositeExplicitAutograd", _sums)
+torch.library.impl("sparsemix::quantised_mm", "CompositeExplicitAutograd", _values)
 
 
-@_grouped.register_fake
-def _(row_codes: Tensor, weight_codes: Tensor, counts: Tensor) -> Tensor:
-    return row_codes.new_empty(row_codes.shape[0], weight_codes.shape[1], dtype=torch.int32)
+def _check(rows: Tensor, packed: Tensor) -> None:
+    """A kernel would read beyond a matrix of another width."""
+    if packed.shape[-1] != -(-rows.shape[1] // 4):
+        raise ValueError(f"{packed.shape[-1]} bytes a row do not hold D={rows.shape[1]} weights: pack with pack_rows")
 
 
-@register_flop_formula(torch.ops.sparsemix.ternary_mm)
-def _flops(rows_shape, weight_shape, *args, **kwargs) -> int:
-    return 2 * rows_shape[0] * weight_shape[0] * weight_shape[1]
+def _times(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (sums.to(scale.dtype) * scale).to(dtype)
 
 
-@register_flop_formula(torch.ops.sparsemix.ternary_grouped_mm, get_raw=True)
-def _grouped_flops(row_codes: Tensor, weight_codes: Tensor, counts: Tensor, *args, **kwargs) -> int:
-    return 2 * rows_run(row_codes, counts) * weight_codes.shape[1] * weight_codes.shape[2]
+def _long(counts: Tensor | None) -> Tensor | None:
+    return None if counts is None else counts.long().contiguous()
+
+
+def _scratch(rows: Tensor) -> Tensor:
+    """Room for the rows as the C kernel reads them: a header, and whole steps of each quarter."""
+    return rows.new_empty(rows.shape[0] * (64 + 256 * -(-rows.shape[1] // 256)), dtype=torch.int8)
+
+
+def _sizes(rows: Tensor, packed: Tensor) -> tuple[int, int, int, int]:
+    """N, D, F, E."""
+    N, D = rows.shape
+    return N, D, packed.shape[-2], packed.shape[0] if packed.ndim == 3 else 1
+
+
+def spread(scale: Float[Tensor, "E M"], counts: Int[Tensor, " E"], num_rows: int, width: int) -> Float[Tensor, "R F"]:
+    """The scale of every output of every row: that of its expert and matrix."""
+    return scale[experts_of(counts, num_rows)].repeat_interleave(width // scale.shape[1], dim=1)
+
+
+def experts_of(counts: Int[Tensor, " E"], num_rows: int) -> Int[Tensor, " R"]:
+    """The expert of every row, rows sorted by expert; rows past the last one's get the last one."""
+    rows = torch.arange(num_rows, device=counts.device)
+    return torch.searchsorted(counts.cumsum(0), rows, right=True).clamp(max=len(counts) - 1)
+
+
+@torch.library.register_fake("sparsemix::ternary_mm")
+def _(row_codes: Tensor, packed: Tensor, counts: Tensor | None, impl: str) -> Tensor:
+    return row_codes.new_empty(row_codes.shape[0], packed.shape[-2], dtype=torch.int32)
+
+
+@torch.library.register_fake("sparsemix::quantised_mm")
+def _(x: Tensor, packed: Tensor, scale: Tensor, counts: Tensor | None, impl: str) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[-2])
+
+
+def _flops(rows: Tensor, packed: Tensor, counts: Tensor | None) -> int:
+    run = rows.shape[0] if counts is None else rows_run(rows, counts)
+    return 2 * run * rows.shape[1] * packed.shape[-2]
+
+
+@register_flop_formula(torch.ops.sparsemix.ternary_mm, get_raw=True)
+def _sums_flops(row_codes: Tensor, packed: Tensor, counts: Tensor | None, *args, **kwargs) -> int:
+    return _flops(row_codes, packed, counts)
+
+
+@register_flop_formula(torch.ops.sparsemix.quantised_mm, get_raw=True)
+def _values_flops(x: Tensor, packed: Tensor, scale: Tensor, counts: Tensor | None, *args, **kwargs) -> int:
+    return _flops(x, packed, counts)

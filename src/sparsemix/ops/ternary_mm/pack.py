@@ -1,4 +1,4 @@
-"""Four ternary weights in a byte, in the two layouts that other programs read."""
+"""Four ternary weights in a byte: the layout of the kernels, and the two that other programs read."""
 
 import struct
 
@@ -8,6 +8,19 @@ from torch import Tensor
 
 # bitnet.cpp (x86) keeps the scale at the start of a block of this many bytes, after the codes.
 TRAILER = 32
+
+
+def pack_rows(codes: Int8[Tensor, "*E F D"]) -> UInt8[Tensor, "*E F P"]:
+    """byte[f, j] holds the weights j, j + P, j + 2P, j + 3P of row f at bits 0-1, 2-3, 4-5, 6-7 as code + 1, where
+    P = ceil(D / 4). Weights missing in the last quarter are zeros. In memory: a row is one stretch of bytes, and any
+    number of neighbouring bytes unpacks to four stretches of neighbouring weights."""
+    return pack_hf(codes.mT).mT.contiguous()
+
+
+def unpack_rows(packed: UInt8[Tensor, "*E F P"], num_columns: int) -> Int8[Tensor, "*E F D"]:
+    """The codes that `pack_rows` packed."""
+    quarters = torch.cat([packed >> 2 * i & 3 for i in range(4)], dim=-1)
+    return quarters[..., :num_columns].to(torch.int8).sub_(1)
 
 
 def pack_hf(codes: Int8[Tensor, "*E F D"]) -> UInt8[Tensor, "*E f D"]:
@@ -28,6 +41,20 @@ def unpack_hf(packed: UInt8[Tensor, "*E f D"], num_rows: int) -> Int8[Tensor, "*
         raise ValueError(f"packed weights of {packed.shape[-2]} rows of bytes cannot hold num_rows={num_rows}")
     quarters = torch.stack([packed >> 2 * i & 3 for i in range(4)], dim=-3)
     return _codes(quarters.flatten(-3, -2)[..., :num_rows, :])
+
+
+def hf_from_rows(packed: UInt8[Tensor, "*E F P"], num_columns: int) -> UInt8[Tensor, "*E f D"]:
+    """What `pack_rows` packed, as `pack_hf` packs it. Unpacks one matrix at a time."""
+    if packed.ndim > 2:
+        return torch.stack([hf_from_rows(matrix, num_columns) for matrix in packed])
+    return pack_hf(unpack_rows(packed, num_columns))
+
+
+def rows_from_hf(packed: UInt8[Tensor, "*E f D"], num_rows: int) -> UInt8[Tensor, "*E F P"]:
+    """What `pack_hf` packed, as `pack_rows` packs it. Raises ValueError as `unpack_hf` does."""
+    if packed.ndim > 2:
+        return torch.stack([rows_from_hf(matrix, num_rows) for matrix in packed])
+    return pack_rows(unpack_hf(packed, num_rows))
 
 
 def pack_i2_s(codes: Int8[Tensor, "F D"], scale: float) -> UInt8[Tensor, " n"]:

@@ -1,0 +1,174 @@
+"""Feed-forward experts on picked tokens, from tokens to tokens: gather, both products and the sum over picks."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sparsemix.ops.expert_mlp import plain
+from sparsemix.ops.grouped_mm import choose, rows_run
+from sparsemix.ops.impl import Kernels
+
+KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"))
+ACTS = ("relu", "silu", "gelu")  # the number is the kernel's
+
+
+def expert_mlp(
+    tokens: Float[Tensor, "N D"],
+    token_ids: Int[Tensor, " R"],
+    gates: Float[Tensor, " R"],
+    counts: Int[Tensor, " E"],
+    first: Float[Tensor, "E M D"],
+    down: Float[Tensor, "E D F"],
+    act: str,
+    impl: str = "auto",
+) -> Float[Tensor, "N D"]:
+    """y_n = sum over the picks r with token_ids_r = n of gates_r down_e(r) hidden_r, hidden_r = act(first_e(r) x_n),
+    or act(gate) * up with (gate, up) = first_e(r) x_n where first has 2 F rows.
+
+    Picks are sorted by expert and counts says how many each has; picks after the last expert's add nothing. The sum
+    over picks has a fixed order. Backward keeps the rows of first_e x alone: with a_r = hidden_r,
+    dL/dgates_r = <down_e^T dy_n, a_r> (arXiv:2512.14080). Under autocast tokens and weights take its dtype."""
+    if torch.is_autocast_enabled(tokens.device.type):
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+        tokens, first, down = tokens.to(dtype), first.to(dtype), down.to(dtype)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, gates, first, down))
+    return torch.ops.sparsemix.expert_mlp(tokens, token_ids, gates, counts, first, down, act, keep, impl)[0]
+
+
+@torch.library.custom_op("sparsemix::expert_mlp", mutates_args=())
+def _forward(
+    tokens: Tensor,
+    token_ids: Tensor,
+    gates: Tensor,
+    counts: Tensor,
+    first: Tensor,
+    down: Tensor,
+    act: str,
+    keep: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """y, and if `keep` the rows of first_e x, (R, M)."""
+    if pick(impl, tokens, token_ids, counts) != "native":
+        return plain.forward(tokens, token_ids, gates, counts, first, down, act, keep, impl)
+    N, D, R = *tokens.shape, len(token_ids)
+    tokens, first, down = (x.contiguous() for x in (tokens, first, down))
+    ids, counts, sizes = token_ids.long().contiguous(), counts.long().contiguous(), _sizes(first, down)
+    used, low = int(counts.sum()), tokens.dtype == torch.bfloat16
+    rows = torch.empty(used, D)
+    # Picks of no expert have no row of their own and are never read.
+    pre = tokens.new_empty(R if keep else 0, first.shape[1])
+    pre[used:] = 0
+    kind = ACTS.index(act)
+    KERNELS.call(
+        "forward",
+        rows,
+        pre if keep else None,
+        tokens,
+        ids,
+        counts,
+        first,
+        down,
+        *sizes[:3],
+        kind,
+        sizes[3],
+        low,
+    )
+    y = torch.empty_like(tokens)
+    KERNELS.call("combine", y, rows, gates.float().contiguous(), ids, used, N, D, low)
+    return y, pre
+
+
+@torch.library.custom_op("sparsemix::expert_mlp_backward", mutates_args=())
+def _grads(
+    dy: Tensor,
+    pre: Tensor,
+    tokens: Tensor,
+    token_ids: Tensor,
+    gates: Tensor,
+    counts: Tensor,
+    first: Tensor,
+    down: Tensor,
+    act: str,
+    needs: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of tokens, gates, first and down; empty ones where `needs` says no."""
+    if pick(impl, tokens, token_ids, counts) != "native":
+        return plain.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, impl)
+    N, D, R = *tokens.shape, len(token_ids)
+    dy, pre, tokens, first, down = (x.contiguous() for x in (dy, pre, tokens, first, down))
+    ids, counts, sizes = token_ids.long().contiguous(), counts.long().contiguous(), _sizes(first, down)
+    used, low, width = int(counts.sum()), tokens.dtype == torch.bfloat16, -(-sizes[2] // 16) * 16
+    rows, d_pre, hidden = torch.empty(used, D), torch.empty(used, (1 + sizes[3]) * width), torch.empty(used, width)
+    d_gates, kind = torch.zeros(R), ACTS.index(act)
+    operands = (rows, d_pre, hidden, d_gates, dy, pre, ids, gates.float().contiguous(), counts, first, down)
+    KERNELS.call("backward", *operands, *sizes[:3], kind, sizes[3], low)
+    d_tokens, d_first, d_down = (
+        torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((tokens, first, down), needs, strict=True)
+    )
+    if needs[0]:
+        KERNELS.call("combine", d_tokens, rows, None, ids, used, N, D, low)
+    wanted = (d_first if needs[1] else None, d_down if needs[2] else None)
+    KERNELS.call("weights", *wanted, d_pre, hidden, tokens, dy, ids, counts, *sizes, low)
+    return d_tokens, d_gates.to(gates.dtype), d_first, d_down
+
+
+def pick(impl: str, tokens: Tensor, token_ids: Tensor, counts: Tensor) -> str:
+    """As grouped_mm chooses; whatever is not native is the plain composition of its kernels."""
+    chosen = choose(impl, tokens, len(token_ids), counts)
+    return KERNELS.pick(chosen, tokens) if chosen in ("native", "torch") else chosen
+
+
+def _sizes(first: Tensor, down: Tensor) -> tuple[int, int, int, int]:
+    """E, D, F, and is there a gate?"""
+    E, D, F = down.shape
+    return E, D, F, int(first.shape[1] == 2 * F)
+
+
+@_forward.register_fake
+def _(tokens, token_ids, gates, counts, first, down, act, keep, impl):
+    return torch.empty_like(tokens), tokens.new_empty(token_ids.shape[0] if keep else 0, first.shape[1])
+
+
+@_grads.register_fake
+def _(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, impl):
+    shaped = (
+        torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((tokens, first, down), needs, strict=True)
+    )
+    d_tokens, d_first, d_down = shaped
+    return d_tokens, torch.empty_like(gates), d_first, d_down
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.act, _, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dy: Tensor, _):
+    *inputs, pre = ctx.saved_tensors
+    tokens, _, gates, _, first, down = (ctx.needs_input_grad[i] for i in range(6))
+    needs = [tokens, first, down]
+    d_tokens, d_gates, d_first, d_down = _grads(dy, pre, *inputs, ctx.act, needs, ctx.impl)
+    found = (d_tokens, None, d_gates, None, d_first, d_down)
+    asked = (tokens, False, gates, False, first, down)
+    return *(x if need else None for x, need in zip(found, asked, strict=True)), None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.sparsemix.expert_mlp, get_raw=True)
+def _flops(tokens, token_ids, gates, counts, first, down, *args, **kwargs) -> int:
+    """2 FLOPs a weight of its expert for every pick that some expert runs."""
+    return 2 * rows_run(token_ids, counts) * (first[0].numel() + down[0].numel())
+
+
+@register_flop_formula(torch.ops.sparsemix.expert_mlp_backward, get_raw=True)
+def _backward_flops(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, *args, **kwargs) -> int:
+    """Nothing is computed again: twice the forward, less the weight gradients that nobody asked for."""
+    into, out = first[0].numel(), down[0].numel()
+    return 2 * rows_run(token_ids, counts) * (into + out + needs[1] * into + needs[2] * out)

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from compare import randn
+from torch.library import opcheck
+
+from sparsemix.ops.expert_mlp import expert_mlp
+from sparsemix.ops.expert_mlp.reference import expert_mlp as reference
+from sparsemix.ops.flop_counter import count_flops
+from sparsemix.ops.native import ISAS
+
+FAST = ["native", "torch"]
+CASES = {
+    "empty_experts": ([7, 0, 13, 1, 0], 10, 3),
+    "all_on_the_last": ([0, 0, 63], 5, 7),
+    "one_expert": ([9], 3, 11),
+    "width_one": ([1, 1, 1], 1, 1),
+    "D_640": ([5, 0, 6], 640, 17),
+    "whole_vectors": ([70, 3, 130, 16], 64, 48),
+    "no_rows": ([0, 0], 4, 3),
+}
+
+
+def make(counts, D, F, gated=True, none=0, N=11):
+    """Operands in fp64 of fp32 values: tokens, token_ids, gates, counts, first, down."""
+    R, E = sum(counts) + none, len(counts)
+    first = randn(E, (1 + gated) * F, D) * D**-0.5
+    floats = [x.bfloat16().double() for x in (randn(N, D), torch.rand(R).double(), first, randn(E, D, F) * F**-0.5)]
+    tokens, gates, first, down = floats
+    return [tokens, torch.randint(0, N, (R,)), gates, torch.tensor(counts), first, down]
+
+
+def run(op, operands, dtype, *settings):
+    """The output and the gradients of tokens, gates, first and down."""
+    operands = [x.detach().to(dtype) if x.is_floating_point() else x for x in operands]
+    moving = [x.requires_grad_() for x in operands if x.is_floating_point()]
+    y = op(*operands, *settings)
+    torch.manual_seed(1)
+    return y, *torch.autograd.grad(y, moving, randn(*y.shape).bfloat16().to(dtype))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_experts_are_their_reference_with_all_gradients(case, gated, act):
+    operands = make(*case, gated=gated, none=2)
+    wanted = run(reference, operands, torch.double, act)
+    for got, want in zip(run(expert_mlp, operands, torch.double, act), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    for impl in FAST:
+        for got, want in zip(run(expert_mlp, operands, torch.float32, act, impl), wanted, strict=True):
+            torch.testing.assert_close(got, want.float())
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_low_precision_errs_no_more_than_plain_products(case, act):
+    operands = make(*case)
+    exact = run(reference, operands, torch.double, act)
+    plain = run(reference, operands, torch.bfloat16, act)
+    for got, other, want in zip(run(expert_mlp, operands, torch.bfloat16, act, "native"), plain, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        mine, theirs = (float((x.detach().double() - want.detach()).norm()) for x in (got, other))
+        assert mine <= 2 * theirs + 1e-6
+
+
+def test_picks_of_no_expert_add_nothing_cost_nothing_and_take_no_gradient():
+    operands = make([2, 0, 3], 8, 4, none=4)
+    short = [operands[0], operands[1][:5], operands[2][:5], *operands[3:]]
+    for impl in FAST:
+        y, _, d_gates, *_ = run(expert_mlp, operands, torch.float32, "silu", impl)
+        torch.testing.assert_close(y, run(expert_mlp, short, torch.float32, "silu", impl)[0])
+        assert d_gates[5:].abs().max() == 0
+        low = [x.float() if x.is_floating_point() else x for x in operands]
+        assert count_flops(lambda low=low, impl=impl: expert_mlp(*low, "silu", impl)) == 2 * 5 * 3 * 8 * 4
+
+
+def test_large_inputs_saturate_as_torch_does():
+    operands = make([6, 5], 8, 4)
+    operands[0] = operands[0] * 1000
+    for act in ("silu", "gelu"):
+        wanted = run(reference, operands, torch.double, act)
+        for got, want in zip(run(expert_mlp, operands, torch.float32, act, "native"), wanted, strict=True):
+            torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-3)
+
+
+def test_threads_change_nothing_and_instruction_sets_only_rounding(monkeypatch):
+    operands = make([70, 0, 33, 200], 24, 20)
+    one = run(expert_mlp, operands, torch.float32, "silu", "native")
+    torch.set_num_threads(2)
+    try:
+        two = run(expert_mlp, operands, torch.float32, "silu", "native")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    monkeypatch.setenv("SPARSEMIX_ISA", next(iter(ISAS)))
+    for got, want in zip(run(expert_mlp, operands, torch.float32, "silu", "native"), one, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_only_the_asked_gradients_are_computed(impl):
+    operands = [x.float() if x.is_floating_point() else x for x in make([4, 0, 5], 8, 4)]
+    wanted = run(expert_mlp, operands, torch.float32, "silu", impl)[1:]
+    for i, want in zip((0, 2, 4, 5), wanted, strict=True):
+        moving = operands[i].clone().requires_grad_()
+        y = expert_mlp(*operands[:i], moving, *operands[i + 1 :], "silu", impl)
+        torch.manual_seed(1)
+        (got,) = torch.autograd.grad(y, moving, randn(*y.shape).bfloat16().float())
+        torch.testing.assert_close(got, want)
+
+
+def test_backward_keeps_the_first_products_rows_alone():
+    operands = [x.float().requires_grad_() if x.is_floating_point() else x for x in make([64, 64], 32, 8)]
+    given, kept = {x.data_ptr() for x in operands}, []
+
+    def pack(x):
+        if x.data_ptr() not in given:
+            kept.append(x.numel() * x.element_size())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        expert_mlp(*operands, "silu", "native")
+    assert kept == [128 * 16 * 4]
+
+
+def test_autocast_gives_bf16_and_gradients_in_the_dtype_of_the_inputs():
+    operands = [x.float() if x.is_floating_point() else x for x in make([4, 5], 16, 8)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, *grads = run(expert_mlp, operands, torch.float32, "silu")
+    assert y.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_torch_accepts_the_experts_as_an_op():
+    operands = [x.float() if x.is_floating_point() else x for x in make([2, 0, 3], 8, 4)]
+    moving = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    opcheck(torch.ops.sparsemix.expert_mlp.default, (*moving, "silu", True, "native"), test_utils=tests)
