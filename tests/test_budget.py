@@ -27,8 +27,8 @@ def test_two_stages_drop_the_rate_and_the_weight_decay_at_half_of_the_run(corpus
     decays = []
     built = train.build_optimizer
 
-    def watched(*args):
-        optimizer = built(*args)
+    def watched(*args, **settings):
+        optimizer = built(*args, **settings)
         optimizer.register_step_pre_hook(lambda o, *_: decays.append([g["weight_decay"] for g in o.param_groups]))
         return optimizer
 

@@ -20,6 +20,14 @@ def test_every_op_is_examined():
     assert {"row_dot", "row_mix"} <= names
 
 
+@pytest.mark.parametrize(("two", "advised"), [(1.5e11, False), (1.05e11, False), (5e10, True)])
+def test_fewer_threads_are_advised_where_they_are_faster(monkeypatch, two, advised):
+    monkeypatch.setattr("sparsemix.doctor.thread_rates", lambda: {1: 1e11, 2: two})
+    monkeypatch.setattr("sparsemix.doctor.torch.get_num_threads", lambda: 2)
+    assert found("threads").found.startswith("2 (100 GFLOP/s with 1")
+    assert bool(found("threads").advice) == advised
+
+
 def test_a_missing_compiler_is_said_with_the_way_out(monkeypatch):
     monkeypatch.setenv("SPARSEMIX_CC", "none")
     finding = found("C compiler")

@@ -15,11 +15,12 @@ LADDER = (
     ("run",),
     ("ops",),
     ("layers",),
-    ("model", "optim", "data"),
-    ("evaluate", "checkpoint"),
+    ("model", "optim", "data", "machine"),
+    ("evaluate", "checkpoint", "step"),
     ("train", "api", "parallel"),
     ("report", "interop", "recipes"),
     ("sweep", "inspection", "doctor"),
+    ("bench",),
     ("cli",),
 )
 FLOORS = {name: floor for floor, names in enumerate(LADDER) for name in names}

@@ -46,8 +46,12 @@ DECAYED = {
 
 
 def groups_by_name(model, optimizer):
+    """Weight decay -> names of the parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    groups = {}
+    for group in optimizer.param_groups:
+        groups.setdefault(group["weight_decay"], set()).update(names[id(p)] for p in group["params"])
+    return groups
 
 
 def test_matrices_decay_and_nothing_else():

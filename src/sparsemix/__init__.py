@@ -1,15 +1,31 @@
 """sparsemix: conditional-computation transformers, compared at equal FLOPs.
 
-`build_layer`, `build_model`, `build_optimizer`, `layer_cost`, `pack_ternary` and `update` are the entry points; torch
-is imported only when one of them is first used, so the command line answers at once."""
+`build_layer`, `build_model`, `build_optimizer`, `layer_cost`, `pack_ternary`, `tune_cpu_allocator` and `update` are the
+entry points; torch is imported only when one of them is first used, so the command line answers at once."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsemix.api import build_layer, build_model, build_optimizer, layer_cost, pack_ternary, update
+    from sparsemix.api import (
+        build_layer,
+        build_model,
+        build_optimizer,
+        layer_cost,
+        pack_ternary,
+        tune_cpu_allocator,
+        update,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["build_layer", "build_model", "build_optimizer", "layer_cost", "pack_ternary", "update"]
+__all__ = [
+    "build_layer",
+    "build_model",
+    "build_optimizer",
+    "layer_cost",
+    "pack_ternary",
+    "tune_cpu_allocator",
+    "update",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,19 @@ from typing import Any
 from sparsemix.config import parse
 from sparsemix.layers import Cost, Layer, LayerConfig, update
 from sparsemix.layers.packed import pack_ternary
+from sparsemix.machine import tune_cpu_allocator
 from sparsemix.model import LM, ModelConfig
 from sparsemix.optim import build_optimizer
 
-__all__ = ["build_layer", "build_model", "build_optimizer", "layer_cost", "pack_ternary", "update"]
+__all__ = [
+    "build_layer",
+    "build_model",
+    "build_optimizer",
+    "layer_cost",
+    "pack_ternary",
+    "tune_cpu_allocator",
+    "update",
+]
 
 
 def build_layer(config: LayerConfig | Mapping[str, Any], d_model: int) -> Layer:

@@ -13,12 +13,15 @@ from torch import nn
 
 @dataclass
 class TrainState:
-    """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent."""
+    """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent; dtype
+    and compiled were picked at its start (None: not yet)."""
 
     step: int = 0
     cursor: int = 0
     flops: float = 0.0
     wall_s: float = 0.0
+    dtype: str | None = None
+    compiled: bool | None = None
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sparsemix import ops
 from sparsemix.errors import ConfigError
+from sparsemix.machine import pick_device, pick_dtype, product_rates, thread_rates
 from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
 from sparsemix.run import hardware, versions
@@ -31,12 +32,11 @@ def examine() -> list[Finding]:
     """Machine, C compiler, GPU, and for every op the implementation that runs here. Builds the C kernels."""
     cuda = torch.cuda.is_available()
     said = ", ".join(f"{name} {version}" for name, version in versions().items())
-    threads = torch.get_num_threads()
-    idle = f"OMP_NUM_THREADS={os.cpu_count()} would use every core" if threads < (os.cpu_count() or 1) else ""
     return [
         Finding("versions", said),
         Finding("processor", hardware()),
-        Finding("threads", str(threads), idle),
+        _threads(),
+        _dtype(),
         Finding("GPU", torch.cuda.get_device_name() if cuda else "none: everything runs on the processor"),
         _compiler(),
         _instruction_set(),
@@ -52,6 +52,22 @@ def all_kernels() -> list[Kernels]:
     names = [module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg]
     packages = [importlib.import_module(f"{ops.__name__}.{name}") for name in sorted(names)]
     return [kernels for package in packages for kernels in vars(package).values() if isinstance(kernels, Kernels)]
+
+
+def _threads() -> Finding:
+    threads, rates = torch.get_num_threads(), thread_rates()
+    best = max(rates, key=lambda count: rates[count])
+    said = ", ".join(f"{rate / 1e9:.0f} GFLOP/s with {count}" for count, rate in rates.items())
+    # A run's bits depend on the number of threads, so training does not choose it. A tenth is noise.
+    slow = threads in rates and rates[best] > 1.1 * rates[threads]
+    return Finding("threads", f"{threads} ({said})", f"OMP_NUM_THREADS={best} was faster just now" if slow else "")
+
+
+def _dtype() -> Finding:
+    device = pick_device()
+    picked = str(pick_dtype("auto", device)).removeprefix("torch.")
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in product_rates().items())
+    return Finding("train.dtype=auto", picked if device.type == "cuda" else f"{picked} ({rates})")
 
 
 def _compiler() -> Finding:

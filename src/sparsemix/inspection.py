@@ -17,9 +17,10 @@ from sparsemix.evaluate.correlation import correlations
 from sparsemix.evaluate.perplexity import Losses, document_losses
 from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
 from sparsemix.layers import LayerConfig
+from sparsemix.machine import pick_device
 from sparsemix.model import LM
 from sparsemix.run import Run
-from sparsemix.train import RunConfig, pick_device
+from sparsemix.train import RunConfig
 
 Progress = Callable[[str, int, int | None], None]
 HISTOGRAM_BINS = 20

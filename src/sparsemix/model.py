@@ -1,6 +1,7 @@
 """The language model: embed, blocks, norm, tied head, loss in nats."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from sparsemix.config import Config, ConfigError, parse
 from sparsemix.layers import AttentionConfig, Aux, BlockConfig, Cost, Ctx, DenseConfig, Layer, LayerConfig
 from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.ternary import PrecisionConfig
+from sparsemix.ops.cross_entropy import cross_entropy
 
 CONVENTION = (
     "FLOPs count matrix multiplies, 2 per multiply-add: linear layers, attention scores and values over the full "
@@ -138,6 +140,25 @@ class Output(NamedTuple):
     aux: Aux
 
 
+class Loss(NamedTuple):
+    """Mean nats of the tokens that have a target, every token's (0 without a target, no gradient), and what the layers
+    said."""
+
+    mean: Float[Tensor, ""]
+    nats: Float[Tensor, "B T"]
+    aux: Aux
+
+
+def after(block: nn.Module, x: Float[Tensor, "B T D"], ctx: Ctx) -> tuple[Float[Tensor, "B T D"], Aux]:
+    """The stream after a block: x + block(x)."""
+    y, aux = block(x, ctx)
+    return x + y, aux
+
+
+# How a block is run: `after`, or the same compiled or recomputed (step.py).
+BlockRunner = Callable[[nn.Module, Tensor, Ctx], tuple[Tensor, Aux]]
+
+
 class LM(nn.Module):
     """logits = norm(x_L) E^T with x_0 = E[tokens], x_{l+1} = x_l + block_l(x_l).
 
@@ -177,12 +198,32 @@ class LM(nn.Module):
                 raise ValueError("a cache needs causal routing: pass Ctx(causal=True, cache=...)")
             counted = ctx.cache.advance(ctx.valid, tokens.shape[1], ctx.rows).to(tokens.device)
             ctx = ctx._replace(positions=counted if ctx.positions is None else ctx.positions)
+        x, aux = self.hidden(tokens, ctx)
+        return Output(F.linear(x, self.embed.weight), aux)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        ctx: Ctx | None = None,
+        run: BlockRunner = after,
+        impl: str = "auto",
+    ) -> Loss:
+        """Cross-entropy of the targets (-100: none) without the logits of all tokens at a time; ctx defaults to causal
+        unless training. `run` runs the blocks."""
+        x, aux = self.hidden(tokens, ctx or Ctx(causal=not self.training), run)
+        mean, nats = cross_entropy(x.flatten(0, 1), self.embed.weight, targets.flatten(), impl)
+        return Loss(mean, nats.view_as(targets), aux)
+
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], ctx: Ctx, run: BlockRunner = after
+    ) -> tuple[Float[Tensor, "B T D"], Aux]:
+        """What the head reads: norm(x_L)."""
         x, aux = self.embed(tokens), Aux({}, {})
         for i, block in enumerate(self.blocks):
-            y, said = block(x, ctx)
-            x = x + y
+            x, said = run(block, x, ctx)
             aux |= said.under(f"blocks.{i}")
-        return Output(F.linear(self.norm(x), self.embed.weight), aux)
+        return self.norm(x), aux
 
 
 def _build(config: LayerConfig, d_model: int, i: int) -> Layer:

@@ -5,32 +5,38 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from sparsemix import checkpoint
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import Batch, DataConfig, Shards
 from sparsemix.errors import TrainingError
 from sparsemix.evaluate.memory import PeakMemory
-from sparsemix.evaluate.perplexity import context, document_losses, flops_spent, reestimate, to_device
+from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestimate, to_device
 from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
-from sparsemix.model import LM, ModelConfig, token_nats
-from sparsemix.optim import Schedule, build_optimizer, clip_groups, schedule, second_stage
+from sparsemix.machine import DtypeSetting, pick_compile, pick_device, pick_dtype
+from sparsemix.model import LM, BlockRunner, ModelConfig, after
+from sparsemix.ops.impl import picked
+from sparsemix.optim import Matrices, Moment, Optimizer, Schedule, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import Run, hardware, versions
+from sparsemix.step import accumulate, block_runner, read
 
 Progress = Callable[[dict[str, Any]], None]
 
 
 class TrainConfig(Config):
-    """How a model is trained; the number of steps follows from the budget."""
+    """How a model is trained; the number of steps follows from the budget.
+
+    dtype, compile: `auto` is as machine.py says; what was picked is in the result and stays when a run goes on.
+    recompute_blocks: keep what enters a block and its routing decisions, and compute the rest again in the backward
+    pass: less memory for a forward pass more."""
 
     budget_flops: float = Field(gt=0)
     lr: float = Field(default=3e-3, gt=0)
@@ -39,8 +45,12 @@ class TrainConfig(Config):
     accumulation: int = Field(default=1, ge=1)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
+    optimizer: Matrices = "adamw"
+    table_moment: Moment = "full"
     clip_norm: float = Field(default=1.0, gt=0)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DtypeSetting = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    recompute_blocks: bool = False
     evals: int = Field(default=8, ge=0)
     eval_tokens: int = Field(default=16_384, ge=1)
     test_tokens: int | None = Field(default=None, ge=1)
@@ -85,18 +95,6 @@ class RunConfig(Config):
         return steps
 
 
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
-    if setting != "auto":
-        return torch.bfloat16 if setting == "bfloat16" else torch.float32
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
     """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
     at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError and TrainingError."""
@@ -110,9 +108,15 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
         return run
     device = pick_device()
     model = config.model.build(config.seed).to(device).train()
-    optimizer = build_optimizer(model, config.train.lr, config.train.weight_decay)
+    t = config.train
+    optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
     run.rewind(state.step)
+    # What was picked at the start stays, wherever the run goes on.
+    state.dtype = state.dtype or str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
+    if state.compiled is None:
+        state.compiled = pick_compile(config.train.compile, config.train.budget_flops, device)
+    dtype, blocks = getattr(torch, state.dtype), block_runner(model, state.compiled, config.train.recompute_blocks)
     total = steps * config.step_flops
     marks = np.linspace(0, total, config.train.evals + 1)[1:-1] * (1 - 1e-9)
     log_every = max(1, steps // 1000)
@@ -130,7 +134,8 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
                         group["weight_decay"] = 0.0
                 # Random routing draws from the seed and the step alone, so a resumed run draws the same.
                 torch.manual_seed(zlib.crc32(f"{config.seed}/{state.step}".encode()))
-                line = train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
+                micro = [next(batches) for _ in range(config.train.accumulation)]
+                line = train_step(config, model, optimizer, micro, dtype, blocks)
                 if not np.isfinite(sum(line.values())):
                     raise _failure(config, model, optimizer, state, folder, line)
                 optimizer.step()
@@ -173,8 +178,11 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
         "wall_s": state.wall_s,
         "tokens_per_s": state.cursor * config.model.seq_len / state.wall_s,
         "peak_memory_bytes": peak.bytes(),
+        "dtype": state.dtype,
+        "compiled": state.compiled,
     }
-    run.finish({**spent, **evaluate(config, model, shards, folder), "versions": versions(), "hardware": hardware()})
+    about = {"versions": versions(), "hardware": hardware(), "kernels": picked()}
+    run.finish({**spent, **evaluate(config, model, shards, folder), **about})
     return run
 
 
@@ -206,29 +214,23 @@ def training_batches(
 
 
 def train_step(
-    config: RunConfig, model: LM, optimizer: torch.optim.Optimizer, batches: list[Batch]
+    config: RunConfig,
+    model: LM,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    dtype: torch.dtype | None = None,
+    run: BlockRunner = after,
 ) -> dict[str, float]:
-    """Gradients of one step, clipped, and running statistics moved; the caller steps the optimizer."""
+    """Gradients of one step, clipped, and running statistics moved; the caller steps the optimizer. The line that comes
+    back is the only thing read from the device."""
     optimizer.zero_grad()
-    losses: dict[str, float] = {}
-    stats: dict[str, Tensor] = {}
-    device = model.embed.weight.device
-    dtype = pick_dtype(config.train.dtype, device)
-    for batch in batches:
-        with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-            output = model(batch.tokens, context(batch, causal=False))
-        nats = token_nats(output.logits, batch.targets).mean()
-        share = 1.0 / len(batches)
-        (share * (nats + sum(output.aux.losses.values()))).backward()
-        for name, value in {"loss": nats, **output.aux.losses}.items():
-            losses[name] = losses.get(name, 0.0) + share * value.item()
-        stats = {name: stats.get(name, 0) + share * value for name, value in output.aux.stats.items()}
-    norms = [float(nn.utils.clip_grad_norm_(group, config.train.clip_norm)) for group in clip_groups(model)]
-    scalars = {name: float(value) for name, value in stats.items() if value.numel() == 1}
-    line = {**losses, "grad_norm": norms[0], **scalars}
+    dtype = dtype or pick_dtype(config.train.dtype, model.embed.weight.device)
+    seen = accumulate(model, batches, dtype, run)
+    norms = [optimizer.clip_grad_norm_(group, config.train.clip_norm) for group in clip_groups(model)]
+    line = read({**seen.scalars, "grad_norm": norms[0]})
     # A step that cannot be taken must leave the last good state as it was.
     if np.isfinite(sum(line.values())):
-        update(model, stats)
+        update(model, seen.stats)
     return line
 
 
@@ -279,7 +281,7 @@ def evaluate(config: RunConfig, model: LM, shards: Shards, folder: Path) -> dict
 def _failure(
     config: RunConfig,
     model: LM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     state: checkpoint.TrainState,
     folder: Path,
     line: dict[str, float],
@@ -287,7 +289,7 @@ def _failure(
     """Saves the last good state and says where the numbers went wrong."""
     checkpoint.save(folder / "checkpoints", state, model, optimizer)
     sizes = [f"{name} {float(p.detach().abs().max()):.3g}" for name, p in model.named_parameters() if p.ndim >= 2]
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    bad = [name for name, p in model.named_parameters() if not optimizer.is_finite(p)]
     losses = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
     return TrainingError(
         f"step {state.step + 1}: non-finite loss or gradient ({losses}); gradients not finite in: "

@@ -103,7 +103,6 @@ def test_a_million_rows_train_and_only_the_picked_ones_move(kind):
     assert counts.sum() == 63 * 4 * 8
     assert counts.nonzero().max() > 2**19
     for name, table in tables.items():
-        assert not table.grad[counts == 0].any(), name
-        assert table.grad[counts > 0].any(dim=1).all(), name
+        assert table.grad is None, name
         assert torch.equal(table[counts == 0], before[name][counts == 0]), name
         assert (table != before[name])[counts > 0].any(dim=1).all(), name

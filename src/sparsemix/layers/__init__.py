@@ -1,7 +1,7 @@
 """Mechanisms: one file each. The imports below are the registry: importing a file adds its kind."""
 
 from sparsemix.layers.attention import AttentionConfig
-from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, update
+from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, rank_means, update
 from sparsemix.layers.block import BlockConfig
 from sparsemix.layers.cache import Cache
 from sparsemix.layers.dense import DenseConfig
@@ -30,5 +30,6 @@ __all__ = [
     "MoEConfig",
     "PEERConfig",
     "PKMConfig",
+    "rank_means",
     "update",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
+import sparsemix.ops.cross_entropy
 import sparsemix.ops.expert_mlp
 import sparsemix.ops.grouped_mm
 import sparsemix.ops.peer_experts

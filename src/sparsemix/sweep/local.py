@@ -1,10 +1,8 @@
 """Runs on this machine's cores: a pool of processes, watched through their run folders, stopped gently."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -74,13 +72,12 @@ def _start(threads: int, stop: Any, parent: int) -> None:
     _stop, _parent = stop, parent
     # The terminal sends Ctrl-C to every process; only the parent answers it, through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     import torch
 
+    from sparsemix.machine import allocator_is_tunable, tune_cpu_allocator
+
+    if allocator_is_tunable():
+        tune_cpu_allocator()
     torch.set_num_threads(threads)
 
 
@@ -114,13 +111,15 @@ def probe_job(config: "RunConfig", data: Path, steps: int) -> tuple[float, float
     from sparsemix.checkpoint import TrainState
     from sparsemix.data import Shards
     from sparsemix.evaluate.perplexity import document_losses
+    from sparsemix.machine import pick_device
     from sparsemix.optim import build_optimizer
-    from sparsemix.train import pick_device, train_step, training_batches
+    from sparsemix.train import train_step, training_batches
 
     check_stop()
     shards, device = Shards.open(data), pick_device()
     model = config.model.build(config.seed).to(device).train()
-    optimizer = build_optimizer(model, config.train.lr)
+    t = config.train
+    optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
     batches = training_batches(config, shards, TrainState(), device)
     seconds = []
     for _ in range(steps):

@@ -1,0 +1,110 @@
+"""What this machine does fast: device, number type, threads, compilation, and memory that is not faulted in anew."""
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from sparsemix.errors import ConfigError
+
+DtypeSetting = Literal["auto", "float32", "bfloat16"]
+# bf16 products must beat fp32 by this before `auto` takes it. Processors that have them reach 2 and more, emulation
+# stays below 1, so that no machine stands near the edge and all runs on one agree.
+BF16_MUST_BEAT = 1.5
+# FLOP/s below which no machine of today trains: by them a budget becomes seconds, the same ones every time.
+CPU_THREAD_RATE, GPU_RATE = 5e10, 1e14
+# torch.compile saved 14 % of a dense step (docs/LOG.md) and took 37 s for its one kind of block.
+COMPILE_FROM_S = 900.0
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(setting: DtypeSetting, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on a GPU, and on a CPU where its products were measured to be at least 1.5 times as fast as fp32's
+    (never fp16, which CPUs emulate)."""
+    if setting != "auto":
+        return torch.bfloat16 if setting == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    rates = product_rates()
+    return torch.bfloat16 if rates["bfloat16"] >= BF16_MUST_BEAT * rates["float32"] else torch.float32
+
+
+@lru_cache
+def product_rates(rounds: int = 3) -> dict[str, float]:
+    """FLOP/s of one matrix product on the CPU by number type: the best of a few interleaved rounds, some 10 ms in all,
+    measured once a process."""
+    rows, d_in, d_out = 256, 512, 512
+    seconds: dict[torch.dtype, float] = {}
+    for _ in range(rounds + 1):  # the first finds its kernel and is never the best
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = torch.ones(rows, d_in, dtype=dtype), torch.ones(d_out, d_in, dtype=dtype)
+            began = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            seconds[dtype] = min(seconds.get(dtype, float("inf")), time.perf_counter() - began)
+    return {str(d).removeprefix("torch."): 2.0 * rows * d_in * d_out / s for d, s in seconds.items()}
+
+
+def thread_rates(counts: Iterable[int] | None = None) -> dict[int, float]:
+    """FLOP/s of an fp32 matrix product by number of threads: 1, 2, 4, ... up to the processors that this process may
+    use. A machine whose quota is below its cores shows it here."""
+    before, most = torch.get_num_threads(), usable_processors()
+    counts = counts or sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
+    rates: dict[int, float] = {}
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            product_rates.cache_clear()
+            rates[count] = product_rates()["float32"]
+    finally:
+        torch.set_num_threads(before)
+        product_rates.cache_clear()
+    return rates
+
+
+def usable_processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_compile(setting: bool | Literal["auto"], budget_flops: float, device: torch.device) -> bool:
+    """`auto` compiles where the budget is worth a quarter of an hour at 50 GFLOP/s a CPU thread or 100 TFLOP/s a GPU,
+    and where there is a compiler; so it depends on settings and machine, not on the load. Raises ConfigError."""
+    if device.type == "cuda":
+        able, rate = True, GPU_RATE
+    else:
+        able = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+        rate = CPU_THREAD_RATE * torch.get_num_threads()
+    if setting == "auto":
+        return able and budget_flops >= COMPILE_FROM_S * rate
+    if setting and not able:
+        raise ConfigError("train.compile=True needs a C++ compiler (g++ or clang++); install one or leave compile out")
+    return setting
+
+
+def allocator_is_tunable() -> bool:
+    """True where the C library is glibc."""
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
+def tune_cpu_allocator() -> None:
+    """Keep freed memory instead of returning it to the system, for the rest of this process.
+
+    glibc maps every large block anew and clears it page by page at first touch, in every step again. The price is
+    memory: what was once needed stays. Raises ConfigError without glibc."""
+    if not allocator_is_tunable():
+        raise ConfigError("the allocator of this system has no such settings (glibc has); leave this out")
+    libc = ctypes.CDLL(None)
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    libc.mallopt(mmap_threshold, 2**30)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(top_pad, 2**26)

@@ -1,0 +1,17 @@
+"""One optimizer over dense parameters, expert stacks and looked-up tables; its groups, schedule and clipping groups."""
+
+from sparsemix.optim.groups import Matrices, Moment, clip_groups, decays
+from sparsemix.optim.optimizer import Optimizer, build_optimizer
+from sparsemix.optim.schedule import Schedule, schedule, second_stage
+
+__all__ = [
+    "Matrices",
+    "Moment",
+    "Optimizer",
+    "Schedule",
+    "build_optimizer",
+    "clip_groups",
+    "decays",
+    "schedule",
+    "second_stage",
+]

@@ -1,0 +1,78 @@
+"""AdamW on looked-up tables, whose gradients are factors: state, gathering, and one step."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsemix.ops.row_adam import Moments, Rates, all_rows_, some_rows_
+from sparsemix.ops.row_grad import Order, RowGrad, joined, sort_rows, take_rows
+
+
+class TableGrad(NamedTuple):
+    """A table's gradient as factors, and the order of its picks by row."""
+
+    factors: RowGrad
+    order: Order
+
+
+def gather(table: Tensor, before: TableGrad | None) -> TableGrad | None:
+    """All of the table's gradient: `before`, what was recorded since, and `table.grad`, which is emptied."""
+    records = take_rows(table)
+    if table.grad is not None:
+        # A dense gradient is one in which every row is picked once.
+        ids = torch.arange(table.shape[0], device=table.device)[:, None]
+        records.append(RowGrad(ids, table.grad.new_ones(ids.shape), table.grad))
+        table.grad = None
+    if not records:
+        return before
+    factors = joined(records if before is None else [before.factors, *records])
+    return TableGrad(factors, sort_rows(factors.ids, table.shape[0]))
+
+
+def step(group: dict[str, Any], table: Tensor, grad: TableGrad, slots: dict[str, Tensor]) -> None:
+    """One step of AdamW with the settings of `group`. `slots` are the table's state; empty before the first step."""
+    if not slots:
+        slots |= _new_slots(table, group["by_row"], group["catch_up"])
+    slots["step"] += 1
+    lr, weight_decay = float(group["lr"]), group["weight_decay"]
+    if lr * weight_decay >= 1:
+        raise ValueError(f"weight_decay={weight_decay} times lr={lr} must be less than 1 for tables")
+    rates = Rates(lr, group["betas"], group["eps"], int(slots["step"]))
+    moments = Moments(slots["exp_avg"], slots["exp_avg_sq"])
+    if group["catch_up"]:
+        slots["seen"].index_fill_(0, grad.order.rows, 1)
+        all_rows_(table, moments, *grad, rates, 1 - lr * weight_decay, slots["seen"])
+        return
+    if weight_decay and "decayed" not in slots:
+        # fp64: sums over a run's steps of what one step takes, of which differences are used.
+        slots["decay"] = torch.zeros((), dtype=torch.float64)
+        slots["decayed"] = torch.zeros(table.shape[0], dtype=torch.float64, device=table.device)
+    if "decayed" in slots:
+        slots["decay"] += math.log1p(-lr * weight_decay)
+        some_rows_(table, moments, *grad, rates, slots["decayed"], float(slots["decay"]))
+    else:
+        some_rows_(table, moments, *grad, rates)
+
+
+def flush(table: Tensor, slots: dict[str, Tensor]) -> None:
+    """Bring every row to the weight decay of all steps up to now."""
+    if "decayed" in slots:
+        due = slots["decay"].to(table.device) - slots["decayed"]
+        table.mul_(due.exp().to(table.dtype)[:, None])
+        slots["decayed"].fill_(slots["decay"])
+
+
+def _new_slots(table: Tensor, by_row: bool, catch_up: bool) -> dict[str, Tensor]:
+    # bf16 has too few digits for a running mean.
+    exact = torch.promote_types(table.dtype, torch.float32)
+    shape = table.shape[:1] if by_row else table.shape
+    slots = {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(table, dtype=exact),
+        "exp_avg_sq": torch.zeros(shape, dtype=exact, device=table.device),
+    }
+    if catch_up:
+        slots["seen"] = torch.zeros(table.shape[0], dtype=torch.uint8, device=table.device)
+    return slots

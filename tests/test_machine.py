@@ -1,0 +1,80 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparsemix import machine
+from sparsemix.config import ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def rates(monkeypatch, **of):
+    monkeypatch.setattr(machine, "product_rates", lambda: of)
+
+
+def test_bf16_is_picked_where_it_was_measured_to_be_clearly_faster(monkeypatch):
+    rates(monkeypatch, float32=1e11, bfloat16=2e11)
+    assert machine.pick_dtype("auto", CPU) == torch.bfloat16
+    assert machine.pick_dtype("float32", CPU) == torch.float32
+    rates(monkeypatch, float32=1e11, bfloat16=1.2e11)
+    assert machine.pick_dtype("auto", CPU) == torch.float32
+    assert machine.pick_dtype("auto", GPU) == machine.pick_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_both_number_types_are_measured_once_a_process():
+    machine.product_rates.cache_clear()
+    first = machine.product_rates()
+    assert set(first) == {"float32", "bfloat16"} and min(first.values()) > 1e6
+    assert machine.product_rates() is first
+
+
+def test_threads_are_measured_and_put_back():
+    before = torch.get_num_threads()
+    assert set(machine.thread_rates([1, 2])) == {1, 2}
+    assert torch.get_num_threads() == before
+    assert max(machine.thread_rates()) == machine.usable_processors()
+
+
+def test_auto_compiles_where_training_takes_a_quarter_of_an_hour(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not machine.pick_compile("auto", 8e13, CPU) and machine.pick_compile("auto", 1e14, CPU)
+    assert not machine.pick_compile("auto", 8e16, GPU) and machine.pick_compile("auto", 1e17, GPU)
+    assert machine.pick_compile(True, 1.0, CPU) and not machine.pick_compile(False, 1e20, CPU)
+
+
+def test_without_a_compiler_auto_does_not_compile_and_a_wish_is_refused(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert not machine.pick_compile("auto", 1e20, CPU)
+    with pytest.raises(ConfigError, match=r"train\.compile=True needs a C\+\+ compiler"):
+        machine.pick_compile(True, 1e20, CPU)
+
+
+def test_the_allocator_is_tuned_with_glibc_and_refused_elsewhere(monkeypatch):
+    monkeypatch.setattr(machine, "allocator_is_tunable", lambda: False)
+    with pytest.raises(ConfigError, match="glibc has"):
+        machine.tune_cpu_allocator()
+
+
+FAULTS = """
+import resource, sys, torch, sparsemix
+torch.set_num_threads(1)
+if sys.argv[1] == "tuned":
+    sparsemix.tune_cpu_allocator()
+for i in range(14):
+    torch.ones(2**23)  # 32 MiB
+    if i == 9:  # freed blocks come back in the same places after a few rounds
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not machine.allocator_is_tunable(), reason="needs glibc")
+def test_a_tuned_allocator_faults_in_no_page_twice():
+    faults = {}
+    for name in ("plain", "tuned"):
+        command = [sys.executable, "-c", FAULTS, name]
+        faults[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert faults["tuned"] < 0.2 * faults["plain"]
