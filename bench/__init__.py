@@ -1,1 +1,1 @@
-"""Timings: interleaved runs of an op against its reference, refused when they disagree."""
+"""Results of `sparsemix bench`, and plain PyTorch to compare with; the works are in src/sparsemix/bench."""

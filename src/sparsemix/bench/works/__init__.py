@@ -1,0 +1,20 @@
+"""The works, by name; the order is that of the table."""
+
+from sparsemix.bench import ceilings
+from sparsemix.bench.work import Work
+from sparsemix.bench.works import depth, kinds, moe, peer, rows, scaling, tables, ternary
+
+WORKS = {
+    work.name: work
+    for work in (
+        Work("ceilings", "what this machine can do at most", ceilings.cases),
+        *peer.WORKS,
+        *moe.WORKS,
+        *depth.WORKS,
+        *ternary.WORKS,
+        *rows.WORKS,
+        *tables.WORKS,
+        *scaling.WORKS,
+        *kinds.WORKS,
+    )
+}
