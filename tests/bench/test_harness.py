@@ -207,3 +207,14 @@ def test_a_work_runs_as_a_worker_does(monkeypatch, tmp_path):
     worker.main("fake", str(tmp_path / "record.json"), str(threads), "quick")
     record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
     assert record["said"] == "ok" and [c["name"] for c in record["cases"]] == ["squares"]
+
+
+def test_a_file_that_holds_results_is_added_to_unless_they_are_of_another_machine(tmp_path):
+    now = datetime.now(UTC)
+    result = harness.about("sparsemix bench", 2, True, now)
+    file = tmp_path / "result.json"
+    assert harness.continued(file, result) == result
+    file.write_text(json.dumps(result | {"works": {"one": {"cases": [1]}}}), encoding="utf-8")
+    assert harness.continued(file, result)["works"] == {"one": {"cases": [1]}}
+    with pytest.raises(ConfigError, match="holds results with threads=2, not 1; choose another file"):
+        harness.continued(file, harness.about("sparsemix bench", 1, True, now))

@@ -12,7 +12,7 @@ import typer
 def bench(
     only: Annotated[list[str] | None, typer.Option("--only", help="Works to run; repeatable. Default: all.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds: a trial, not a result.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON to write; default: bench/results/DATE.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON to write or add to; default: bench/results/DATE.json.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch; default: one per core.", min=1)] = None,
     page: Annotated[Path | None, typer.Option(help="Only write docs/performance.md from this JSON.")] = None,
     names: Annotated[bool, typer.Option("--list", help="List the works.")] = False,
@@ -41,7 +41,7 @@ def bench(
     file = out or harness.default_path(now)
     count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count()
     command = shlex.join(["sparsemix", *sys.argv[1:]])
-    result = harness.about(command, count or 1, quick, now)
+    result = harness.continued(file, harness.about(command, count or 1, quick, now))
     stopped = False
     with Console(stderr=True).status("bench") as status:
         try:

@@ -51,6 +51,20 @@ def about(command: str, threads: int, quick: bool, now: datetime) -> dict[str, A
     }
 
 
+def continued(file: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with the works that `file` holds already, so that one work can be measured again. Raises ConfigError if
+    it holds something else, or what was measured elsewhere."""
+    if not file.is_file():
+        return result
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("schema", "hardware", "threads", "quick"):
+        if before.get(name) != result[name]:
+            raise ConfigError(
+                f"--out {file} holds results with {name}={before.get(name)}, not {result[name]}; choose another file"
+            )
+    return result | {"works": before["works"]}
+
+
 def version_of(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -79,7 +93,8 @@ def run(names: Sequence[str], result: dict[str, Any], threads: int, say: Say, fi
     what was measured is kept."""
     for i, name in enumerate(names, start=1):
         try:
-            result["works"][name] = one(name, threads, result["quick"], lambda at, i=i: say(f"{i}/{len(names)} {at}"))
+            record = one(name, threads, result["quick"], lambda at, i=i: say(f"{i}/{len(names)} {at}"))
+            result["works"][name] = record | {"commit": result["commit"], "created": result["created"]}
         except Interrupted as stop:
             result["works"][name] = stop.record
             raise KeyboardInterrupt from None

@@ -98,7 +98,7 @@ def about(result: dict[str, Any]) -> str:
     lines = [
         ("date", result["created"]),
         ("hardware", f"{result['hardware']}; {result['threads']} threads"),
-        ("commit", result["commit"] or DASH),
+        ("commit", ", ".join(sorted({record.get("commit") or DASH for record in result["works"].values()}))),
         ("versions", versions),
         ("kernels", ", ".join(f"{op} {impl}" for op, impl in sorted(kernels.items())) or DASH),
     ]

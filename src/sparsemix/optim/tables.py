@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsemix.ops.native import huge_pages
 from sparsemix.ops.row_adam import Moments, Rates, all_rows_, some_rows_
 from sparsemix.ops.row_grad import Order, RowGrad, joined, sort_rows, take_rows
 
@@ -68,11 +69,12 @@ def _new_slots(table: Tensor, by_row: bool, catch_up: bool) -> dict[str, Tensor]
     # bf16 has too few digits for a running mean.
     exact = torch.promote_types(table.dtype, torch.float32)
     shape = table.shape[:1] if by_row else table.shape
-    slots = {
-        "step": torch.zeros(()),
-        "exp_avg": torch.zeros_like(table, dtype=exact),
-        "exp_avg_sq": torch.zeros(shape, dtype=exact, device=table.device),
-    }
+    slots = {"step": torch.zeros(())}
+    for name, size in (("exp_avg", table.shape), ("exp_avg_sq", shape)):
+        slots[name] = torch.empty(size, dtype=exact, device=table.device)
+        # Before anything is written to it: its rows are visited at random, as the table's.
+        huge_pages(slots[name])
+        slots[name].zero_()
     if catch_up:
         slots["seen"] = torch.zeros(table.shape[0], dtype=torch.uint8, device=table.device)
     return slots

@@ -2,13 +2,14 @@
 
 from sparsemix.bench import ceilings
 from sparsemix.bench.work import Work
-from sparsemix.bench.works import depth, kinds, moe, peer, rows, scaling, tables, ternary
+from sparsemix.bench.works import depth, kinds, moe, peer, rows, scaling, tables, ternary, topk
 
 WORKS = {
     work.name: work
     for work in (
         Work("ceilings", "what this machine can do at most", ceilings.cases),
         *peer.WORKS,
+        *topk.WORKS,
         *moe.WORKS,
         *depth.WORKS,
         *ternary.WORKS,

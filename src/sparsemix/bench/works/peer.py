@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparsemix.bench import peers
-from sparsemix.bench.agreement import with_gradients
 from sparsemix.bench.ceilings import read_rows
 from sparsemix.bench.training import Training, our_optimizer, twin_input
 from sparsemix.bench.work import ABSENT, OURS, Case, Contender, Number, Unavailable, Work, free_gib, number_row
@@ -17,7 +16,6 @@ from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.layers import Layer
 from sparsemix.layers.product_keys import look_up
 from sparsemix.ops.peer_experts import peer_experts
-from sparsemix.ops.product_key_topk import product_key_topk
 from sparsemix.optim import Moment
 
 D, HEADS, K, D_KEY = 256, 8, 16, 256
@@ -76,7 +74,8 @@ def step_cases(quick: bool) -> Iterator[Case]:
 
     what = f"times as fast as {PEER} and torch's fused AdamW"
     # In a case of its own, for three contenders of a million experts would not fit on a machine of 24 GiB.
-    for num_tokens, moment, gib in ((512, "full", 16), (4096, "full", 19), (512, "row", 14)):
+    steps: tuple[tuple[int, Moment, int], ...] = ((512, "full", 16), (4096, "full", 19), (512, "row", 14))
+    for num_tokens, moment, gib in steps:
         name = f"{num_tokens} tokens" if moment == "full" else f"{num_tokens} tokens, row-wise second moment"
         yield Case(
             name,
@@ -159,6 +158,7 @@ class MemoryCase:
     name: str
     num_experts: int
     num_tokens: int
+    suffix: str = ""
 
     def measure(self, quick: bool) -> dict[str, Any]:
         peak: dict[str, float] = {}
@@ -182,7 +182,7 @@ class MemoryCase:
             value = peak[who] / peak[PEER] if who in peak and PEER in peak else None
             about = f"of the memory that {PEER} and torch's fused AdamW take beyond the tables"
             missing = "; ".join(f"{n}: {said[n]}" for n in (who, PEER) if n not in peak) or None
-            numbers.append(number_row(f"peer_memory/{what}", about, value, missing))
+            numbers.append(number_row(f"peer_memory/{what}{self.suffix}", about, value, missing))
         rows = {who: {"said": said[who]} | ({"peak_bytes": peak[who]} if who in peak else {}) for who in said}
         settings = {"num_experts": self.num_experts, "num_tokens": self.num_tokens}
         return {"name": self.name, "settings": settings, "amounts": {}, "contenders": rows, "numbers": numbers}
@@ -216,47 +216,7 @@ def resident() -> int:
 def memory_cases(quick: bool) -> Iterator[MemoryCase]:
     n = side(quick)
     yield MemoryCase(f"{n}^2 experts, 512 tokens", n * n, 512)
-
-
-def topk_cases(quick: bool) -> Iterator[Case]:
-    """Scores, side lists and the k best pairs for 8192 rows; forward alone, then with gradients."""
-    rows, n, C = (1024 if quick else 8192), 1024, D_KEY // 2
-    query = torch.randn(rows // HEADS, HEADS, 2, C)
-    keys = torch.randn(HEADS, 2, n, C) * C**-0.5
-
-    def grid(query: Tensor, keys: Tensor) -> Tensor:
-        """torch.topk of both sides, then of all k * k sums."""
-        scores = torch.einsum("nhpc,hpmc->pnhm", query, keys)
-        (left, right), _ = scores.topk(K, dim=-1)
-        best, _ = (left[..., :, None] + right[..., None, :]).flatten(-2).topk(K, dim=-1)
-        return best
-
-    def ours(query: Tensor, keys: Tensor) -> Tensor:
-        left, right, *_ = product_key_topk(query, keys, K)
-        return left + right
-
-    def made(op: Callable[[Tensor, Tensor], Tensor], backward: bool) -> Callable[[], Contender]:
-        leaves = {"query": query.clone().requires_grad_(), "keys": keys.clone().requires_grad_()}
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return op(query, keys)
-
-        def both() -> dict[str, Tensor]:
-            return with_gradients(op, leaves)
-
-        return lambda: Contender(both if backward else forward, both)
-
-    name, other = "8192 rows", "torch.topk and full grid"
-    settings = {"rows": rows, "n": n, "k": K, "d_side": C}
-    for case, backward in ((name, False), (f"{name}, with gradients", True)):
-        yield Case(
-            case,
-            {OURS: made(ours, backward), other: made(grid, backward)},
-            [Number(f"product_key_topk/{case}", f"times as fast as {other}", (other,))],
-            settings,
-            {} if backward else {"gemm_fp32": 4.0 * rows * n * C},
-        )
+    yield MemoryCase(f"{n}^2 experts, 4096 tokens", n * n, 4096, ", 4096 tokens")
 
 
 WORKS = (
@@ -278,5 +238,4 @@ WORKS = (
         memory_cases,
         ("peer_memory/full moments", "peer_memory/row-wise second moment"),
     ),
-    Work("product_key_topk", "the k best of n * n keys", topk_cases, ("product_key_topk/8192 rows",)),
 )
