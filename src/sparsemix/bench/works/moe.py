@@ -167,6 +167,11 @@ WORKS = (
         expert_cases,
         tuple(f"moe_experts/E={E}" for E in (64, 256, 1024)),
     ),
-    Work("moe_dense", "expert part beside a dense chain", dense_cases, ("moe_dense/E=8 bf16", "moe_dense/E=64 bf16")),
+    Work(
+        "moe_dense",
+        "expert part beside a dense chain",
+        dense_cases,
+        tuple(f"moe_dense/E={E} {dtype}" for E in (8, 64) for dtype in ("bf16", "fp32")),
+    ),
     Work("moe_capacity", "MoE layers at a capacity, forward and backward", capacity_cases),
 )
