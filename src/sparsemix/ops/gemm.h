@@ -6,10 +6,6 @@
 #pragma once
 #include "native.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #define NR (2 * W)  // columns of a panel, two vectors
 #define MR 6        // rows of a tile of two vectors: 12 sums, 2 columns and a broadcast fill 16 registers
 #define BLOCK 64    // rows of one expert that a task takes, so that its share of the rows stays in the second cache
@@ -41,10 +37,10 @@ static void narrow(void *out, const float *x, int64_t n, int low) {
 }
 
 // c[i, j] (+)= sum_k a[i ar + k ak] b[k bk + j] for m rows and v vectors of columns, both constants: the sums stay in
-// registers.
+// registers. For every k the line at `next`, `step` bytes further each time, is asked for: what comes after this tile.
 static inline __attribute__((always_inline)) void tile_of(const int m, const int v, int64_t K, const float *a,
                                                           int64_t ar, int64_t ak, const float *b, int64_t bk, float *c,
-                                                          int64_t cr, int add) {
+                                                          int64_t cr, int add, const char *next, int64_t step) {
     vf sum[2 * MR][2];
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
@@ -58,8 +54,8 @@ static inline __attribute__((always_inline)) void tile_of(const int m, const int
             sum[i][0] += x * b0;
             if (v > 1) sum[i][1] += x * b1;
         }
-        a += ak;
-        b += bk;
+        __builtin_prefetch(next);
+        a += ak, b += bk, next += step;
     }
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
@@ -73,21 +69,33 @@ static inline __attribute__((always_inline)) void tile_of(const int m, const int
 
 #define TILE(m, v) \
     case m * 2 + v: \
-        tile_of(m, v, min_of(DEPTH, K - k), a + k * ak, ar, ak, b + k * bk, bk, c, cr, add || k); \
+        tile_of(m, v, min_of(DEPTH, K - k), a + k * ak, ar, ak, b + k * bk, bk, c, cr, add || k, \
+                next + k * step, step); \
         break;
+
+// What a strip asks for while it computes: the lines from `at` on, for every k `step` bytes further and `row` bytes for
+// each row of a tile; with `row` 0 the first tile asks for all. Nothing if `at` is NULL.
+typedef struct {
+    const char *at;
+    int64_t step, row;
+} Ahead;
 
 // The same for any number of rows, in tiles of nearly equal height. Sums of DEPTH products are added up: one long sum
 // in fp32 would err twice as much.
 static __attribute__((noinline)) void strip(int64_t rows, int v, int64_t K, const float *a, int64_t ar, int64_t ak,
-                                            const float *b, int64_t bk, float *c, int64_t cr, int add) {
+                                            const float *b, int64_t bk, float *c, int64_t cr, int add,
+                                            Ahead ahead) {
     for (int64_t tiles = (rows + (v > 1 ? MR : 2 * MR) - 1) / (v > 1 ? MR : 2 * MR), m; tiles > 0; tiles--) {
         m = (rows + tiles - 1) / tiles;
+        const char *next = ahead.at ? ahead.at : (const char *)b;
+        int64_t step = ahead.at ? ahead.step + m * ahead.row : bk * 4;
         for (int64_t k = 0; k < K || !k; k += DEPTH) switch (m * 2 + v) {
                 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
                 TILE(7, 1) TILE(8, 1) TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1)
                 TILE(1, 2) TILE(2, 2) TILE(3, 2) TILE(4, 2) TILE(5, 2) TILE(6, 2)
             }
         rows -= m, a += m * ar, c += m * cr;
+        ahead.at = ahead.at && ahead.row ? ahead.at + m * ahead.row * K : NULL;
     }
 }
 
@@ -203,7 +211,9 @@ static void turned_product(float *out, int64_t apart, const void *w, int64_t str
             for (int64_t i = 0; i < m; i++) widen(wide + i * K, at(w, (f + i) * stride, low), K, low);
         for (int64_t t = 0; t < n; t += NR) {
             int v = vectors_of(n - t);
-            strip(m, v, K, a, low ? K : stride, 1, panels + t * K, v * W, out + t / NR * apart + f * v * W, v * W, 0);
+            Ahead ahead = {t ? NULL : at(w, (f + 2 * MR) * stride, low), 0, low ? 2 : 4};
+            float *c = out + t / NR * apart + f * v * W;
+            strip(m, v, K, a, low ? K : stride, 1, panels + t * K, v * W, c, v * W, 0, ahead);
         }
     }
 }
@@ -221,82 +231,9 @@ static void straight_product(void *out, int64_t out_stride, int out_low, const f
             }
         const float *b = packed ? wide : (const float *)w + j;
         float *c = aside ? edge : (float *)out + j;
-        strip(n, v, K, a, a_stride, 1, b, packed ? v * W : stride, c, aside ? v * W : out_stride, 0);
+        Ahead ahead = {at(w, j + NR, low), stride * (low ? 2 : 4), 0};
+        strip(n, v, K, a, a_stride, 1, b, packed ? v * W : stride, c, aside ? v * W : out_stride, 0, ahead);
         if (aside)
             for (int64_t t = 0; t < n; t++) narrow(at(out, t * out_stride + j, out_low), edge + t * v * W, columns, out_low);
     }
-}
-
-// Large results are written once, just after they were allocated: ask for huge pages, which fault 512 times less.
-static inline void huge_pages(void *x, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const int64_t page = 2 << 20;
-    char *from = (char *)whole((int64_t)(intptr_t)x, page), *to = (char *)((intptr_t)((char *)x + bytes) / page * page);
-    if (to - from >= 4 * page) madvise(from, to - from, MADV_HUGEPAGE);
-#endif
-}
-
-// Weight gradients of every expert, dw[e, f, d] = sum over its rows r of g[r, f] x[r, d], 0 without rows. Rows of g
-// and x may be picked by ids. Tasks are (expert, SLAB of F); sums run over rows in order, DEPTH at a time.
-#define SLAB 96
-#define REACH 512  // columns of x at a time, so that what is packed stays in the second cache
-
-typedef struct {
-    const void *x;
-    const int64_t *ids;
-    int64_t stride;
-    int low;
-} Rows;
-
-// The part of one task: f columns of g from f0 on, all D columns of x. The buffers hold DEPTH SLAB, DEPTH REACH and
-// SLAB REACH floats.
-static void weight_grad_slab(char *dw, int low, Rows g, int64_t f0, int64_t f, Rows x, int64_t D, int64_t start,
-                             int64_t n, float *left, float *right, float *sums) {
-    for (int64_t d0 = 0; d0 < D; d0 += REACH) {
-        int64_t d = min_of(REACH, D - d0), wide = whole(d, W);
-        int direct = !low && d == wide;
-        float *c = direct ? (float *)dw + f0 * D + d0 : sums;
-        int64_t cr = direct ? D : wide;
-        if (!n)
-            for (int64_t i = 0; i < f; i++) memset(c + i * cr, 0, wide * 4);
-        for (int64_t r0 = 0; r0 < n; r0 += DEPTH) {
-            int64_t rows = min_of(DEPTH, n - r0);
-            for (int64_t r = 0; r < rows; r++) {
-                widen(left + r * SLAB, row_of(g.x, g.ids, start + r0 + r, g.stride, g.low) + f0 * (g.low ? 2 : 4), f, g.low);
-                const char *row = row_of(x.x, x.ids, start + r0 + r, x.stride, x.low);
-                for (int64_t j = 0; j < d; j += NR) {
-                    int64_t m = min_of(NR, d - j), v = vectors_of(m);
-                    float *to = right + j * rows + r * v * W;
-                    widen(to, row + (d0 + j) * (x.low ? 2 : 4), m, x.low);
-                    for (int64_t i = m; i < v * W; i++) to[i] = 0;
-                }
-            }
-            for (int64_t j = 0; j < d; j += NR) {
-                int v = vectors_of(d - j);
-                strip(f, v, rows, left, 1, SLAB, right + j * rows, v * W, c + j, cr, r0 > 0);
-            }
-        }
-        if (!direct)
-            for (int64_t i = 0; i < f; i++) narrow(at(dw, (f0 + i) * D + d0, low), sums + i * cr, d, low);
-    }
-}
-
-static void weight_grads(void *dw, int low, Rows g, int64_t F, Rows x, int64_t D, const int64_t *counts, int64_t E,
-                         int64_t threads) {
-    int64_t *starts = malloc((E + 1) * 8), slabs = (F + SLAB - 1) / SLAB;
-    starts[0] = 0;
-    for (int64_t e = 0; e < E; e++) starts[e + 1] = starts[e] + counts[e];
-    huge_pages(dw, E * F * D * (low ? 2 : 4));
-#pragma omp parallel num_threads(threads)
-    {
-        float *left = floats(DEPTH * SLAB), *right = floats(DEPTH * REACH), *sums = floats(SLAB * REACH);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < E * slabs; task++) {
-            int64_t e = task / slabs, f0 = task % slabs * SLAB;
-            weight_grad_slab(at(dw, e * F * D, low), low, g, f0, min_of(SLAB, F - f0), x, D, starts[e], counts[e], left,
-                             right, sums);
-        }
-        free(left), free(right), free(sums);
-    }
-    free(starts);
 }

@@ -1,6 +1,7 @@
 // Feed-forward experts on picked tokens, y_n = sum over picks r of n of gate_r down_e act(first_e x_n), and backward
-// from the pre-activations alone. The products are in gemm.h; `kind` 0 relu, 1 silu, 2 gelu; `gated`: act(gate) up.
-#include "gemm.h"
+// from the pre-activations alone. The products are in gemm.h and gemm_grads.h; `kind` 0 relu, 1 silu, 2 gelu;
+// `gated`: act(gate) up.
+#include "gemm_grads.h"
 
 static inline vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 

@@ -1,5 +1,5 @@
-// The grouped product and its weight gradient. The products themselves are in gemm.h.
-#include "gemm.h"
+// The grouped product and its weight gradient. The products themselves are in gemm.h and gemm_grads.h.
+#include "gemm_grads.h"
 
 #define SPAN 256  // columns of a task's result
 
