@@ -33,9 +33,14 @@ def floors(rows: Sequence[dict[str, Any]]) -> bytes:
     axes = figure.subplots()
     places = range(len(rows))
     shares = [over_floor(row, row["value"]) for row in rows]
-    bars = axes.barh(places, shares, 0.62, color=[MET if row["met"] else MISSED for row in rows])
-    axes.bar_label(bars, [f"{row['value']:.3g}" for row in rows], padding=3, fontsize="small")
+    axes.barh(places, shares, 0.62, color=[MET if row["met"] else MISSED for row in rows])
     goals = [(over_floor(row, row["goal"]), i) for i, row in enumerate(rows) if row["goal"]]
+    for i, row in enumerate(rows):
+        # Beside the bar and its goal.
+        end = max([shares[i], *(goal for goal, place in goals if place == i)])
+        axes.annotate(
+            f"{row['value']:.3g}", (end, i), (5, 0), textcoords="offset points", va="center", fontsize="small"
+        )
     if goals:
         axes.plot(*zip(*goals, strict=True), "D", color=INK, ms=4, ls="none", label="goal")
         axes.legend(frameon=False, fontsize="small", loc="lower right")
@@ -67,7 +72,9 @@ def growth(cases: Sequence[dict[str, Any]]) -> bytes:
         axes.plot(sizes, seconds, "o-", color=PALETTE[1], label="measured")
         axes.set(title=case["name"], xscale="log", yscale="log")
         axes.set_xticks(sizes, list(rows))
-        axes.set_yticks(seconds, [time(second) for second in seconds])
+        # A label that would cover the one below it is left out.
+        marks = [second for i, second in enumerate(seconds) if all(second > 1.15 * s for s in seconds[:i])]
+        axes.set_yticks(marks, [time(second) for second in marks])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         if case is cases[0]:
