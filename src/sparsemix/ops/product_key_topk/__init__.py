@@ -46,7 +46,6 @@ def best_pairs(
     n = left.shape[-1]
     a, b = candidate_ranks(k, min(k, n))
     rows, P = left.numel() // n, a.numel()
-    assert KERNELS.source is not None
     KERNELS.call("best_pairs", left.contiguous(), right.contiguous(), rows, n, k, a, b, P, i, j)
     return i, j
 
@@ -73,7 +72,6 @@ def _native(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
     # With shared keys the heads' queries are as many queries of one head.
     rows, groups = (N * H, 1) if keys.ndim == 3 else (N, H)
     operands = query.contiguous(), keys.contiguous(), rows, groups, n, C, k, a, b, a.numel()
-    assert KERNELS.source is not None
     KERNELS.call("product_key_topk", *operands, *out)
     return out
 
