@@ -65,9 +65,8 @@ def choose(impl: str, operand: Tensor, num_rows: int, counts: Tensor) -> str:
     """The implementation for so many rows. `auto` leaves bf16 with 64 rows an expert to processors that multiply bf16:
     there torch's dense product reached 376 GFLOP/s, its fp32 one 190 (2 cores of Zen 4), and native kernels sum fp32
     products; the rule itself was not timed there. In fp32 no number of rows was found where torch is clearly faster."""
-    chosen = KERNELS.pick(impl, operand)
-    many = operand.dtype == torch.bfloat16 and num_rows >= 64 * len(counts)
-    return "torch" if chosen == "native" and impl == "auto" and many and native.isa() == "avx512_bf16" else chosen
+    many = operand.is_cpu and operand.dtype == torch.bfloat16 and num_rows >= 64 * len(counts)
+    return KERNELS.pick(impl, operand, leave=many and native.isa() == "avx512_bf16")
 
 
 def _native(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
