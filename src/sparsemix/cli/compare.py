@@ -1,0 +1,82 @@
+"""`sparsemix compare` and `sparsemix report`. Heavy imports are inside: the command line answers at once."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsemix.cli.options import Set, Text
+from sparsemix.cli.output import interruptible, say, show
+from sparsemix.errors import ConfigError
+
+
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
+    text: Text = None,
+    kinds: Annotated[
+        str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
+    ] = "dense,moe,peer,mh_moe,mod",
+    budget: Annotated[str, typer.Option(help="Training FLOPs a run (1e13), or auto:TIME (auto:6min).")] = "auto:6min",
+    seeds: Annotated[int, typer.Option(help="Seeds per kind; intervals need at least 2.")] = 3,
+    lr: Annotated[str, typer.Option(help="A rate, `rule` (by width), or `sweep` (per kind, on validation).")] = "rule",
+    placement: Annotated[str, typer.Option(help="Where routed feed-forwards go: middle, every-2, every.")] = "middle",
+    recipe: Annotated[str, typer.Option(help="The dense backbone: a packaged recipe or a YAML file.")] = "tiny",
+    override: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+) -> None:
+    """Train every kind at the same FLOP budget on the same text and report which is better."""
+    from sparsemix.config import parse
+    from sparsemix.sweep.compare import CompareConfig, Comparison
+    from sparsemix.sweep.watch import Stages
+
+    settings = {
+        "text": tuple(text or ("stdlib",)),
+        "kinds": tuple(kind.strip() for kind in kinds.split(",")),
+        "budget": budget,
+        "seeds": seeds,
+        "lr": lr,
+        "placement": placement,
+        "recipe": recipe,
+        "overrides": tuple(override or ()),
+    }
+    with interruptible(), Stages("data", say) as preparation:
+        comparison = Comparison(parse(CompareConfig, settings), out, say, workers, preparation)
+        runs = comparison.run()
+    _report(comparison, runs)
+
+
+def _report(comparison: Any, runs: Any) -> None:
+    import json
+
+    from sparsemix.report.console import tables
+    from sparsemix.report.page import write_report
+    from sparsemix.run import write_atomic
+    from sparsemix.sweep.summary import summarise
+
+    result = summarise(comparison, runs, shlex.join(["sparsemix", *sys.argv[1:]]))
+    write_atomic(comparison.out / "result.json", json.dumps(result, indent=1))
+    write_report(result, comparison.out / "report.html")
+    show(tables(result))
+    print(f"report: {comparison.out / 'report.html'}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A comparison's folder.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Also print the tables as Markdown.")] = False,
+) -> None:
+    """Write report.html anew from a comparison's result.json."""
+    import json
+
+    from sparsemix.report.markdown import to_markdown
+    from sparsemix.report.page import write_report
+
+    path = folder / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "rows" not in result:
+        raise ConfigError(f"{folder} holds no finished comparison; run `sparsemix compare --out {folder}` first")
+    write_report(result, folder / "report.html")
+    if markdown:
+        print(to_markdown(result))
+    print(f"report: {folder / 'report.html'}", file=sys.stderr if markdown else sys.stdout)

@@ -1,0 +1,35 @@
+"""`sparsemix inspect`. Heavy imports are inside: the command line answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemix.cli.options import Text
+from sparsemix.cli.output import interruptible, say, show
+
+
+def inspect(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a comparison's: then the first seed of each kind.")],
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on: the first of the text.")] = 65536,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; default: RUN/inspect.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The run's prepared text; default: beside the run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print inspect.json in place of the tables.")] = False,
+) -> None:
+    """Measure how a trained run routes: on --text, or on its own test split."""
+    from sparsemix.inspection import inspect_folder
+    from sparsemix.report.inspect_page import write_inspection
+    from sparsemix.report.inspect_tables import console_tables
+    from sparsemix.sweep.watch import Stages
+
+    place = out or run / "inspect"
+    with interruptible("no file is half-written; the same command starts anew"), Stages("inspect", say) as stages:
+        result = inspect_folder(run, text or [], tokens, data, stages)
+        write_inspection(result, place)
+    if as_json:
+        print((place / "inspect.json").read_text(encoding="utf-8"))
+    else:
+        show(console_tables(result))
+    print(f"page: {place / 'inspect.html'}", file=sys.stderr if as_json else sys.stdout)
