@@ -1,7 +1,8 @@
 """sparsemix: conditional-computation transformers, compared at equal FLOPs.
 
-`build_layer`, `build_model`, `build_optimizer`, `layer_cost`, `pack_ternary`, `tune_cpu_allocator` and `update` are the
-entry points; torch is imported only when one of them is first used, so the command line answers at once."""
+`build_layer`, `build_model`, `build_optimizer`, `layer_cost`, `load_model`, `pack_ternary`, `tune_cpu_allocator` and
+`update` are the entry points; torch is imported only when one of them is first used, so the command line answers at
+once."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
         build_model,
         build_optimizer,
         layer_cost,
+        load_model,
         pack_ternary,
         tune_cpu_allocator,
         update,
@@ -22,6 +24,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "layer_cost",
+    "load_model",
     "pack_ternary",
     "tune_cpu_allocator",
     "update",

@@ -1,6 +1,7 @@
 """The public entry points: layers, models, optimizers and costs from settings."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sparsemix.config import parse
@@ -9,12 +10,14 @@ from sparsemix.layers.packed import pack_ternary
 from sparsemix.machine import tune_cpu_allocator
 from sparsemix.model import LM, ModelConfig
 from sparsemix.optim import build_optimizer
+from sparsemix.trained import load
 
 __all__ = [
     "build_layer",
     "build_model",
     "build_optimizer",
     "layer_cost",
+    "load_model",
     "pack_ternary",
     "tune_cpu_allocator",
     "update",
@@ -34,6 +37,11 @@ def layer_cost(config: LayerConfig | Mapping[str, Any], d_model: int, seq_len: i
 def build_model(config: ModelConfig | Mapping[str, Any], seed: int = 0) -> LM:
     """A language model with parameters drawn from `seed`. Raises ConfigError."""
     return (config if isinstance(config, ModelConfig) else parse(ModelConfig, config)).build(seed)
+
+
+def load_model(folder: Path | str) -> LM:
+    """The trained model of a run's folder or of an exported one, in evaluation mode. Raises ConfigError."""
+    return load(Path(folder)).model
 
 
 def _layer(config: LayerConfig | Mapping[str, Any]) -> LayerConfig:

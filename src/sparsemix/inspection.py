@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
-from sparsemix.checkpoint import load_weights
-from sparsemix.config import ConfigError, config_hash, parse
-from sparsemix.data import Batch, Shards, read_documents
-from sparsemix.data.tokenizer import encode_stream, load_tokenizer
+from sparsemix.config import ConfigError, parse
+from sparsemix.data import Batch, read_documents
+from sparsemix.data.tokenizer import encode_stream
 from sparsemix.data.windows import Stream
 from sparsemix.evaluate.correlation import correlations
 from sparsemix.evaluate.perplexity import Losses, document_losses
 from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
 from sparsemix.layers import LayerConfig
-from sparsemix.machine import pick_device
-from sparsemix.model import LM
 from sparsemix.run import Run
 from sparsemix.train import RunConfig
+from sparsemix.trained import find_shards, load_run, run_tokenizer
 
 Progress = Callable[[str, int, int | None], None]
 HISTOGRAM_BINS = 20
@@ -54,7 +51,7 @@ def inspect_run(
     seq_len = config.model.seq_len
     if tokens < seq_len:
         raise ConfigError(f"tokens={tokens} must be at least the run's model.seq_len={seq_len}")
-    model = load_model(folder, config)
+    model = load_run(folder, config)
     stream = read_stream(folder, config, text, tokens, data)
     total = int(stream.starts[-1])
     if total < seq_len:
@@ -89,21 +86,6 @@ def inspect_run(
 TARGETS = {"loss": "nats", "entropy": "entropy"}
 
 
-def load_model(folder: Path, config: RunConfig) -> LM:
-    """The trained model of a run's folder. Raises ConfigError if it is unfinished or damaged."""
-    path = folder / "model" / "model.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no trained model; finish the run with the command that started it")
-    model = config.model.build(config.seed)
-    try:
-        load_weights(model, path)
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete it and train the run anew") from None
-    except RuntimeError:
-        raise ConfigError(f"{path} does not fit {folder / 'config.yaml'}; restore what the run wrote") from None
-    return model.to(pick_device())
-
-
 def read_stream(folder: Path, config: RunConfig, text: Sequence[str], tokens: int, data: Path | None) -> Stream:
     """The first `tokens` tokens of the text, or of the run's test split, by the run's tokenizer. Raises ConfigError."""
     shards = find_shards(folder, config, data)
@@ -111,30 +93,11 @@ def read_stream(folder: Path, config: RunConfig, text: Sequence[str], tokens: in
         if shards is None:
             raise ConfigError(f"the prepared data of {folder} is not beside it; give --text, or --data with its folder")
         return Stream(shards.tokens("test"), shards.starts("test")).first(tokens)
-    if shards is not None:
-        tokenizer = shards.tokenizer()
-    elif config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    else:
+    tokenizer = run_tokenizer(folder, config, data)
+    if tokenizer is None:
         raise ConfigError(f"the tokenizer of {folder} is not beside it; give --data with the run's prepared data")
     documents = (document.text for document in read_documents(text))
     return Stream(*encode_stream(tokenizer, documents, tokens)).first(tokens)
-
-
-def find_shards(folder: Path, config: RunConfig, data: Path | None) -> Shards | None:
-    """The data that the run was trained on: in `data`, or where `compare` and `train` put it. Raises ConfigError."""
-    name = config_hash(config.data.replace(fingerprint=None))
-    parent = folder.resolve().parent
-    places = [data] if data is not None else [parent / "data", parent / f"data-{name}"]
-    for place in places:
-        if data is None and not (place / "manifest.json").is_file():
-            continue
-        shards = Shards.open(place)
-        if config.data.fingerprint in (None, shards.manifest["fingerprint"]):
-            return shards
-        if data is not None:
-            raise ConfigError(f"data={data} is not what {folder} was trained on; name the folder that it read")
-    return None
 
 
 def _told(batches: Iterable[Batch], stage: str, windows: int, progress: Progress) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from sparsemix import checkpoint
+from sparsemix import checkpoint, saved
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import Batch, DataConfig, Shards
 from sparsemix.errors import TrainingError
@@ -167,8 +167,7 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     checkpoint.save(folder / "checkpoints", state, model, optimizer)
     torch.manual_seed(zlib.crc32(f"{config.seed}/after".encode()))
     reestimate(model, reestimation_batches(config, shards))
-    (folder / "model").mkdir(exist_ok=True)
-    checkpoint.save_weights(model, folder / "model" / "model.safetensors")
+    saved.write(model, folder / "model", shards.tokenizer())
     spent = {
         "seed": config.seed,
         "lr": config.train.lr,

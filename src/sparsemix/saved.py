@@ -1,0 +1,125 @@
+"""A model's folder: config.json, model.safetensors and, where there is one, tokenizer.json."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sparsemix import __version__
+from sparsemix.checkpoint import save_weights
+from sparsemix.config import ConfigError, parse
+from sparsemix.data.tokenizer import load_tokenizer, num_ids
+from sparsemix.model import LM, ModelConfig
+from sparsemix.run import write_atomic
+
+# Raised when an older library could misread what a newer one writes.
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+
+
+class Saved(NamedTuple):
+    """A model in evaluation mode, on the CPU, and its tokenizer."""
+
+    model: LM
+    tokenizer: Tokenizer | None
+
+
+def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write the folder; files of other names in it stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS)
+    if tokenizer is not None:
+        write_atomic(folder / "tokenizer.json", tokenizer.to_str())
+    write_atomic(folder / "config.json", json.dumps(settings_file(model.config), indent=1))
+
+
+def settings_file(config: ModelConfig) -> dict[str, Any]:
+    """What config.json holds: the model's settings, and the names by which Hugging Face finds its class."""
+    return {
+        "model_type": "sparsemix",
+        "architectures": ["SparsemixForCausalLM"],
+        "format": FORMAT,
+        "sparsemix_version": __version__,
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+def read(folder: Path) -> Saved:
+    """What `write` wrote, or Hugging Face's save_pretrained of the same model. Nothing in it is ever unpickled.
+
+    Raises ConfigError: no such folder, other settings, damaged weights, a tokenizer of another size."""
+    config = read_settings(folder)
+    model = config.build()
+    load_weights(model, folder)
+    return Saved(model.eval(), read_tokenizer(folder, config.vocab_size))
+
+
+def read_settings(folder: Path) -> ModelConfig:
+    """The settings in a folder's config.json. Raises ConfigError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or an exported model's")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); restore what was written") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != "sparsemix":
+        raise ConfigError(f"{path}: model_type={kind} must be sparsemix; `sparsemix convert` reads other decoders")
+    if raw.get("format") != FORMAT:
+        wrote = raw.get("sparsemix_version", "another version")
+        raise ConfigError(
+            f"{path}: format={raw.get('format')} must be {FORMAT}, which this version ({__version__}) reads; "
+            f"it was written by {wrote}: install that one"
+        )
+    if not isinstance(raw.get("settings"), dict):
+        raise ConfigError(f"{path} holds no settings; restore what was written")
+    try:
+        return parse(ModelConfig, raw["settings"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def load_weights(model: LM, folder: Path) -> None:
+    """Fill `model` from the folder's safetensors, one file or several; every name must be there and fit. Raises
+    ConfigError."""
+    tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(folder).items()}
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{folder / WEIGHTS} does not fit the settings beside it ({told})") from None
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / f"{WEIGHTS}.index.json"
+    names = [WEIGHTS]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no trained model: {name} is missing; finish the run, or copy it whole")
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is damaged ({error}); write it anew or copy it whole") from None
+    return tensors
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The folder's tokenizer; None if it has none. Raises ConfigError if it needs more ids than the model has."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+    if num_ids(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"{folder / 'tokenizer.json'} does not match the model: it has {num_ids(tokenizer)} ids, "
+            f"vocab_size={vocab_size}; restore the one that was written with the weights"
+        )
+    return tokenizer

@@ -1,0 +1,138 @@
+"""A model's folder is read as it was written; what is not one is refused in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsemix import load_model, saved, trained
+from sparsemix.config import ConfigError, parse
+from sparsemix.data import prepare
+from sparsemix.data.tokenizer import train_tokenizer
+from sparsemix.layers import Ctx
+from sparsemix.model import ModelConfig
+from sparsemix.train import train
+from tiny import BLOCKS, D, T, V, run_config, unchecked_shapes, write_corpus
+
+
+def built(name):
+    raw = {"d_model": D, "vocab_size": V, "seq_len": T, "blocks": BLOCKS[name]}
+    model = parse(ModelConfig, raw).build(3)
+    with torch.no_grad():
+        # No value may be what building gives.
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.rand_like(tensor) if tensor.is_floating_point() else 1)
+    return model
+
+
+def logits(model):
+    tokens = torch.arange(2 * T).view(2, T) % V
+    with torch.no_grad():
+        return model.eval()(tokens, Ctx(causal=True)).logits
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_read_is_bit_for_bit_what_was_written(name, tmp_path):
+    model = built(name)
+    saved.write(model, tmp_path / "m")
+    again = saved.read(tmp_path / "m").model
+    assert again.config == model.config and not again.training
+    assert model.state_dict().keys() == again.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_several_files_with_the_prefix_of_a_wrapper_are_one_model(tmp_path):
+    model = built("moe")
+    saved.write(model, tmp_path)
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(tmp_path / saved.WEIGHTS).items()}
+    (tmp_path / saved.WEIGHTS).unlink()
+    names = {f"model-0000{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for name, part in names.items():
+        save_file(part, tmp_path / name)
+    index = {"weight_map": {key: name for name, part in names.items() for key in part}}
+    (tmp_path / f"{saved.WEIGHTS}.index.json").write_text(json.dumps(index))
+    assert torch.equal(logits(saved.read(tmp_path).model), logits(model))
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(folder):
+    path = folder / saved.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def misfit(folder):
+    tensors = load_file(folder / saved.WEIGHTS)
+    save_file({name: t for name, t in tensors.items() if "norm" not in name}, folder / saved.WEIGHTS)
+
+
+def tokenizer_of(folder, size):
+    words = [f"word{i} and {i * 7919}" for i in range(4000)]
+    (folder / "tokenizer.json").write_text(train_tokenizer(words, size).to_str())
+
+
+BAD = {
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "model_type=llama must be sparsemix": lambda folder: edit(folder, model_type="llama"),
+    "format=2 must be 1": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
+    "written by 9.0": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
+    "holds no settings": lambda folder: edit(folder, settings=None),
+    "d_model=1": lambda folder: edit(
+        folder, settings=json.loads((folder / "config.json").read_text())["settings"] | {"d_model": 1}
+    ),
+    "is missing": lambda folder: (folder / saved.WEIGHTS).unlink(),
+    "is damaged": truncate,
+    "does not fit the settings": misfit,
+    "does not match the model: it has 400 ids, vocab_size=300": lambda folder: tokenizer_of(folder, 400),
+}
+
+
+@pytest.mark.parametrize("told", BAD)
+def test_a_folder_that_is_no_whole_model_is_refused_in_one_line(told, tmp_path):
+    saved.write(built("dense"), tmp_path)
+    BAD[told](tmp_path)
+    with pytest.raises(ConfigError) as error:
+        saved.read(tmp_path)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_runs_folder_and_its_model_folder_are_the_same_model(tmp_path):
+    data = write_corpus(tmp_path)
+    shards = prepare(data, tmp_path / "data")
+    with unchecked_shapes():
+        train(run_config(data, BLOCKS["nested"], steps=6), tmp_path / "run", shards)
+    run, alone = trained.load(tmp_path / "run"), trained.load(tmp_path / "run" / "model")
+    assert torch.equal(logits(run.model), logits(alone.model)) and torch.equal(
+        logits(load_model(tmp_path / "run")), logits(run.model)
+    )
+    assert run.config is not None and run.result is not None and alone.config is None
+    assert run.tokenizer is not None and alone.tokenizer is not None
+    assert run.tokenizer.to_str() == alone.tokenizer.to_str() == shards.tokenizer().to_str()
+    # A run of an earlier version has neither settings nor tokenizer beside its weights.
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "run" / "model" / name).unlink()
+    older = trained.load(tmp_path / "run")
+    assert torch.equal(logits(older.model), logits(run.model))
+    assert older.tokenizer is not None and older.tokenizer.to_str() == run.tokenizer.to_str()
+
+
+def test_an_unfinished_run_and_a_comparison_are_told_apart(tmp_path):
+    data = write_corpus(tmp_path)
+    shards = prepare(data, tmp_path / "data")
+    with unchecked_shapes():
+        train(run_config(data, BLOCKS["dense"], steps=3), tmp_path / "run", shards)
+    (tmp_path / "run" / "model" / saved.WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match="holds no trained model; finish the run"):
+        trained.load(tmp_path / "run")
+    (tmp_path / "plan.yaml").touch()
+    with pytest.raises(ConfigError, match="holds a comparison; name the folder of one of its runs"):
+        trained.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"nowhere is no model: it has no config\.json"):
+        trained.load(tmp_path / "nowhere")
