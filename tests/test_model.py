@@ -5,7 +5,7 @@ import torch
 
 from sparsemix.api import build_model
 from sparsemix.config import ConfigError, parse
-from sparsemix.layers import Ctx
+from sparsemix.layers import Cache, Ctx
 from sparsemix.model import ModelConfig, places, token_nats
 
 BLOCK = {
@@ -82,7 +82,7 @@ def test_bad_blocks_are_refused_in_one_line(blocks, wanted):
 def test_blocks_that_are_all_wrong_are_not_called_too_few_as_well():
     with pytest.raises(ConfigError) as caught:
         parse(ModelConfig, raw([BLOCK | {"precision": "ternary"}] * 2))
-    known = "precision=ternary is no setting here (known: kind, mixer, ffn)"
+    known = "precision=ternary is no setting here (known: kind, mixer, ffn, norm)"
     assert str(caught.value) == f"blocks.0.{known}; blocks.1.{known}"
 
 
@@ -183,3 +183,70 @@ def test_one_precision_reaches_every_layer_that_has_it_and_gives_none_itself():
         parse(ModelConfig, raw | {"precision": "ternery"})
     with pytest.raises(ConfigError, match=r"precision\.warmup_steps=-3"):
         parse(ModelConfig, raw | {"precision": {"weights": "ternary", "warmup_steps": -3}})
+
+
+def test_one_norm_reaches_every_block_that_gives_none_itself_and_the_last_one():
+    blocks = {"count": 3, "each": BLOCK, "wrap": {"at": [1], "kind": "mod"}}
+    written = [BLOCK, {"kind": "mod", "inner": BLOCK}, BLOCK | {"norm": "rms"}]
+    for given in (blocks, written):
+        config = parse(ModelConfig, raw(given) | {"norm": {"kind": "layer", "eps": 1e-5}})
+        norms = [getattr(block, "inner", block).norm for block in config.blocks]
+        assert [norm.kind for norm in norms] == ["layer", "layer", "layer" if given is blocks else "rms"]
+        assert config.norm == norms[0] and config.norm.eps == 1e-5
+        assert parse(ModelConfig, config.model_dump(mode="json")) == config
+    assert parse(ModelConfig, raw([BLOCK])).model_dump(mode="json")["norm"] == "rms"
+    with pytest.raises(ConfigError, match=r"^norm: 'layr' is none of rms, layer; did you mean 'layer'\?$"):
+        parse(ModelConfig, raw([BLOCK]) | {"norm": "layr"})
+
+
+GPT = {"norm": "layer", "tie_embeddings": False, "learned_positions": 12}
+
+
+def test_an_untied_head_and_learned_positions_are_read_where_the_equation_says():
+    model, tokens = build_model(raw([BLOCK]) | GPT).double().eval(), torch.randint(17, (2, 9))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for positions in (None, torch.stack([torch.arange(9) + 3, torch.arange(9)])):
+        ctx = Ctx(positions, causal=True)
+        x = model.embed.weight[tokens] + model.positions.weight[torch.arange(9) if positions is None else positions]
+        x = x + model.blocks[0](x, ctx)[0]
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+        wanted = (x * model.norm.weight + model.norm.bias) @ model.lm_head.weight.T
+        torch.testing.assert_close(model(tokens, ctx).logits, wanted, rtol=0, atol=1e-11)
+
+
+def test_the_loss_of_an_untied_head_is_that_of_its_logits_with_every_gradient():
+    model, tokens = build_model(raw([BLOCK]) | GPT).double(), torch.randint(17, (2, 9))
+    targets = tokens.roll(-1, 1)
+    targets[0, -1] = -100
+    parameters = dict(model.named_parameters())
+    plain = token_nats(model(tokens).logits, targets).sum() / 17
+    wanted = torch.autograd.grad(plain, list(parameters.values()))
+    loss = model.loss(tokens, targets)
+    torch.testing.assert_close(loss.mean, plain, rtol=0, atol=1e-11)
+    for name, got, want in zip(parameters, torch.autograd.grad(loss.mean, [*parameters.values()]), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg=name)
+        assert want.abs().max() > 0, name
+
+
+def test_an_untied_untrained_model_guesses_and_its_tables_are_drawn_apart():
+    model = build_model(raw([BLOCK]) | GPT)
+    tokens = torch.randint(17, (8, 9))
+    nats = token_nats(model(tokens).logits, tokens.roll(-1, 1)).detach()
+    assert float(nats.mean()) == pytest.approx(math.log(17), rel=0.02)
+    weights = [model.embed.weight, model.lm_head.weight, model.positions.weight]
+    assert all(0.015 < float(weight.detach().std()) < 0.025 for weight in weights)
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(build_model(raw([BLOCK])).embed.weight, weights[0])
+
+
+def test_learned_positions_end_with_a_sentence():
+    model = build_model(raw([BLOCK]) | GPT).eval()
+    cache = Cache(1)
+    model(torch.randint(17, (1, 12)), Ctx(causal=True, cache=cache))
+    for said, ctx in ((13, Ctx(causal=True)), (1, Ctx(causal=True, cache=cache))):
+        with pytest.raises(ConfigError, match=r"^learned_positions=12 must cover every token: one is at position 12;"):
+            model(torch.randint(17, (1, said)), ctx)
+    with pytest.raises(ConfigError, match=r"^seq_len=13 must be at most learned_positions=12$"):
+        parse(ModelConfig, raw([BLOCK]) | GPT | {"seq_len": 13})

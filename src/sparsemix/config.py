@@ -21,6 +21,7 @@ __all__ = [
     "apply_overrides",
     "config_hash",
     "load_yaml",
+    "named",
     "nearest",
     "parse",
     "to_yaml",
@@ -31,6 +32,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' when a known name is close to the given one, else ''."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def named(setting: str, raw: Any, known: Sequence[str]) -> Any:
+    """{setting: raw} where `raw` is a plain name. Raises ValueError if that is none of `known`."""
+    if not isinstance(raw, str):
+        return raw
+    if raw not in known:
+        raise ValueError(f"{raw!r} is none of {', '.join(known)}{nearest(raw, known)}")
+    return {setting: raw}
 
 
 def _bad(name: str, value: object, rule: str) -> ValidationError:

@@ -1,4 +1,4 @@
-"""The language model: embed, blocks, norm, tied head, loss in nats."""
+"""The language model: embed, blocks, norm, head, loss in nats."""
 
 import zlib
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from sparsemix.config import Config, ConfigError, parse
 from sparsemix.layers import AttentionConfig, Aux, BlockConfig, Cost, Ctx, DenseConfig, Layer, LayerConfig
-from sparsemix.layers.block import RMSNorm
-from sparsemix.layers.ternary import PrecisionConfig
+from sparsemix.layers.norm import RMS, NormConfig
+from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.ops.cross_entropy import cross_entropy
 
 CONVENTION = (
@@ -25,27 +25,41 @@ CONVENTION = (
 
 
 class ModelConfig(Config):
-    """A decoder-only language model with tied embeddings; every block is a layer of its own."""
+    """A decoder-only language model; every block is a layer of its own.
+
+    norm: of the final norm, and of every block that gives none itself. tie_embeddings: is the head the embedding?
+    learned_positions: rows of a table that is added to the embedding by position, 0 for none."""
 
     d_model: int = Field(ge=2)
     vocab_size: int = Field(ge=2)
     seq_len: int = Field(ge=1)
     blocks: tuple[LayerConfig, ...] = Field(min_length=1)
+    norm: NormConfig = RMS
+    tie_embeddings: bool = True
+    learned_positions: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        rows = self.learned_positions
+        self.rule(not rows or self.seq_len <= rows, "seq_len", f"must be at most learned_positions={rows}")
+        return self
 
     # Outermost, so that the shorthands are gone before names are checked.
     @model_validator(mode="wrap")
     @classmethod
     def _expand(cls, raw: Any, handler: Any) -> Any:
-        return handler(spread_precision(expand_blocks(raw)) if isinstance(raw, dict) else raw)
+        return handler(spread_shorthands(expand_blocks(raw)) if isinstance(raw, dict) else raw)
 
     @property
     def looks_ahead(self) -> bool:
         return any(block.looks_ahead for block in self.blocks)
 
     def cost(self, seq_len: int | None = None) -> Cost:
-        """Cost of one sequence: blocks, final norm, logits. The embedding lookup touches one row."""
+        """Cost of one sequence: blocks, final norm, logits. A lookup touches one row; a tied table is one table."""
         T, D, V = seq_len or self.seq_len, self.d_model, self.vocab_size
-        total = Cost.of("logits", 2.0 * D * V * T, V * D) + Cost.of("linear", 0.0, D)
+        total = Cost.of("logits", 2.0 * D * V * T, V * D) + Cost.of("linear", 0.0, self.norm.num_params(D))
+        for rows in (self.learned_positions, 0 if self.tie_embeddings else V):
+            total += Cost.of("linear", 0.0, rows * D, D if rows else 0)
         for block in self.blocks:
             total += block.cost(D, T)
         return total
@@ -108,18 +122,21 @@ def expand_blocks(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "blocks": blocks}
 
 
-class _Shorthand(Config):
-    precision: PrecisionConfig
+class _Shorthands(Config):
+    precision: PrecisionConfig = FLOAT
+    norm: NormConfig = RMS
 
 
-def spread_precision(raw: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a model with its `precision` written into every layer that has this setting and gives none itself.
+def spread_shorthands(raw: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model with its `precision` and its `norm` written into every layer that has the setting and gives
+    none itself. The norm is the model's own as well.
 
-    Layers without the setting (PEER's tables, routers, norms, the embedding) stay float. Raises ConfigError."""
-    if "precision" not in raw:
+    Layers without the setting (PEER's tables, routers, query norms, the embedding) stay as they are. Raises
+    ConfigError."""
+    given = {name: raw[name] for name in _Shorthands.model_fields if name in raw}
+    if not given:
         return raw
-    rest = {name: value for name, value in raw.items() if name != "precision"}
-    word = parse(_Shorthand, {"precision": raw["precision"]}).precision.model_dump()
+    words = parse(_Shorthands, given).model_dump(include=set(given))
 
     def spread(node: Any) -> Any:
         if isinstance(node, (list, tuple)):
@@ -127,9 +144,10 @@ def spread_precision(raw: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(node, dict):
             return node
         known = (LayerConfig.family or {}).get(str(node.get("kind")))
-        own = {"precision": word} if known is not None and "precision" in known.model_fields else {}
+        own = {} if known is None else {name: word for name, word in words.items() if name in known.model_fields}
         return own | {name: spread(value) for name, value in node.items()}
 
+    rest = {name: value for name, value in raw.items() if name != "precision"}
     return rest | {"blocks": spread(rest.get("blocks"))}
 
 
@@ -160,18 +178,21 @@ BlockRunner = Callable[[nn.Module, Tensor, Ctx], tuple[Tensor, Aux]]
 
 
 class LM(nn.Module):
-    """logits = norm(x_L) E^T with x_0 = E[tokens], x_{l+1} = x_l + block_l(x_l).
+    """logits = norm(x_L) W^T with x_0 = E[tokens] (+ P[positions]), x_{l+1} = x_l + block_l(x_l); tied W is E.
 
-    Initial values: embedding N(0, 0.02^2), linear layers N(0, 1/d_in), norms 1, the rest as its layer says. Every
+    Initial values: E, P and W N(0, 0.02^2), linear layers N(0, 1/d_in), norms 1, the rest as its layer says. Every
     module draws from a generator seeded by its own name, so models of different kinds start with the same values in
     the parts they share."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        rows = config.learned_positions
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(rows, config.d_model) if rows else None
         self.blocks = nn.ModuleList(_build(block, config.d_model, i) for i, block in enumerate(config.blocks))
-        self.norm = RMSNorm(config.d_model)
+        self.norm = config.norm.build(config.d_model)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         for name, module in self.named_modules():
             if isinstance(module, Layer):
                 module.path = name
@@ -186,8 +207,15 @@ class LM(nn.Module):
                     reset = module.reset_parameters
                     assert callable(reset)
                     reset()
-            torch.manual_seed(zlib.crc32(f"{seed}/embed".encode()))
-            nn.init.normal_(self.embed.weight, std=0.02)
+            for name in ("embed", "positions", "lm_head"):
+                if (module := getattr(self, name)) is not None:
+                    torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+                    nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def head(self) -> Float[Tensor, "V D"]:
+        """The weight that turns the stream into logits."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Int[Tensor, "B T"], ctx: Ctx | None = None) -> Output:
         """Logits in the dtype of the model (or of autocast); ctx defaults to causal unless training. With a cache,
@@ -199,7 +227,7 @@ class LM(nn.Module):
             counted = ctx.cache.advance(ctx.valid, tokens.shape[1], ctx.rows).to(tokens.device)
             ctx = ctx._replace(positions=counted if ctx.positions is None else ctx.positions)
         x, aux = self.hidden(tokens, ctx)
-        return Output(F.linear(x, self.embed.weight), aux)
+        return Output(F.linear(x, self.head), aux)
 
     def loss(
         self,
@@ -212,14 +240,18 @@ class LM(nn.Module):
         """Cross-entropy of the targets (-100: none) without the logits of all tokens at a time; ctx defaults to causal
         unless training. `run` runs the blocks."""
         x, aux = self.hidden(tokens, ctx or Ctx(causal=not self.training), run)
-        mean, nats = cross_entropy(x.flatten(0, 1), self.embed.weight, targets.flatten(), impl)
+        mean, nats = cross_entropy(x.flatten(0, 1), self.head, targets.flatten(), impl)
         return Loss(mean, nats.view_as(targets), aux)
 
     def hidden(
         self, tokens: Int[Tensor, "B T"], ctx: Ctx, run: BlockRunner = after
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
-        """What the head reads: norm(x_L)."""
+        """What the head reads: norm(x_L). Raises ConfigError where a token lies beyond the learned positions."""
         x, aux = self.embed(tokens), Aux({}, {})
+        if self.positions is not None:
+            places = ctx.places(tokens.shape[1], tokens.device)
+            check_room(places, self.positions.num_embeddings)
+            x = x + self.positions(places)
         for i, block in enumerate(self.blocks):
             x, said = run(block, x, ctx)
             aux |= said.under(f"blocks.{i}")
@@ -231,6 +263,15 @@ def _build(config: LayerConfig, d_model: int, i: int) -> Layer:
         return config.build(d_model)
     except ConfigError as error:
         raise ConfigError(f"blocks.{i}: {error}") from None
+
+
+def check_room(places: Int[Tensor, "b T"], rows: int) -> None:
+    """Raises ConfigError."""
+    if places.numel() and int(places.max()) >= rows:
+        raise ConfigError(
+            f"learned_positions={rows} must cover every token: one is at position {int(places.max())}; "
+            "give a shorter prompt, or generate fewer tokens"
+        )
 
 
 def token_nats(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:

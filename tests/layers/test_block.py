@@ -19,6 +19,13 @@ def test_a_block_is_its_loop_with_every_feed_forward(ffn, ctx):
     assert_is_its_loop(layer, tokens(), ctx)
 
 
+@pytest.mark.parametrize("ctx", [contexts()[name] for name in ("plain", "all")], ids=["plain", "all"])
+@pytest.mark.parametrize("norm", ["layer", {"kind": "layer", "eps": 0.1}, {"kind": "rms", "eps": 0.1}], ids=str)
+def test_a_block_is_its_loop_with_every_norm(norm, ctx):
+    layer = build({"kind": "block", "mixer": ATTENTION, "ffn": FEEDS["dense"], "norm": norm})
+    assert min(assert_is_its_loop(layer, tokens(), ctx).values()) > 0
+
+
 def test_the_second_norm_reads_the_stream_after_the_mixer():
     layer, x = build({"kind": "block", "mixer": ATTENTION, "ffn": FEEDS["dense"]}), tokens()
     mixed = layer.mixer(layer.mixer_norm(x))[0]

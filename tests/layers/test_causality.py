@@ -30,8 +30,14 @@ def mod(inner, **settings):
     return {"kind": "mod", "capacity": 0.4, "predictor_width": 4, "inner": inner, **settings}
 
 
+QWEN = ATTENTION | {"d_head": 6, "bias": "all", "qk_norm": "head", "window": 4}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 40}
 CASES = {
     "attention": ATTENTION,
+    "attention_window": ATTENTION | {"window": 3},
+    "attention_qwen": QWEN,
+    "attention_olmo": ATTENTION | {"qk_norm": "full", "rope_scaling": LLAMA3},
+    "attention_unturned": ATTENTION | {"rope_theta": None},
     "dense": DENSE,
     "moe": MOE,
     "moe_bias": MOE | {"bias_rate": 0.1},
@@ -57,6 +63,8 @@ CASES = {
     "mh_moe_choice": MH_MOE | {"inner": EXPERT_CHOICE},
     "block": block(DENSE),
     "mod_dense": mod(DENSE),
+    "block_layer_norm": block(DENSE | {"bias": True}) | {"norm": "layer"},
+    "mod_window": mod(block(DENSE, QWEN)),
     "mod_everything": mod(block(DENSE), capacity=1.0),
     "mod_block": mod(block(DENSE)),
     "mod_threshold": mod(block(DENSE), sampling="threshold"),
@@ -94,8 +102,12 @@ def model_of(name):
 
 def observed_model(middle):
     """An observed fp64 model whose first and last blocks are plain, so that a leak can travel."""
-    model = build_model({"d_model": 16, "vocab_size": V, "seq_len": T, "blocks": [block(DENSE), middle, block(DENSE)]})
-    model = model.double().requires_grad_(False)
+    return observed({"d_model": 16, "vocab_size": V, "seq_len": T, "blocks": [block(DENSE), middle, block(DENSE)]})
+
+
+def observed(raw):
+    """An fp64 model after one step of observing, whose tokens and scores lie well apart."""
+    model = build_model(raw).double().requires_grad_(False)
     with torch.no_grad():
         model.embed.weight.mul_(50)
         for parameter_name, parameter in model.named_parameters():

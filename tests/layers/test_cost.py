@@ -18,8 +18,15 @@ MOD = BASES["mod"]
 CASES = {
     **BASES,
     "attention_grouped": {"kind": "attention", "num_heads": 10, "num_kv_heads": 2},
-    **{f"dense_{name}": DENSE | {"activation": name} for name in ("geglu", "gelu", "relu", "silu")},
-    **{f"moe_{name}": MOE | {"activation": name} for name in ("geglu", "gelu", "relu", "silu")},
+    "attention_wide": ATTENTION | {"d_head": 6, "bias": "all", "qk_norm": "full", "num_kv_heads": 1},
+    "attention_qwen": ATTENTION | {"d_head": 2, "bias": "qkv", "qk_norm": "head", "num_kv_heads": 1, "window": 5},
+    "attention_unturned": ATTENTION | {"rope_theta": None},
+    "attention_wide_ternary": ATTENTION | {"d_head": 6, "bias": "qkv", "precision": "ternary"},
+    "dense_bias": DENSE | {"bias": True},
+    "dense_bias_ternary": DENSE | {"bias": True, "activation": "gelu_tanh", "precision": "ternary"},
+    "block_layer_norm": BLOCK | {"norm": "layer"},
+    **{f"dense_{name}": DENSE | {"activation": name} for name in ("geglu", "gelu", "gelu_tanh", "relu", "silu")},
+    **{f"moe_{name}": MOE | {"activation": name} for name in ("geglu", "gelu", "gelu_tanh", "relu", "silu")},
     "attention_ternary": ATTENTION | {"precision": "ternary"},
     "expert_choice_ternary": BASES["expert_choice"] | {"precision": "ternary"},
     "mode_choice_ternary": BASES["mode"]
@@ -131,6 +138,19 @@ def test_a_model_costs_its_blocks_and_its_logits():
     assert sum(parameter.numel() for parameter in model.parameters()) == config.cost().params
     routed = layer_cost(MOD, D, 23).flops + layer_cost(MOE, D, 23).flops
     assert config.outside_flops() == config.cost().flops - routed
+
+
+def test_tables_of_an_untied_model_count_where_they_are_multiplied_or_looked_up():
+    raw = {"d_model": D, "vocab_size": 37, "seq_len": 23, "blocks": [BLOCK]}
+    more = {"norm": "layer", "tie_embeddings": False, "learned_positions": 29}
+    model, config = build_model(raw | more), parse(ModelConfig, raw | more)
+    with torch.no_grad():
+        assert count_flops(lambda: model(torch.randint(37, (1, 23)))) == config.cost().flops
+    assert config.cost().flops == parse(ModelConfig, raw).cost().flops
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.cost().params
+    # One row of each table that is looked up, and the bias of every norm.
+    assert config.cost().active_params == parse(ModelConfig, raw).cost().active_params + 2 * D + 3 * D
+    assert config.cost().bytes == 4 * config.cost().active_params
 
 
 def block_of(d, d_ff):

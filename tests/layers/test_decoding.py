@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_causality import CASES, DENSE, V, block, mod, model_of, observed_model
+from test_causality import CASES, DENSE, V, block, mod, model_of, observed, observed_model
 
 from sparsemix.layers import Ctx
 from sparsemix.layers.cache import FIRST_SLOTS, Cache
@@ -54,6 +54,42 @@ def test_a_padded_batch_decoded_token_by_token_is_every_sequence_alone(name, sid
         assert_equal(logits[b, valid[b]], alone(model, sequence))
         assert_equal(whole[b, valid[b]], alone(model, sequence))
     assert cache.seen.tolist() == LENGTHS
+
+
+def gpt(middle):
+    """Three blocks with learned positions, none of them turned, layer norms and an untied head."""
+    mixer = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2, "rope_theta": None, "bias": "all"}
+    plain = block(DENSE | {"bias": True, "activation": "gelu_tanh"}, mixer)
+    blocks = [plain, plain if middle is None else middle | {"inner": plain}, plain]
+    settings = {"norm": "layer", "tie_embeddings": False, "learned_positions": T}
+    return observed({"d_model": 16, "vocab_size": V, "seq_len": T, "blocks": blocks, **settings})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("middle", [None, mod(DENSE)], ids=["plain", "mod"])
+def test_learned_positions_decode_padded_batches_as_every_sequence_alone(middle, side):
+    model, several = gpt(middle).eval(), sequences()
+    tokens, valid, positions = padded(several, side)
+    logits, _ = in_chunks(model, tokens, valid, [4, *range(5, T + 1)])
+    whole = model(tokens, Ctx(positions=positions, valid=valid, causal=True)).logits
+    counted_slots = model(tokens, Ctx(valid=valid, causal=True)).logits
+    for b, sequence in enumerate(several):
+        assert_equal(logits[b, valid[b]], alone(model, sequence))
+        assert_equal(whole[b, valid[b]], alone(model, sequence))
+    if side == "left":
+        assert (counted_slots - whole)[1, valid[1]].abs().max() > 1e-3, "a slot must be no position"
+
+
+def test_a_window_forgets_by_position_and_not_by_slot():
+    model, tokens = model_of("mod_window").eval(), torch.randint(V, (3, T))
+    logits, cache = in_chunks(model, tokens, None, [5, *range(6, T + 1)])
+    assert_equal(logits, model(tokens, Ctx(causal=True)).logits)
+    mixer = model.blocks[1].inner.mixer
+    assert cache.lengths("blocks.1.inner.mixer").max() > mixer.window, "the window must bite"
+    mixer.window = None
+    without = model(tokens, Ctx(causal=True)).logits
+    mixer.window = 4
+    assert (without - logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cuts", [[13], [1, 13], [4, 5, 12, 13], [7, 13]], ids=str)

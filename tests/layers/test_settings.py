@@ -10,8 +10,18 @@ D = 20
 BASE = BASES | {"moe": MOE, "mode": MODE, "mh_moe": BASES["mh_moe"] | {"bias": False}}
 # Another value of every setting of every kind. A new kind or setting adds its own, or the test below fails.
 OTHER = {
-    "attention": {"num_heads": 1, "num_kv_heads": 1, "rope_theta": 100.0, "precision": "ternary"},
-    "dense": {"d_ff": 6, "activation": "geglu", "precision": "ternary"},
+    "attention": {
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "d_head": 6,
+        "bias": "all",
+        "qk_norm": "head",
+        "window": 3,
+        "rope_theta": 100.0,
+        "rope_scaling": {"kind": "linear", "factor": 3.0},
+        "precision": "ternary",
+    },
+    "dense": {"d_ff": 6, "activation": "geglu", "bias": True, "precision": "ternary"},
     "moe": {
         "num_experts": 6,
         "top_k": 1,
@@ -84,7 +94,7 @@ OTHER = {
         "router_loss_weight": 0.7,
         "anneal_steps": 9,
     },
-    "block": {"mixer": DENSE, "ffn": DENSE},
+    "block": {"mixer": DENSE, "ffn": DENSE, "norm": "layer"},
 }
 # What else must be set for a setting to have its say.
 BESIDE = {("mod", "router_loss_weight"): {"sampling": "router_bce"}}

@@ -3,34 +3,26 @@
 from typing import Literal
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
+from sparsemix.layers.norm import RMS, NormConfig
 
 
 class BlockConfig(LayerConfig):
-    """y = mixer(norm x) + ffn(norm(x + mixer(norm x))), both norms RMSNorm."""
+    """y = mixer(norm x) + ffn(norm(x + mixer(norm x))), both norms of one kind."""
 
     kind: Literal["block"] = "block"
     mixer: LayerConfig
     ffn: LayerConfig
+    norm: NormConfig = RMS
 
     def cost(self, d_model: int, seq_len: int) -> Cost:
-        norms = Cost.of("linear", 0.0, 2 * d_model)
+        norms = Cost.of("linear", 0.0, 2 * self.norm.num_params(d_model))
         return norms + self.mixer.cost(d_model, seq_len) + self.ffn.cost(d_model, seq_len)
 
     def build(self, d_model: int) -> "Block":
         return Block(self, d_model)
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, over the last axis, in the precision of the weight. Source: arXiv:1910.07467."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, eps=1e-6)
-
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Block(Layer):
@@ -38,9 +30,9 @@ class Block(Layer):
 
     def __init__(self, config: BlockConfig, d_model: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(d_model)
+        self.mixer_norm = config.norm.build(d_model)
         self.mixer = config.mixer.build(d_model)
-        self.ffn_norm = RMSNorm(d_model)
+        self.ffn_norm = config.norm.build(d_model)
         self.ffn = config.ffn.build(d_model)
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:

@@ -70,9 +70,10 @@ class Cache:
         positions: Int[Tensor, "B T"],
         doc_ids: Int[Tensor, "B T"] | None,
         valid: Bool[Tensor, "B T"] | None,
+        window: int | None = None,
     ) -> tuple[Float[Tensor, "B H S d"], Float[Tensor, "B H S d"], Bool[Tensor, "B 1 T S"]]:
         """Store the real tokens behind what their rows hold; then everything these rows hold, and which key each
-        query sees: those at its own slot or before, of its document."""
+        query sees: those at its own slot or before, of its document, fewer than `window` positions back."""
         if path not in self.stores:
             self.stores[path] = Store.empty(self.num_rows, k)
         store = self.stores[path]
@@ -93,6 +94,8 @@ class Cache:
         S = int(store.lengths[rows].max().clamp_min(1))
         mask = torch.arange(S, device=k.device) <= slots[:, :, None]  # (B, T, S)
         mask = mask & (store.doc_ids[rows, None, :S] == docs[:, :, None])
+        if window is not None:
+            mask = mask & (positions[:, :, None] - store.positions[rows, None, :S] < window)
         # A filling query sees everything: its softmax stays finite and nobody reads it.
         mask = mask | ~real[:, :, None]
         return store.k[rows, :, :S], store.v[rows, :, :S], mask[:, None]

@@ -1,6 +1,7 @@
 """Plain matrix multiplies and expert banks: every one in the library goes through here."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +13,10 @@ from sparsemix.ops.expert_mlp import expert_mlp
 from sparsemix.ops.grouped_mm import grouped_mm
 from sparsemix.ops.ternary_mm import experts_of
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
 # Gated or not, the function that is applied.
-ACTS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+ACTS = {"swiglu": "silu", "geglu": "gelu"} | {name: name for name in ACTIVATIONS}
 
 
 class Linear(nn.Module):

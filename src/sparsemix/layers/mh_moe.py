@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
-from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.dense import Activation, DenseConfig
 from sparsemix.layers.linear import Linear
+from sparsemix.layers.norm import RMSNorm
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsemix.config import Config, nearest
+from sparsemix.config import Config, named
 from sparsemix.layers.base import Layer
 from sparsemix.ops.grouped_mm import grouped_mm
 from sparsemix.ops.ternary_mm import int8_row_values, spread, ternary_values
@@ -30,11 +30,7 @@ class PrecisionConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, raw: Any) -> Any:
-        if not isinstance(raw, str):
-            return raw
-        if raw not in PRECISIONS:
-            raise ValueError(f"{raw!r} is none of {', '.join(PRECISIONS)}{nearest(raw, PRECISIONS)}")
-        return {"weights": raw}
+        return named("weights", raw, PRECISIONS)
 
     @model_validator(mode="after")
     def _rules(self) -> "PrecisionConfig":

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsemix.layers.base import Layer
-from sparsemix.layers.block import RMSNorm
 from sparsemix.layers.linear import Experts, Linear
+from sparsemix.layers.norm import RMSNorm
 from sparsemix.layers.peer import PEER
 from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryNorm

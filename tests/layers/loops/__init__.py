@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from loops.experts import expert_choice, mode, moe
-from loops.tokens import ACTIVATION, assemble, dense, gain, linear, normed, real_of, real_tokens, rms
+from loops.tokens import ACTIVATION, assemble, dense, gain, linear, norm_of, normed, real_of, real_tokens
 from sparsemix.layers.attention import Attention
 from sparsemix.layers.block import Block
 from sparsemix.layers.dense import Dense
@@ -30,27 +30,60 @@ def positions_of(x, ctx):
     return torch.arange(x.shape[1]).expand(x.shape[:2]) if ctx.positions is None else ctx.positions
 
 
-def turn(head, position, theta):
-    """Channel pairs (i, i + d/2) as complex numbers, multiplied by exp(i position theta^(-2i/d))."""
+def pair_speed(i, d, theta, scaling):
+    """Radians per position of channel pair i."""
+    speed = theta ** (-2 * i / d)
+    if scaling is None:
+        return speed
+    if scaling.kind == "linear":
+        return speed / scaling.factor
+    turns, low, high = (
+        scaling.original_seq_len * speed / (2 * math.pi),
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+    )
+    if turns <= low:
+        return speed / scaling.factor
+    if turns >= high:
+        return speed
+    kept = (turns - low) / (high - low)
+    return kept * speed + (1 - kept) * speed / scaling.factor
+
+
+def turn(head, position, layer):
+    """Channel pairs (i, i + d/2) as complex numbers, multiplied by exp(i position speed)."""
+    if layer.rope_theta is None:
+        return head
     d = len(head)
-    angle = position * theta ** (-2 * torch.arange(d // 2, dtype=head.dtype) / d)
+    speeds = [pair_speed(i, d, layer.rope_theta, layer.rope_scaling) for i in range(d // 2)]
+    angle = position * torch.tensor(speeds, dtype=head.dtype)
     turned = torch.complex(head[: d // 2], head[d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag])
 
 
+def one_head(projection, norm, token, at):
+    """Channels `at` of a projected token, normed over the head or over all channels where there is a norm."""
+    whole = linear(projection, token)
+    if norm is None:
+        return whole[at]
+    return norm_of(norm, whole)[at] if len(norm.weight) == len(whole) else norm_of(norm, whole[at])
+
+
 def attention(layer, x, ctx):
     positions, real = positions_of(x, ctx), real_of(x, ctx)
-    d, group = x.shape[2] // layer.num_heads, layer.num_heads // layer.num_kv_heads
-    rows = {}
+    group, rows = layer.num_heads // layer.num_kv_heads, {}
+    d = layer.q.weight.shape[0] // layer.num_heads
     for b, t in real_tokens(x, ctx):
         seen = [
             s for s in range(t + 1) if real[b, s] and (ctx.doc_ids is None or ctx.doc_ids[b, s] == ctx.doc_ids[b, t])
         ]
+        if layer.window is not None:
+            seen = [s for s in seen if positions[b, t] - positions[b, s] < layer.window]
         heads = []
         for h in range(layer.num_heads):
             mine, theirs = slice(h * d, (h + 1) * d), slice(h // group * d, (h // group + 1) * d)
-            q = turn(linear(layer.q, x[b, t])[mine], positions[b, t], layer.rope_theta)
-            keys = [turn(linear(layer.k, x[b, s])[theirs], positions[b, s], layer.rope_theta) for s in seen]
+            q = turn(one_head(layer.q, layer.q_norm, x[b, t], mine), positions[b, t], layer)
+            keys = [turn(one_head(layer.k, layer.k_norm, x[b, s], theirs), positions[b, s], layer) for s in seen]
             weights = torch.stack([q @ k / math.sqrt(d) for k in keys]).exp()
             values = [linear(layer.v, x[b, s])[theirs] for s in seen]
             heads.append(sum(w * v for w, v in zip(weights, values, strict=True)) / weights.sum())
@@ -240,11 +273,9 @@ def mod(layer, x, ctx):
 
 def block(layer, x, ctx):
     tokens = real_tokens(x, ctx)
-    mixed, mixer_losses = loop(
-        layer.mixer, assemble(x, {at: rms(x[at], layer.mixer_norm.weight) for at in tokens}), ctx
-    )
+    mixed, mixer_losses = loop(layer.mixer, assemble(x, {at: norm_of(layer.mixer_norm, x[at]) for at in tokens}), ctx)
     middle = x + mixed
-    fed, ffn_losses = loop(layer.ffn, assemble(x, {at: rms(middle[at], layer.ffn_norm.weight) for at in tokens}), ctx)
+    fed, ffn_losses = loop(layer.ffn, assemble(x, {at: norm_of(layer.ffn_norm, middle[at]) for at in tokens}), ctx)
     losses = {f"mixer.{name}": value for name, value in mixer_losses.items()}
     return mixed + fed, losses | {f"ffn.{name}": value for name, value in ffn_losses.items()}
 

@@ -6,6 +6,7 @@ import torch
 
 ACTIVATION = {
     "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / math.sqrt(2))),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
     "relu": lambda z: z.clamp(min=0),
     "silu": lambda z: z / (1 + torch.exp(-z)),
 }
@@ -27,8 +28,15 @@ def assemble(x, rows):
     return torch.stack([torch.stack([rows.get((b, t), zero) for t in range(x.shape[1])]) for b in range(x.shape[0])])
 
 
-def rms(token, weight):
-    return token / (token.square().mean() + 1e-6).sqrt() * weight
+def rms(token, weight, eps=1e-6):
+    return token / (token.square().mean() + eps).sqrt() * weight
+
+
+def norm_of(norm, token):
+    if norm.__class__.__name__ == "LayerNorm":
+        apart = token - token.mean()
+        return apart / (apart.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    return rms(token, norm.weight, norm.eps)
 
 
 def share_of(module):

@@ -12,7 +12,7 @@ from sparsemix.ops.grouped_mm import choose, rows_run
 from sparsemix.ops.impl import Kernels
 
 KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"))
-ACTS = ("relu", "silu", "gelu")  # the number is the kernel's
+ACTS = ("relu", "silu", "gelu", "gelu_tanh")  # the number is the kernel's
 
 
 def expert_mlp(

@@ -1,6 +1,6 @@
 // Feed-forward experts on picked tokens, y_n = sum over picks r of n of gate_r down_e act(first_e x_n), and backward
-// from the pre-activations alone. The products are in gemm.h and gemm_grads.h; `kind` 0 relu, 1 silu, 2 gelu;
-// `gated`: act(gate) up.
+// from the pre-activations alone. The products are in gemm.h and gemm_grads.h; `kind` 0 relu, 1 silu, 2 gelu,
+// 3 gelu by tanh; `gated`: act(gate) up.
 #include "gemm_grads.h"
 
 static inline vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
@@ -39,6 +39,12 @@ static inline __attribute__((always_inline)) vf act(const int kind, vf x, vf *sl
         *slope = s * (splat(1) + x * (splat(1) - s));
         return x * s;
     }
+    if (kind == 3) {  // x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh z) / 2 = sigmoid(2 z)
+        vf square = x * x, two_z = splat(1.59576912f) * x * (splat(1) + splat(0.044715f) * square);
+        vf s = splat(1) / (splat(1) + exp_of(splat(0) - two_z));
+        *slope = s + x * s * (splat(1) - s) * splat(1.59576912f) * (splat(1) + splat(0.134145f) * square);
+        return x * s;
+    }
     vf bell, below = share_below(x, &bell);
     *slope = below + x * bell * splat(0.398942280f);
     return x * below;
@@ -47,7 +53,8 @@ static inline __attribute__((always_inline)) vf act(const int kind, vf x, vf *sl
 #define EACH_KIND(call) \
     if (kind == 0) call(0); \
     else if (kind == 1) call(1); \
-    else call(2);
+    else if (kind == 2) call(2); \
+    else call(3);
 
 // n entries, n a multiple of W: hidden = act(gate) up, or act(gate) if `up` is NULL.
 static inline __attribute__((always_inline)) void hide_of(const int kind, float *hidden, const float *gate,

@@ -1,5 +1,7 @@
 """The same through grouped products and PyTorch's own kernels, forward and backward."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ SLOPES = {
     "relu": lambda grad, x: grad * (x > 0),
     "silu": torch.ops.aten.silu_backward,
     "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
 }
 
 

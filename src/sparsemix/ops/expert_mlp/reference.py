@@ -1,11 +1,13 @@
 """Feed-forward experts on picked tokens, one expert at a time."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+ACTS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def expert_mlp(
