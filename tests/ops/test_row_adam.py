@@ -4,8 +4,10 @@ import pytest
 import torch
 from memory import allocated
 from row_cases import CASES, IMPLS, lookup
+from torch.library import opcheck
 
 from sparsemix.ops import native
+from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.row_adam import KERNELS, Moments, Rates, all_rows_, some_rows_
 from sparsemix.ops.row_adam.reference import adamw
 from sparsemix.ops.row_grad import RowGrad, sort_rows
@@ -190,3 +192,39 @@ def test_rows_beyond_two_to_the_31_elements_are_found():
     some_rows_(*small, few, sort_rows(few.ids, 5), RATES)
     for big, other in zip((table, *moments), (small[0], *small[1]), strict=True):
         assert torch.equal(big[rows], other)
+
+
+@pytest.mark.parametrize("op", [torch.ops.sparsemix.row_adam_some, torch.ops.sparsemix.row_adam_all])
+@pytest.mark.parametrize("impl", IMPLS[:2])
+def test_torch_accepts_the_ops_and_what_they_say_they_change(impl, op):
+    grad, (M, D) = lookup("odd")
+    table, moments = state(M, D, by_row=False)
+    last = torch.zeros(M, dtype=torch.float64) if op is torch.ops.sparsemix.row_adam_some else None
+    rates = (RATES.lr, list(RATES.betas), RATES.eps, RATES.step)
+    opcheck(op.default, (table, *moments, last, *sort_rows(grad.ids, M), grad.coef, grad.vec, *rates, 0.5, impl))
+
+
+@pytest.mark.parametrize("step", [some_rows_, all_rows_])
+def test_a_step_counts_what_the_gradient_costs_and_autograd_must_not_see_it(step):
+    grad, (M, D) = lookup("odd")
+    table, moments = state(M, D, by_row=True)
+    order, before = sort_rows(grad.ids, M), table.clone()
+    assert count_flops(lambda: step(table, moments, grad, order, RATES)) == 2 * grad.ids.numel() * D
+    assert table._version == 1 and not torch.equal(table, before)
+    kept = table.clone()
+    with pytest.raises(RuntimeError, match="take it under"):
+        step(table.requires_grad_(), moments, grad, order, RATES)
+    assert torch.equal(table.detach(), kept)
+
+
+@each_impl
+def test_autocast_leaves_the_step_as_it_is(impl):
+    grad, (M, D) = lookup("odd")
+    table, moments = state(M, D, by_row=False)
+    found = []
+    for enabled in (False, True):
+        w, new = copied(table, moments)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            some_rows_(w, new, grad, sort_rows(grad.ids, M, impl), RATES, impl=impl)
+        found.append((w, *new))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from sparsemix.errors import ConfigError
 from sparsemix.ops import native
+from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.row_grad import KERNELS, RowGrad, joined, record_rows, row_norm, sort_rows, table_grad, take_rows
 from sparsemix.ops.row_grad.reference import table_grad as reference
 
@@ -139,8 +140,22 @@ def test_an_explicit_kernel_refuses_fp64():
 
 
 @pytest.mark.parametrize("impl", IMPLS[:2])
-def test_torch_accepts_the_op(impl):
+def test_torch_accepts_the_ops(impl):
     grad, (M, _) = lookup("odd")
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    args = (grad.coef, grad.ids, grad.vec, M, impl)
-    opcheck(torch.ops.sparsemix.row_table_grad.default, args, test_utils=tests)
+    opcheck(torch.ops.sparsemix.row_table_grad.default, (grad.coef, grad.ids, grad.vec, M, impl))
+    opcheck(torch.ops.sparsemix.sort_rows.default, (grad.ids, M, impl))
+    opcheck(torch.ops.sparsemix.row_norm.default, (*sort_rows(grad.ids, M), grad.coef, grad.vec, impl))
+
+
+def test_a_norm_counts_what_the_gradient_costs_and_an_order_nothing():
+    grad, (M, D) = lookup("odd")
+    assert count_flops(lambda: sort_rows(grad.ids, M)) == 0
+    order = sort_rows(grad.ids, M)
+    assert count_flops(lambda: row_norm(order, grad.coef, grad.vec)) == 2 * grad.ids.numel() * D
+
+
+def test_a_norm_has_no_gradient():
+    grad, (M, _) = lookup("odd")
+    norm = row_norm(sort_rows(grad.ids, M), grad.coef.requires_grad_(), grad.vec)
+    with pytest.raises(RuntimeError, match="row_norm"):
+        norm.backward()

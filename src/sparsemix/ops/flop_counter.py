@@ -10,7 +10,9 @@ import sparsemix.ops.expert_mlp
 import sparsemix.ops.grouped_mm
 import sparsemix.ops.peer_experts
 import sparsemix.ops.product_key_topk
+import sparsemix.ops.row_adam
 import sparsemix.ops.row_dot
+import sparsemix.ops.row_grad
 import sparsemix.ops.row_mix
 import sparsemix.ops.ternary_mm  # noqa: F401  (each registers its own formula)
 

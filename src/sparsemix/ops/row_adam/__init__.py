@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
 from sparsemix.ops.row_adam import reference
-from sparsemix.ops.row_grad import Order, RowGrad, summed, table_grad
+from sparsemix.ops.row_grad import Order, RowGrad, summed
 
 KERNELS = Kernels("row_adam", Path(__file__).with_name("native.c"), triton=True)
 
@@ -58,25 +59,11 @@ def some_rows_(
     """AdamW (`reference.py`) on the rows that have a gradient, in place; the others stay as they are, moments too.
 
     Decoupled weight decay is made up for when a row is reached: `decay` is the logarithm of all decay up to now, and
-    `decayed` (fp64) of what each row has had; its entries are brought to `decay`."""
-    picked = KERNELS.pick(impl, table, refused=_refused(table, moments))
-    if picked in ("reference", "torch"):
-        rows = order.rows
-        keep = 1.0 if decayed is None else (decay - decayed[rows]).exp().to(moments.first.dtype)[:, None]
-        w, m, v = (tensor[rows] for tensor in (table, *moments))
-        new = reference.adamw(w, m, v, summed(order, grad.coef, grad.vec), rates, keep)
-        for tensor, part in zip((table, *moments), new, strict=True):
-            tensor.index_copy_(0, rows, part.to(tensor.dtype))
-        if decayed is not None:
-            decayed.index_fill_(0, rows, decay)
-    elif picked == "triton":
-        from sparsemix.ops.row_adam import triton
-
-        triton.some_rows_(table, moments, grad, order, rates, decayed, decay)
-    else:
-        R, D = grad.ids.shape[1], table.shape[1]
-        sizes = (len(order.rows), R, D, int(moments.by_row))
-        _call("some_rows", table, *moments, decayed, *_factors(grad, order), *sizes, *_numbers(rates), float(decay))
+    `decayed` (fp64) of what each row has had; its entries are brought to `decay`. Raises RuntimeError where autograd
+    would have to see the step."""
+    args = (table, *moments, decayed, *order, grad.coef, grad.vec, *_plain(rates), float(decay), impl)
+    _refuse_autograd(table, *moments, grad.coef, grad.vec)
+    torch.ops.sparsemix.row_adam_some(*args)
 
 
 def all_rows_(
@@ -94,18 +81,80 @@ def all_rows_(
     `keep` is the step's factor of weight decay. Where it is 1, rows not `seen` may be passed over: they never had a
     gradient, so their moments are zero and they stay where they are."""
     seen = seen if keep == 1.0 else None
+    args = (table, *moments, seen, *order, grad.coef, grad.vec, *_plain(rates), float(keep), impl)
+    _refuse_autograd(table, *moments, grad.coef, grad.vec)
+    torch.ops.sparsemix.row_adam_all(*args)
+
+
+@torch.library.custom_op("sparsemix::row_adam_some", mutates_args=("table", "first", "second", "decayed"))
+def _some(
+    table: Tensor,
+    first: Tensor,
+    second: Tensor,
+    decayed: Tensor | None,
+    rows: Tensor,
+    starts: Tensor,
+    picks: Tensor,
+    coef: Tensor,
+    vec: Tensor,
+    lr: float,
+    betas: list[float],
+    eps: float,
+    step: int,
+    decay: float,
+    impl: str,
+) -> None:
+    moments, order = Moments(first, second), Order(rows, starts, picks)
+    rates = Rates(lr, (betas[0], betas[1]), eps, step)
     picked = KERNELS.pick(impl, table, refused=_refused(table, moments))
-    if picked == "native":
-        sizes = (len(order.rows), *table.shape[:1], grad.ids.shape[1], table.shape[1], int(moments.by_row))
-        _call("all_rows", table, *moments, seen, *_factors(grad, order), *sizes, *_numbers(rates), float(keep))
+    if picked in ("reference", "torch"):
+        keep = 1.0 if decayed is None else (decay - decayed[rows]).exp().to(first.dtype)[:, None]
+        w, m, v = (tensor[rows] for tensor in (table, *moments))
+        new = reference.adamw(w, m, v, summed(order, coef, vec), rates, keep)
+        for tensor, part in zip((table, *moments), new, strict=True):
+            tensor.index_copy_(0, rows, part.to(tensor.dtype))
+        if decayed is not None:
+            decayed.index_fill_(0, rows, decay)
     elif picked == "triton":
         from sparsemix.ops.row_adam import triton
 
-        triton.all_rows_(table, moments, grad, order, rates, keep, seen)
+        triton.some_rows_(table, moments, order, coef, vec, rates, decayed, decay)
+    else:
+        sizes = (len(rows), coef.shape[1], table.shape[1], int(moments.by_row))
+        _call("some_rows", table, *moments, decayed, *order, *_flat(coef, vec), *sizes, *_numbers(rates), decay)
+
+
+@torch.library.custom_op("sparsemix::row_adam_all", mutates_args=("table", "first", "second"))
+def _all(
+    table: Tensor,
+    first: Tensor,
+    second: Tensor,
+    seen: Tensor | None,
+    rows: Tensor,
+    starts: Tensor,
+    picks: Tensor,
+    coef: Tensor,
+    vec: Tensor,
+    lr: float,
+    betas: list[float],
+    eps: float,
+    step: int,
+    keep: float,
+    impl: str,
+) -> None:
+    moments, order = Moments(first, second), Order(rows, starts, picks)
+    rates = Rates(lr, (betas[0], betas[1]), eps, step)
+    picked = KERNELS.pick(impl, table, refused=_refused(table, moments))
+    if picked == "native":
+        sizes = (len(rows), *table.shape[:1], coef.shape[1], table.shape[1], int(moments.by_row))
+        _call("all_rows", table, *moments, seen, *order, *_flat(coef, vec), *sizes, *_numbers(rates), keep)
+    elif picked == "triton":
+        from sparsemix.ops.row_adam import triton
+
+        triton.all_rows_(table, moments, order, coef, vec, rates, keep, seen)
     else:
         # Without a kernel the gradient is formed.
-        exact = moments.first.dtype
-        dense = table_grad(grad.coef.to(exact), grad.ids, grad.vec.to(exact), table.shape[0], picked)
+        dense = torch.zeros_like(first).index_copy_(0, rows, summed(order, coef, vec).to(first.dtype))
         for tensor, new in zip((table, *moments), reference.adamw(table, *moments, dense, rates, keep), strict=True):
             tensor.copy_(new)
 
@@ -116,8 +165,18 @@ def _refused(table: Tensor, moments: Moments) -> str | None:
     return None if table.is_contiguous() else "the table is not contiguous"
 
 
-def _factors(grad: RowGrad, order: Order) -> tuple[Tensor, ...]:
-    return (*order, grad.coef.float().contiguous(), grad.vec.float().contiguous())
+def _refuse_autograd(*operands: Tensor) -> None:
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        raise RuntimeError("a step of an optimizer has no gradient; take it under torch.no_grad()")
+
+
+def _flat(coef: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+    return coef.float().contiguous(), vec.float().contiguous()
+
+
+def _plain(rates: Rates) -> tuple[float, list[float], float, int]:
+    """As an op's schema takes them."""
+    return rates.lr, list(rates.betas), rates.eps, rates.step
 
 
 def _numbers(rates: Rates) -> tuple[float, ...]:
@@ -126,3 +185,15 @@ def _numbers(rates: Rates) -> tuple[float, ...]:
 
 def _call(name: str, table: Tensor, *args: Tensor | int | float | None) -> None:
     KERNELS.call(native.typed(name, table), table, *args)
+
+
+@_some.register_fake
+@_all.register_fake
+def _(table: Tensor, *args: Tensor | float | list[float] | str | None) -> None:
+    return None
+
+
+@register_flop_formula([torch.ops.sparsemix.row_adam_some, torch.ops.sparsemix.row_adam_all])
+def _flops(table_shape, first_shape, second_shape, _, rows_shape, starts_shape, picks_shape, *args, **kwargs) -> int:
+    """Summing the picks, as for the dense gradient; the rest is element by element."""
+    return 2 * picks_shape[0] * table_shape[1]

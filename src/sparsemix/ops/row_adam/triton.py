@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsemix.ops.row_adam import Moments, Rates
-from sparsemix.ops.row_grad import Order, RowGrad
+from sparsemix.ops.row_grad import Order
 from sparsemix.ops.row_grad.triton import PIECE, block_of, factors, row_gradient
 
 
@@ -54,28 +54,43 @@ def _update(
 
 
 def some_rows_(
-    table: Tensor, moments: Moments, grad: RowGrad, order: Order, rates: Rates, decayed: Tensor | None, decay: float
+    table: Tensor,
+    moments: Moments,
+    order: Order,
+    coef: Tensor,
+    vec: Tensor,
+    rates: Rates,
+    decayed: Tensor | None,
+    decay: float,
 ) -> None:
     keep = None if decayed is None else (decay - decayed[order.rows]).exp().float()
     if decayed is not None:
         decayed.index_fill_(0, order.rows, decay)
-    _launch(len(order.rows), table, moments, grad, order, rates, keep_by_row=keep)
+    _launch(len(order.rows), table, moments, order, coef, vec, rates, keep_by_row=keep)
 
 
 def all_rows_(
-    table: Tensor, moments: Moments, grad: RowGrad, order: Order, rates: Rates, keep: float, seen: Tensor | None
+    table: Tensor,
+    moments: Moments,
+    order: Order,
+    coef: Tensor,
+    vec: Tensor,
+    rates: Rates,
+    keep: float,
+    seen: Tensor | None,
 ) -> None:
     place = torch.full((table.shape[0],), -1, device=table.device)
     place[order.rows] = torch.arange(len(order.rows), device=table.device)
-    _launch(table.shape[0], table, moments, grad, order, rates, keep=keep, seen=seen, place=place)
+    _launch(table.shape[0], table, moments, order, coef, vec, rates, keep=keep, seen=seen, place=place)
 
 
 def _launch(
     programs: int,
     table: Tensor,
     moments: Moments,
-    grad: RowGrad,
     order: Order,
+    coef: Tensor,
+    vec: Tensor,
     rates: Rates,
     keep: float = 1.0,
     keep_by_row: Tensor | None = None,
@@ -84,11 +99,11 @@ def _launch(
 ) -> None:
     if not programs:
         return
-    args, pieces = factors(order, grad.coef, grad.vec)
+    args, pieces = factors(order, coef, vec)
     block, warps = block_of(table.shape[1])
     # A kernel that does not read an operand is given any tensor.
     unread = (table if x is None else x for x in (keep_by_row, seen, place))
     numbers = (rates.rate, *rates.betas, rates.root, rates.eps, float(keep))
     flags = (place is not None, seen is not None, moments.by_row, keep_by_row is not None)
-    operands = (table, *moments, *unread, order.rows, *args, *pieces, grad.coef.shape[1], table.shape[1])
+    operands = (table, *moments, *unread, order.rows, *args, *pieces, coef.shape[1], table.shape[1])
     _update[(programs,)](*operands, *numbers, *flags, PIECE, block, num_warps=warps)  # pyright: ignore[reportCallIssue]

@@ -86,14 +86,19 @@ def joined(records: list[RowGrad]) -> RowGrad:
 
 def sort_rows(ids: Int[Tensor, "N R"], num_rows: int, impl: str = "auto") -> Order:
     """The picks ordered by row, and by their place where rows are equal. Raises IndexError for an id of no row."""
+    return Order(*torch.ops.sparsemix.sort_rows(ids, num_rows, impl))
+
+
+@torch.library.custom_op("sparsemix::sort_rows", mutates_args=())
+def _sorted(ids: Tensor, num_rows: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     flat = ids.reshape(-1)
     picked = KERNELS.pick(impl, ids.new_empty(0, dtype=torch.float32))
     if picked != "native" or flat.numel() >= 2**32:
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < num_rows:
             raise IndexError(f"a row id lies outside of the table's {num_rows} rows")
-        by_row, picks = flat.sort(stable=True)
+        by_row, picks = flat.long().sort(stable=True)
         rows, counts = by_row.unique_consecutive(return_counts=True)
-        return Order(rows, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), picks)
+        return rows, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), picks
     flat = flat.long().contiguous()
     rows, starts, picks = (flat.new_empty(flat.numel() + 1) for _ in range(3))
     found = flat.new_empty(1)
@@ -101,23 +106,41 @@ def sort_rows(ids: Int[Tensor, "N R"], num_rows: int, impl: str = "auto") -> Ord
     U = int(found)
     if U < 0:
         raise IndexError(f"a row id lies outside of the table's {num_rows} rows")
-    return Order(rows[:U], starts[: U + 1], picks[:-1])
+    return rows[:U], starts[: U + 1], picks[:-1]
+
+
+@_sorted.register_fake
+def _(ids: Tensor, num_rows: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    U = torch.library.get_ctx().new_dynamic_size()
+    sizes = (U, U + 1, ids.numel())
+    rows, starts, picks = (ids.new_empty(size, dtype=torch.long) for size in sizes)
+    return rows, starts, picks
 
 
 def row_norm(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"], impl: str = "auto") -> Tensor:
-    """The Euclidean norm of the whole table's gradient, a scalar in at least fp32."""
-    picked = KERNELS.pick(impl, vec)
+    """The Euclidean norm of the whole table's gradient, a scalar in at least fp32. Has no gradient."""
+    return torch.ops.sparsemix.row_norm(*order, coef, vec, impl)
+
+
+@torch.library.custom_op("sparsemix::row_norm", mutates_args=())
+def _norm(rows: Tensor, starts: Tensor, picks: Tensor, coef: Tensor, vec: Tensor, impl: str) -> Tensor:
+    order, picked = Order(rows, starts, picks), KERNELS.pick(impl, vec)
     if picked == "native":
         out = torch.empty((), dtype=torch.float64)
         (N, R), D = coef.shape, vec.shape[1]
         flat = (coef.float().contiguous(), vec.float().contiguous())
-        KERNELS.call("row_norm_sq", *order, *flat, len(order.rows), N, R, D, out)
+        KERNELS.call("row_norm_sq", *order, *flat, len(rows), N, R, D, out)
         return out.sqrt().float()
     if picked == "triton":
         from sparsemix.ops.row_grad import triton
 
         return triton.row_norm(order, coef, vec)
     return torch.linalg.vector_norm(summed(order, coef, vec))
+
+
+@_norm.register_fake
+def _(rows: Tensor, starts: Tensor, picks: Tensor, coef: Tensor, vec: Tensor, impl: str) -> Tensor:
+    return vec.new_empty((), dtype=torch.promote_types(vec.dtype, torch.float32))
 
 
 def summed(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"]) -> Float[Tensor, "U D"]:
@@ -161,6 +184,17 @@ def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int, impl: str 
 @table_grad.register_fake
 def _(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int, impl: str = "auto") -> Tensor:
     return vec.new_empty(num_rows, vec.shape[1])
+
+
+@register_flop_formula(torch.ops.sparsemix.sort_rows)
+def _sort_flops(*args, **kwargs) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.sparsemix.row_norm)
+def _norm_flops(rows_shape, starts_shape, picks_shape, coef_shape, vec_shape, *args, **kwargs) -> int:
+    """The picks are summed as for the gradient; its square is no product of matrices."""
+    return 2 * picks_shape[0] * vec_shape[1]
 
 
 @register_flop_formula(torch.ops.sparsemix.row_table_grad)
