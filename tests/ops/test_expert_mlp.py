@@ -155,3 +155,11 @@ def test_torch_accepts_the_experts_as_an_op():
     moving = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     opcheck(torch.ops.sparsemix.expert_mlp.default, (*moving, "silu", True, "native"), test_utils=tests)
+
+
+@pytest.mark.parametrize(("counts", "last"), [([4, 6, 0], 10), ([4, -1, 0], 10), ([4, 5, 0], 11), ([4, 5, 0], -1)])
+def test_a_pick_of_no_token_and_counts_past_the_picks_are_errors(counts, last):
+    ids = torch.tensor([*range(8), last])
+    weights = torch.randn(3, 6, 4), torch.randn(3, 4, 3)
+    with pytest.raises(IndexError if last in (11, -1) else ValueError, match="row"):
+        expert_mlp(torch.randn(11, 4), ids, torch.rand(9), torch.tensor(counts), *weights, "silu", "native")

@@ -157,6 +157,22 @@ def row_ids(ids: Tensor, num_rows: int) -> Tensor:
     return ids
 
 
+def row_counts(counts: Tensor, num_rows: int, num_experts: int) -> Tensor:
+    """Rows of each expert as a kernel takes them. Raises ValueError for negative counts and for more than `num_rows`
+    in all: a kernel would read and write past them."""
+    if len(counts) != num_experts:
+        raise ValueError(f"counts of {len(counts)} experts do not fit weights of {num_experts}")
+    counts = counts.long().contiguous()
+    if num_experts:
+        low, high = (int(end) for end in counts.aminmax())
+        # Each of them first: the sum of larger ones may wrap.
+        if low < 0 or high > num_rows or int(counts.sum()) > num_rows:
+            raise ValueError(
+                f"counts of {low} to {high} rows an expert must be at least 0 and add up to at most {num_rows} rows"
+            )
+    return counts
+
+
 def huge_pages(tensor: Tensor) -> str | None:
     """Let huge pages back a large tensor that nothing was written to yet; why not, None if it was done.
 

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops import native
 from sparsemix.ops.expert_mlp import plain
 from sparsemix.ops.grouped_mm import choose, rows_run
 from sparsemix.ops.impl import Kernels
@@ -55,7 +56,7 @@ def _forward(
         return plain.forward(tokens, token_ids, gates, counts, first, down, act, keep, impl)
     N, D, R = *tokens.shape, len(token_ids)
     tokens, first, down = (x.contiguous() for x in (tokens, first, down))
-    ids, counts, sizes = token_ids.long().contiguous(), counts.long().contiguous(), _sizes(first, down)
+    ids, counts, sizes = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first)), _sizes(first, down)
     used, low = int(counts.sum()), tokens.dtype == torch.bfloat16
     rows = torch.empty(used, D)
     # Picks of no expert have no row of their own and are never read.
@@ -100,7 +101,7 @@ def _grads(
         return plain.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, impl)
     N, D, R = *tokens.shape, len(token_ids)
     dy, pre, tokens, first, down = (x.contiguous() for x in (dy, pre, tokens, first, down))
-    ids, counts, sizes = token_ids.long().contiguous(), counts.long().contiguous(), _sizes(first, down)
+    ids, counts, sizes = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first)), _sizes(first, down)
     used, low, width = int(counts.sum()), tokens.dtype == torch.bfloat16, -(-sizes[2] // 16) * 16
     rows, d_pre, hidden = torch.empty(used, D), torch.empty(used, (1 + sizes[3]) * width), torch.empty(used, width)
     d_gates, kind = torch.zeros(R), ACTS.index(act)

@@ -20,7 +20,8 @@ def grouped_mm(
     rows: Float[Tensor, "R D"], weight: Float[Tensor, "E F D"], counts: Int[Tensor, " E"], impl: str = "auto"
 ) -> Float[Tensor, "R F"]:
     """out_r = weight[e(r)] row_r; rows are sorted by expert and counts says how many each has. Rows after the last
-    expert's (sum of counts below R) belong to none: they cost nothing, give 0 and take no gradient.
+    expert's (sum of counts below R) belong to none: they cost nothing, give 0 and take no gradient. On a CPU counts of
+    more than R rows raise ValueError.
 
     Under autocast rows and weight take the autocast dtype. Differentiable in rows and weight."""
     if torch.is_autocast_enabled(rows.device.type):
@@ -31,6 +32,8 @@ def grouped_mm(
 
 @torch.library.custom_op("sparsemix::grouped_mm", mutates_args=())
 def _forward(rows: Tensor, weight: Tensor, counts: Tensor, impl: str = "auto") -> Tensor:
+    if rows.is_cpu:  # a GPU would have to be waited for
+        counts = native.row_counts(counts, len(rows), len(weight))
     match choose(impl, rows, len(rows), counts):
         case "reference":
             return by_expert.grouped_mm(rows, weight, counts)
@@ -46,12 +49,14 @@ def _forward(rows: Tensor, weight: Tensor, counts: Tensor, impl: str = "auto") -
 @torch.library.custom_op("sparsemix::grouped_mm_weight_grad", mutates_args=())
 def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor, impl: str = "auto") -> Tensor:
     """dW_e = sum over the rows of expert e of grad_r row_r^T."""
+    if rows.is_cpu:
+        counts = native.row_counts(counts, min(len(rows), len(grad)), len(counts))
     match choose(impl, rows, len(rows), counts):
         case "reference":
             return by_expert.weight_grad(grad, rows, counts)
         case "native":
             out = rows.new_empty(len(counts), grad.shape[1], rows.shape[1])
-            dense = (x.contiguous() for x in (grad, rows, counts.long()))
+            dense = (x.contiguous() for x in (grad, rows, counts))
             KERNELS.call("weight_grad", out, *dense, *out.shape, rows.dtype == torch.bfloat16)
             return out
         case "triton":
@@ -75,7 +80,7 @@ def _native(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     matrix = weight.contiguous() if turned else weight.mT
     out = rows.new_empty(len(rows), weight.shape[1])
     sizes = (len(rows), *weight.shape, turned, rows.dtype == torch.bfloat16)
-    KERNELS.call("product", out, rows.contiguous(), matrix, counts.long().contiguous(), *sizes)
+    KERNELS.call("product", out, rows.contiguous(), matrix, counts, *sizes)
     return out
 
 

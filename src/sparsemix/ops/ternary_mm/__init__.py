@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsemix.ops import native
 from sparsemix.ops.grouped_mm import rows_run
 from sparsemix.ops.impl import Kernels
 from sparsemix.ops.ternary_mm import reference
@@ -83,7 +84,7 @@ def _sums(row_codes: Tensor, packed: Tensor, counts: Tensor | None, impl: str) -
     if picked == "native":
         out = row_codes.new_empty(row_codes.shape[0], packed.shape[-2], dtype=torch.int32)
         rows, weight, sizes = row_codes.contiguous(), packed.contiguous(), _sizes(row_codes, packed)
-        KERNELS.call("ternary_sums", rows, weight, _long(counts), _scratch(rows), out, *sizes)
+        KERNELS.call("ternary_sums", rows, weight, _counts(counts, sizes), _scratch(rows), out, *sizes)
         return out
     if picked == "triton":
         from sparsemix.ops.ternary_mm import triton
@@ -104,7 +105,7 @@ def _values(x: Tensor, packed: Tensor, scale: Tensor, counts: Tensor | None, imp
         out = x.new_empty(x.shape[0], packed.shape[-2])
         name = "ternary_values_bf16" if x.dtype == torch.bfloat16 else "ternary_values_f32"
         rows, weight, sizes = x.contiguous(), packed.contiguous(), (*_sizes(x, packed), scale.shape[-1])
-        KERNELS.call(name, rows, weight, scale.float().contiguous(), _long(counts), _scratch(x), out, *sizes)
+        KERNELS.call(name, rows, weight, scale.float().contiguous(), _counts(counts, sizes), _scratch(x), out, *sizes)
         return out
     codes, row_scale = int8_rows(x.detach())
     sums = _sums(codes, packed, counts, impl)
@@ -130,8 +131,9 @@ def _times(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (sums.to(scale.dtype) * scale).to(dtype)
 
 
-def _long(counts: Tensor | None) -> Tensor | None:
-    return None if counts is None else counts.long().contiguous()
+def _counts(counts: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
+    N, _, _, E, *_ = sizes
+    return None if counts is None else native.row_counts(counts, N, E)
 
 
 def _scratch(rows: Tensor) -> Tensor:
