@@ -63,6 +63,12 @@ def test_the_balance_gradient_flows_through_the_mean_probability_alone(picks):
     torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("picks", ["all", "first"])
+def test_counts_that_are_known_already_change_nothing(picks):
+    counts = torch.bincount(routed().expert_ids.flatten(), minlength=routed().probs.shape[1]).double()
+    assert torch.equal(balance_loss(routed(), None, picks, counts), balance_loss(routed(), None, picks))
+
+
 @pytest.mark.parametrize("loss", [balance_loss, lambda r, valid: balance_loss(r, valid, "first"), z_loss])
 def test_the_losses_gradients_are_their_finite_differences(loss):
     valid = torch.tensor([True, True, False, True])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparsemix.data import Batch
 from sparsemix.evaluate.per_token import on_tokens
 from sparsemix.layers import Ctx, Layer, update
-from sparsemix.layers.router import at_least_fp32
 from sparsemix.model import LM, token_nats
 from sparsemix.ops.flop_counter import count_flops
+from sparsemix.ops.precision import at_least_fp32
 
 SUMMED = ("counts", "gate_mass", "gate_histogram", "confusion", "taken")
 

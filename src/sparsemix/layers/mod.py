@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, valid_mean, valid_only
 from sparsemix.layers.linear import Linear
-from sparsemix.layers.router import Router, at_least_fp32
+from sparsemix.layers.router import Router
 from sparsemix.layers.threshold import RunningThreshold
 from sparsemix.layers.token_selection import (
     Annealing,
@@ -23,6 +23,7 @@ from sparsemix.layers.token_selection import (
     uniform,
     wanted_first,
 )
+from sparsemix.ops.precision import at_least_fp32
 
 
 class MoDConfig(LayerConfig):

@@ -100,7 +100,7 @@ class MoE(Layer):
             y = y + self.shared(x, ctx)[0]
         losses = {}
         if config.balance_weight:
-            losses["balance"] = config.balance_weight * balance_loss(r, valid, config.balance_picks)
+            losses["balance"] = config.balance_weight * balance_loss(r, valid, config.balance_picks, stats["counts"])
         if config.z_weight:
             losses["router_z"] = config.z_weight * z_loss(r, valid)
         return y, Aux(losses, stats)

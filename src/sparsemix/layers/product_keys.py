@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from sparsemix.layers.base import Cost
 from sparsemix.layers.linear import Linear
 from sparsemix.layers.query_norm import QueryNorm, QueryNormKind, build_query_norm
-from sparsemix.layers.router import at_least_fp32
 from sparsemix.ops import native
+from sparsemix.ops.precision import at_least_fp32
 from sparsemix.ops.product_key_topk import product_key_topk
 
 # Variance per channel of a SwiGLU feed-forward's output at initialisation: E[silu(g)^2] for g ~ N(0, 1). Layers that

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsemix.layers.base import Layer
-from sparsemix.layers.router import at_least_fp32
+from sparsemix.ops.precision import at_least_fp32
 
 QueryNormKind = Literal["batch", "layer", "none"]
 

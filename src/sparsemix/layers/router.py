@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsemix.ops.precision import at_least_fp32
+
 
 class Route(NamedTuple):
     """K experts for each of N tokens."""
@@ -15,11 +17,6 @@ class Route(NamedTuple):
     probs: Float[Tensor, "N E"]
     gates: Float[Tensor, "N K"]
     expert_ids: Int[Tensor, "N K"]
-
-
-def at_least_fp32(x: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """x in fp32, or in fp64 if it is fp64 already: bf16 scores tie and so pick other experts."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Router(nn.Module):
@@ -60,15 +57,20 @@ def load_of(expert_ids: Int[Tensor, "N K"], num_experts: int, valid: Bool[Tensor
 
 
 def balance_loss(
-    r: Route, valid: Bool[Tensor, " N"] | None, picks: Literal["all", "first"] = "all"
+    r: Route,
+    valid: Bool[Tensor, " N"] | None,
+    picks: Literal["all", "first"] = "all",
+    counts: Float[Tensor, " E"] | None = None,
 ) -> Float[Tensor, ""]:
     """E sum_e f_e P_e: f_e the share of picks, P_e the mean probability; 1 when even. Gradients flow through P only.
 
     f counts the picks of all K choices, or each token's `first` (arXiv:2006.16668 and the code of
-    arXiv:2404.15045; the paper is silent for K > 1). Source: arXiv:2101.03961, eq. 4."""
+    arXiv:2404.15045; the paper is silent for K > 1). Who has counted all of them hands over `counts`.
+    Source: arXiv:2101.03961, eq. 4."""
     E = r.probs.shape[1]
-    share = load_of(r.expert_ids if picks == "all" else r.expert_ids[:, :1], E, valid)
-    share = (share / share.sum().clamp_min(1)).to(r.probs.dtype)
+    if counts is None or picks == "first":
+        counts = load_of(r.expert_ids if picks == "all" else r.expert_ids[:, :1], E, valid)
+    share = (counts / counts.sum().clamp_min(1)).to(r.probs.dtype)
     probs = r.probs if valid is None else torch.where(valid[:, None], r.probs, 0.0)
     tokens = probs.shape[0] if valid is None else valid.sum().clamp_min(1)
     return E * (share * probs.sum(0) / tokens).sum()

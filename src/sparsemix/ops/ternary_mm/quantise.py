@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from sparsemix.ops.precision import at_least_fp32
+
 SMALLEST = 1e-5
 LARGEST = 127
 
@@ -16,7 +18,7 @@ LARGEST = 127
 def ternary_values(weight: Float[Tensor, "*E F D"]) -> tuple[Float[Tensor, "*E F D"], Float[Tensor, "*E"]]:
     """codes = clamp(round(W / scale), -1, 1) as floats, scale = max(mean |W|, 1e-5): one scale a matrix (F, D), never
     one over a stack of them."""
-    weight = _exact(weight)
+    weight = at_least_fp32(weight)
     scale = weight.abs().mean(dim=(-2, -1)).clamp_min(SMALLEST)
     return (weight / scale[..., None, None]).round().clamp(-1, 1), scale
 
@@ -24,7 +26,7 @@ def ternary_values(weight: Float[Tensor, "*E F D"]) -> tuple[Float[Tensor, "*E F
 def int8_row_values(x: Float[Tensor, "*B D"]) -> tuple[Float[Tensor, "*B D"], Float[Tensor, "*B 1"]]:
     """codes = round(x 127 / m) as floats, scale = m / 127, where m = max(max |x|, 1e-5) of the row. Symmetric, so
     -128 never occurs."""
-    x = _exact(x)
+    x = at_least_fp32(x)
     largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST)
     # An infinite row would divide by infinity and look like zeros.
     largest = torch.where(largest.isfinite(), largest, torch.nan)
@@ -41,7 +43,3 @@ def int8_rows(x: Float[Tensor, "*B D"]) -> tuple[Int8[Tensor, "*B D"], Float[Ten
     """`int8_row_values` with codes in int8; the codes of a row that is not finite are 0, its scale NaN."""
     codes, scale = int8_row_values(x)
     return codes.nan_to_num(0.0).to(torch.int8), scale
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
