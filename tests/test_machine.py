@@ -37,6 +37,44 @@ def test_threads_are_measured_and_put_back():
     assert max(machine.thread_rates()) == machine.usable_processors()
 
 
+@pytest.fixture
+def sixteen(monkeypatch):
+    """A machine of 16 processors whose rates are written down; the threads that a run takes."""
+    set_to = []
+    monkeypatch.setattr(machine, "usable_processors", lambda: 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(machine, "thread_rates", lambda counts: {n: min(n, 7.8) for n in counts})
+    return set_to
+
+
+def test_auto_takes_the_fewest_threads_that_are_as_fast(sixteen, monkeypatch):
+    assert machine.use_threads("auto") == 8 and sixteen == [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # a worker's share, or OMP_NUM_THREADS
+    assert machine.use_threads("auto") == 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert machine.use_threads("auto") == 6
+
+
+def test_without_a_wish_torchs_threads_stay_and_more_than_there_are_processors_are_refused(sixteen):
+    assert machine.use_threads(None) == 16 and machine.use_threads(3) == 3
+    with pytest.raises(ConfigError, match=r"train\.threads=17 exceeds the 16 processors"):
+        machine.use_threads(17)
+
+
+@pytest.mark.parametrize("setting", [None, "auto", 2])
+def test_a_run_goes_on_with_the_threads_that_it_began_with(sixteen, setting):
+    assert machine.use_threads(setting, kept=2) == 2
+    assert machine.use_threads(setting, kept=64) == 16
+
+
+def test_threads_are_put_back_after_a_run():
+    before = torch.get_num_threads()
+    with machine.own_threads():
+        torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before
+
+
 def test_auto_compiles_where_training_takes_a_quarter_of_an_hour(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

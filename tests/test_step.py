@@ -181,9 +181,10 @@ def test_a_loss_is_the_mean_of_token_nats_with_the_gradients_of_logits():
     assert torch.equal(model.eval().loss(tokens, targets).nats, model.loss(tokens, targets, Ctx(causal=True)).nats)
 
 
-def test_the_picked_number_type_and_compilation_stay_when_a_run_goes_on(corpus, tmp_path, monkeypatch):
+def test_the_picked_number_type_threads_and_compilation_stay_when_a_run_goes_on(corpus, tmp_path, monkeypatch):
     data, shards = corpus
-    config = run_config(data, steps=4, dtype="auto")
+    config = run_config(data, steps=4, dtype="auto", threads="auto")
+    monkeypatch.setattr("sparsemix.machine.thread_rates", lambda _: {2: 1.0})
 
     def interrupt(line):
         if line["step"] == 2:
@@ -194,8 +195,10 @@ def test_the_picked_number_type_and_compilation_stay_when_a_run_goes_on(corpus, 
         train.train(config, tmp_path, shards, interrupt)
     # Another machine would pick otherwise.
     monkeypatch.setattr(train, "pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("sparsemix.machine.thread_rates", lambda _: {1: 1.0})
     result = train.train(config, tmp_path, shards).result
-    assert result["dtype"] == "bfloat16" and result["compiled"] is False
+    assert result["dtype"] == "bfloat16" and result["compiled"] is False and result["threads"] == 2
+    assert torch.get_num_threads() == 1
 
 
 RANKS = 2

@@ -13,8 +13,8 @@ from torch import nn
 
 @dataclass
 class TrainState:
-    """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent; dtype
-    and compiled were picked at its start (None: not yet)."""
+    """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent;
+    dtype, compiled and threads were picked at its start (None: not yet)."""
 
     step: int = 0
     cursor: int = 0
@@ -22,6 +22,7 @@ class TrainState:
     wall_s: float = 0.0
     dtype: str | None = None
     compiled: bool | None = None
+    threads: int | None = None
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

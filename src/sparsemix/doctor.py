@@ -58,9 +58,13 @@ def _threads() -> Finding:
     threads, rates = torch.get_num_threads(), thread_rates()
     best = max(rates, key=lambda count: rates[count])
     said = ", ".join(f"{rate / 1e9:.0f} GFLOP/s with {count}" for count, rate in rates.items())
-    # A run's bits depend on the number of threads, so training does not choose it. A tenth is noise.
+    # A run's bits depend on the number of threads, so training does not choose it unasked. A tenth is noise.
     slow = threads in rates and rates[best] > 1.1 * rates[threads]
-    return Finding("threads", f"{threads} ({said})", f"OMP_NUM_THREADS={best} was faster just now" if slow else "")
+    return Finding(
+        "threads",
+        f"{threads} ({said})",
+        f"OMP_NUM_THREADS={best} or train.threads={best} was faster just now" if slow else "",
+    )
 
 
 def _dtype() -> Finding:

@@ -6,15 +6,20 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from sparsemix.errors import ConfigError
 
 DtypeSetting = Literal["auto", "float32", "bfloat16"]
+ThreadsSetting = Literal["auto"] | Annotated[int, Field(ge=1)] | None
+# `auto` takes the fewest threads whose rate is this share of the best: the last ones of a full machine add little.
+ENOUGH = 0.95
 # bf16 products must beat fp32 by this before `auto` takes it. Processors that have them reach 2 and more, emulation
 # stays below 1, so that no machine stands near the edge and all runs on one agree.
 BF16_MUST_BEAT = 1.5
@@ -54,21 +59,59 @@ def product_rates(rounds: int = 3) -> dict[str, float]:
     return {str(d).removeprefix("torch."): 2.0 * rows * d_in * d_out / s for d, s in seconds.items()}
 
 
-def thread_rates(counts: Iterable[int] | None = None) -> dict[int, float]:
+def thread_rates(counts: Iterable[int] | None = None, rounds: int = 4) -> dict[int, float]:
     """FLOP/s of an fp32 matrix product by number of threads: 1, 2, 4, ... up to the processors that this process may
-    use. A machine whose quota is below its cores shows it here."""
+    use. A machine whose quota is below its cores shows it here. The best of interleaved rounds; some 100 ms."""
     before, most = torch.get_num_threads(), usable_processors()
-    counts = counts or sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
-    rates: dict[int, float] = {}
+    counts = list(counts or doublings(most))
+    rows, width = 2048, 512
+    x, weight = torch.ones(rows, width), torch.ones(width, width)
+    seconds: dict[int, float] = {}
     try:
-        for count in counts:
-            torch.set_num_threads(count)
-            product_rates.cache_clear()
-            rates[count] = product_rates()["float32"]
+        for _ in range(rounds + 1):  # the first starts the threads and is never the best
+            for count in counts:
+                torch.set_num_threads(count)
+                began = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                seconds[count] = min(seconds.get(count, float("inf")), time.perf_counter() - began)
     finally:
         torch.set_num_threads(before)
-        product_rates.cache_clear()
-    return rates
+    return {count: 2.0 * rows * width**2 / s for count, s in seconds.items()}
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
+
+
+def use_threads(setting: ThreadsSetting, kept: int | None = None) -> int:
+    """Set the threads of torch and of our kernels for a run, and say how many. Bits depend on them, so a run keeps
+    those that it began with, unless this process may use fewer.
+
+    None leaves what torch has: OMP_NUM_THREADS, or one a core; in a comparison a worker's share. `auto` measures up to
+    that and takes the fewest that reach 95 % of the best rate. Raises ConfigError for more than processors."""
+    most, share = usable_processors(), torch.get_num_threads()
+    if isinstance(setting, int) and setting > most:
+        raise ConfigError(f"train.threads={setting} exceeds the {most} processors that this process may use; lower it")
+    if kept is not None:
+        count = min(kept, max(most, share))
+    elif setting == "auto":
+        rates = thread_rates(doublings(min(most, share)))
+        count = min(count for count, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+    else:
+        count = setting or share
+    torch.set_num_threads(count)
+    return count
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """What is called within may set its number of threads; afterwards it is as before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def usable_processors() -> int:

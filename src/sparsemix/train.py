@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from sparsemix import checkpoint, saved
+from sparsemix import checkpoint, machine, saved
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import Batch, DataConfig, Shards
 from sparsemix.errors import TrainingError
@@ -34,7 +34,7 @@ Progress = Callable[[dict[str, Any]], None]
 class TrainConfig(Config):
     """How a model is trained; the number of steps follows from the budget.
 
-    dtype, compile: `auto` is as machine.py says; what was picked is in the result and stays when a run goes on.
+    dtype, compile, threads: `auto` is as machine.py says; what was picked is in the result and stays in a resumed run.
     recompute_blocks: keep what enters a block and its routing decisions, and compute the rest again in the backward
     pass: less memory for a forward pass more."""
 
@@ -50,6 +50,7 @@ class TrainConfig(Config):
     clip_norm: float = Field(default=1.0, gt=0)
     dtype: DtypeSetting = "auto"
     compile: bool | Literal["auto"] = "auto"
+    threads: machine.ThreadsSetting = None
     recompute_blocks: bool = False
     evals: int = Field(default=8, ge=0)
     eval_tokens: int = Field(default=16_384, ge=1)
@@ -95,6 +96,7 @@ class RunConfig(Config):
         return steps
 
 
+@machine.own_threads()
 def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
     """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
     at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError and TrainingError."""
@@ -113,9 +115,9 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
     run.rewind(state.step)
     # What was picked at the start stays, wherever the run goes on.
-    state.dtype = state.dtype or str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    if state.compiled is None:
-        state.compiled = pick_compile(config.train.compile, config.train.budget_flops, device)
+    state.threads = machine.use_threads(t.threads, state.threads)
+    state.dtype = state.dtype or str(pick_dtype(t.dtype, device)).removeprefix("torch.")
+    state.compiled = pick_compile(t.compile, t.budget_flops, device) if state.compiled is None else state.compiled
     dtype, blocks = getattr(torch, state.dtype), block_runner(model, state.compiled, config.train.recompute_blocks)
     total = steps * config.step_flops
     marks = np.linspace(0, total, config.train.evals + 1)[1:-1] * (1 - 1e-9)
@@ -179,6 +181,7 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
         "peak_memory_bytes": peak.bytes(),
         "dtype": state.dtype,
         "compiled": state.compiled,
+        "threads": state.threads,
     }
     about = {"versions": versions(), "hardware": hardware(), "kernels": picked()}
     run.finish({**spent, **evaluate(config, model, shards, folder), **about})

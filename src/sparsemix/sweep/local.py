@@ -23,8 +23,8 @@ class Job(NamedTuple):
 
 
 class Pool:
-    """Worker processes with `threads` threads each. `run` and `probe` hand out work; leaving the pool with an
-    exception lets every worker save a checkpoint first."""
+    """Worker processes with `threads` threads each, of which train.threads=auto takes as many as help. `map` hands out
+    work; leaving the pool with an exception lets every worker save a checkpoint first."""
 
     def __init__(self, workers: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -111,7 +111,7 @@ def probe_job(config: "RunConfig", data: Path, steps: int) -> tuple[float, float
     from sparsemix.checkpoint import TrainState
     from sparsemix.data import Shards
     from sparsemix.evaluate.perplexity import document_losses
-    from sparsemix.machine import pick_device
+    from sparsemix.machine import own_threads, pick_device, use_threads
     from sparsemix.optim import build_optimizer
     from sparsemix.train import train_step, training_batches
 
@@ -122,13 +122,15 @@ def probe_job(config: "RunConfig", data: Path, steps: int) -> tuple[float, float
     optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
     batches = training_batches(config, shards, TrainState(), device)
     seconds = []
-    for _ in range(steps):
+    with own_threads():
+        use_threads(t.threads)
+        for _ in range(steps):
+            began = time.perf_counter()
+            train_step(config, model, optimizer, [next(batches) for _ in range(t.accumulation)])
+            optimizer.step()
+            seconds.append(time.perf_counter() - began)
+            check_stop()
+        batch = next(batches)
         began = time.perf_counter()
-        train_step(config, model, optimizer, [next(batches) for _ in range(config.train.accumulation)])
-        optimizer.step()
-        seconds.append(time.perf_counter() - began)
-        check_stop()
-    batch = next(batches)
-    began = time.perf_counter()
-    document_losses(model, [batch])
-    return median(seconds), (time.perf_counter() - began) / batch.tokens.numel()
+        document_losses(model, [batch])
+        return median(seconds), (time.perf_counter() - began) / batch.tokens.numel()
