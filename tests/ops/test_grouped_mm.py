@@ -149,6 +149,20 @@ def test_triton_kernels_are_the_reference_with_all_gradients(counts, D, F, dtype
         torch.testing.assert_close(got, want.to(dtype))
 
 
+@pytest.mark.parametrize("counts", [[9000, 0, 3, 700], [0, 0], [0, 0, 5], [1, 2, 3], [40] * 70], ids=len)
+def test_triton_tiles_hold_every_row_of_every_expert_once(counts):
+    from sparsemix.ops.grouped_mm.triton import lay
+
+    R = sum(counts) + 9
+    tiles = lay(torch.tensor(counts), R, torch.bfloat16)
+    held = [[] for _ in counts]
+    for e, row, end in tiles.table.T.tolist():
+        if row < end:
+            held[e] += range(row, min(row + tiles.rows, end))
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    assert held == [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+
+
 @pytest.mark.parametrize("counts", [[300, 0, 5], [0, 0, 0], [16] * 40], ids=["few", "none", "many"])
 def test_every_entry_is_written_by_any_number_of_threads_and_instruction_set(counts, monkeypatch):
     counts, rows, weight = torch.tensor(counts), randn(sum(counts) + 7, 33).float(), randn(len(counts), 65, 33).float()

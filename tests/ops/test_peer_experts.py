@@ -59,12 +59,13 @@ def test_kernel_errs_at_most_twice_as_much_as_gathers_in_bf16(impl, activation, 
     assert_errs_at_most_twice(kernel, theirs, exact, *inputs, direction=randn(N, D))
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["widest", "portable"])
+@pytest.mark.parametrize("kernel", ["native", "portable", "triton"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_their_slopes_are_exact_over_their_whole_range(activation, portable, monkeypatch):
-    if portable:
+def test_activations_and_their_slopes_are_exact_over_their_whole_range(activation, kernel, monkeypatch):
+    if kernel == "portable":
         monkeypatch.setenv("SPARSEMIX_ISA", "portable")
-    z = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, -1e-30, 1e30, -1e30, 88.0, -88.0])])
+    impl, points = ("triton", 201) if kernel == "triton" else ("native", 4001)
+    z = torch.cat([torch.linspace(-20, 20, points), torch.tensor([0.0, -0.0, -1e-30, 1e30, -1e30, 88.0, -88.0])])
     N = len(z)
     # x = z and w_in = w_out = 1: y = act(z), and its gradient is the slope.
     one, ids, gates = torch.ones(1, 1), torch.zeros(N, 1, dtype=torch.long), torch.ones(N, 1)
@@ -74,16 +75,17 @@ def test_activations_and_their_slopes_are_exact_over_their_whole_range(activatio
         y = op(x, ids, gates.to(dtype), one.to(dtype), one.to(dtype), activation, **impl)
         return y.detach().float(), torch.autograd.grad(y.sum(), x)[0].float()
 
-    mine, exact = slope(peer_experts, torch.float32, impl="native"), slope(reference, torch.float64)
+    mine, exact = slope(peer_experts, torch.float32, impl=impl), slope(reference, torch.float64)
     for got, want in zip(mine, exact, strict=True):
         torch.testing.assert_close(got, want, rtol=1.3e-6, atol=2e-7)
 
 
-def test_what_is_not_a_number_stays_so():
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_what_is_not_a_number_stays_so(impl):
     z = torch.tensor([[float("nan")], [float("inf")]])
     for activation in ACTIVATIONS:
         inputs = z, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), torch.ones(1, 1), torch.ones(1, 1)
-        y = peer_experts(*inputs, activation, impl="native")
+        y = peer_experts(*inputs, activation, impl=impl)
         assert y[0].isnan()
         assert y[1] == float("inf")
 
@@ -109,7 +111,7 @@ def test_threads_and_the_other_tokens_change_no_bit(dtype):
             assert torch.equal(got, want[tokens])
 
 
-@pytest.mark.parametrize("impl", ["torch", "native"])
+@pytest.mark.parametrize("impl", ["torch", "native", "triton"])
 def test_recorded_factors_are_the_dense_gradients(impl):
     x, ids, gates, w_in, w_out = case(7, 3, 9, 4, torch.float32)
     tables, direction = (w_in.requires_grad_(), w_out.requires_grad_()), randn(7, 4).float()
@@ -128,8 +130,9 @@ def test_nothing_is_recorded_for_tables_that_need_no_gradient():
     assert take_rows(w_in) == take_rows(w_out) == []
 
 
+@pytest.mark.parametrize("impl", ["native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_beyond_two_to_the_31_elements_are_found(dtype):
+def test_rows_beyond_two_to_the_31_elements_are_found(dtype, impl):
     D, M = 1024, 2**21 + 3
     # The pages of a row that nobody touches are never mapped.
     w_in, w_out = torch.empty(M, D, dtype=dtype), torch.empty(M, D, dtype=dtype)
@@ -139,10 +142,10 @@ def test_rows_beyond_two_to_the_31_elements_are_found(dtype):
         table[rows] = torch.randn(len(rows), D).to(dtype)
     x, gates, where = torch.randn(3, D).to(dtype), torch.randn(3, 2), torch.searchsorted(rows, ids)
     small = w_in[rows], w_out[rows]
-    y = peer_experts(x, ids, gates, w_in, w_out, impl="native")
-    assert torch.equal(y, peer_experts(x, where, gates, *small, impl="native"))
+    y = peer_experts(x, ids, gates, w_in, w_out, impl=impl)
+    assert torch.equal(y, peer_experts(x, where, gates, *small, impl=impl))
     # Addresses that lost their upper bits would read row 0 instead of row M - 3.
-    assert not torch.equal(y, peer_experts(x, torch.where(where == 2, 0, where), gates, *small, impl="native"))
+    assert not torch.equal(y, peer_experts(x, torch.where(where == 2, 0, where), gates, *small, impl=impl))
 
 
 @pytest.mark.parametrize("impl", ["torch", "native"])

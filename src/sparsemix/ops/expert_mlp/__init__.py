@@ -12,7 +12,7 @@ from sparsemix.ops.expert_mlp import plain
 from sparsemix.ops.grouped_mm import choose, rows_run
 from sparsemix.ops.impl import Kernels
 
-KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"))
+KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"), triton=True)
 ACTS = ("relu", "silu", "gelu", "gelu_tanh")  # the number is the kernel's
 
 
@@ -52,8 +52,13 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and if `keep` the rows of first_e x, (R, M)."""
-    if pick(impl, tokens, token_ids, counts) != "native":
-        return plain.forward(tokens, token_ids, gates, counts, first, down, act, keep, impl)
+    picked = pick(impl, tokens, token_ids, counts)
+    if picked == "triton":
+        from sparsemix.ops.expert_mlp import triton
+
+        return triton.forward(tokens, token_ids, gates, counts, first, down, act, keep)
+    if picked != "native":
+        return plain.forward(tokens, token_ids, gates, counts, first, down, act, keep, picked)
     N, D, R = *tokens.shape, len(token_ids)
     tokens, first, down = (x.contiguous() for x in (tokens, first, down))
     ids, counts, sizes = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first)), _sizes(first, down)
@@ -97,8 +102,13 @@ def _grads(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of tokens, gates, first and down; empty ones where `needs` says no."""
-    if pick(impl, tokens, token_ids, counts) != "native":
-        return plain.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, impl)
+    picked = pick(impl, tokens, token_ids, counts)
+    if picked == "triton":
+        from sparsemix.ops.expert_mlp import triton
+
+        return triton.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs)
+    if picked != "native":
+        return plain.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, picked)
     N, D, R = *tokens.shape, len(token_ids)
     dy, pre, tokens, first, down = (x.contiguous() for x in (dy, pre, tokens, first, down))
     ids, counts, sizes = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first)), _sizes(first, down)
@@ -118,9 +128,8 @@ def _grads(
 
 
 def pick(impl: str, tokens: Tensor, token_ids: Tensor, counts: Tensor) -> str:
-    """As grouped_mm chooses; whatever is not native is the plain composition of its kernels."""
-    chosen = choose(impl, tokens, len(token_ids), counts)
-    return KERNELS.pick(chosen, tokens) if chosen in ("native", "torch") else chosen
+    """As grouped_mm chooses."""
+    return KERNELS.pick(choose(impl, tokens, len(token_ids), counts), tokens)
 
 
 def _sizes(first: Tensor, down: Tensor) -> tuple[int, int, int, int]:

@@ -14,7 +14,6 @@ from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_grad import rows_gradient
 from sparsemix.ops.row_mix import row_mix
 
-# On a GPU the two row products are the kernels: what lies between them is a hundredth of their bytes.
 KERNELS = Kernels("peer_experts", Path(__file__).with_name("native.c"), triton=True)
 # Activation -> gradient towards z from the one towards act(z). Their order is that of native.c.
 GRADIENTS = {
@@ -65,6 +64,10 @@ def _forward(
         tensors = x.contiguous(), rows, gates.contiguous(), w_in, w_out, y, z, coef
         _call("forward", w_in, *tensors, *ids.shape, x.shape[1], kind)
         return y, z
+    if picked == "triton":
+        from sparsemix.ops.peer_experts import triton
+
+        return triton.forward(x, ids, gates, w_in, w_out, activation)
     z = row_dot(x, ids, w_in, impl=picked).to(gates.dtype)
     if picked == "reference":
         return reference.peer_experts(x, ids, gates, w_in, w_out, activation), z
@@ -93,6 +96,10 @@ def _gradients(
         tensors = d_y.contiguous(), rows, gates.contiguous(), z, w_in, w_out, d_x, d_gates, d_z, coef
         _call("backward", w_in, *tensors, *ids.shape, d_y.shape[1], kind)
         return d_x, d_gates, d_z, coef
+    if picked == "triton":
+        from sparsemix.ops.peer_experts import triton
+
+        return triton.backward(d_y, ids, gates, z, w_in, w_out, activation)
     d_hidden = row_dot(d_y, ids, w_out, impl=picked).to(gates.dtype)
     hidden = reference.ACTIVATIONS[activation](z)
     d_z = GRADIENTS[activation](d_hidden * gates, z)
