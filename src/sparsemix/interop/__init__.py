@@ -1,0 +1,1 @@
+"""The edge to other libraries' models: reading, converting and writing them."""
