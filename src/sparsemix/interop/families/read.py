@@ -47,6 +47,22 @@ def read_decoder(folder: Path) -> Decoder:
 
     Every tensor finds its place and every setting that changes a logit is taken over. Raises ConfigError where one
     cannot: another architecture, a setting or a tensor without an equal, pickled or quantised weights."""
+    config, family = _settings(folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
+    found = files.read_tensors(folder)
+    try:
+        weights = placed(found, config, family)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    return Decoder(config, weights, tokenizer)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The decoder's settings alone, from its config.json. Raises ConfigError."""
+    return _settings(folder)[0]
+
+
+def _settings(folder: Path) -> tuple[ModelConfig, ModuleType]:
     raw = files.read_settings(folder)
     kind = str(raw.get("model_type"))
     if kind not in READERS:
@@ -55,16 +71,9 @@ def read_decoder(folder: Path) -> Decoder:
     class_name, family = READERS[kind]
     path = folder / "config.json"
     try:
-        config = parse(ModelConfig, family.settings(theirs(raw, class_name, family.READ)))
+        return parse(ModelConfig, family.settings(theirs(raw, class_name, family.READ))), family
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; a decoder with this setting is not read") from None
-    tokenizer = read_tokenizer(folder, config.vocab_size)
-    found = files.read_tensors(folder)
-    try:
-        weights = placed(found, config, family)
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from None
-    return Decoder(config, weights, tokenizer)
 
 
 def theirs(raw: dict[str, Any], class_name: str, read: frozenset[str]) -> PretrainedConfig:
