@@ -5,6 +5,7 @@ import torch
 
 from sparsemix.api import build_layer, build_model, build_optimizer
 from sparsemix.optim import clip_groups, schedule, second_stage
+from sparsemix.optim.groups import roles
 
 MOE = {"kind": "moe", "num_experts": 4, "top_k": 2, "d_ff": 5, "shared_d_ff": 3}
 ATTENTION = {"kind": "attention", "num_heads": 2}
@@ -61,6 +62,22 @@ def test_matrices_decay_and_nothing_else():
     assert groups[0.1] == DECAYED
     assert groups[0.0] == {name for name, _ in model.named_parameters()} - DECAYED
     assert {"embed.weight", "blocks.0.ffn.keys", "blocks.0.ffn.w_in", "blocks.0.ffn.query_norm.weight"} <= groups[0.0]
+
+
+def test_tables_norms_and_biases_of_a_pre_trained_decoder_do_not_decay_and_its_head_does():
+    mixer = {"kind": "attention", "num_heads": 2, "bias": "all", "qk_norm": "head"}
+    block = {"kind": "block", "mixer": mixer, "ffn": {"kind": "dense", "d_ff": 6, "bias": True}}
+    sizes = {"d_model": 8, "vocab_size": 17, "seq_len": 9, "blocks": [block]}
+    model = build_model(sizes | {"norm": "layer", "tie_embeddings": False, "learned_positions": 9})
+    groups = groups_by_name(model, build_optimizer(model, lr=1e-3, weight_decay=0.1))
+    linear = {f"blocks.0.mixer.{name}.weight" for name in "qkvo"} | {f"blocks.0.ffn.{name}" for name in FEED}
+    assert groups[0.1] == {"lm_head.weight"} | linear
+    assert not set(names_of(model, roles(model, "muon").matrices)) & {"lm_head.weight", "positions.weight"}
+
+
+def names_of(model, parameters):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for parameter in parameters]
 
 
 def test_decay_shrinks_a_matrix_without_gradient_and_leaves_a_norm():

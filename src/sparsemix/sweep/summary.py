@@ -202,7 +202,7 @@ def _fairness(configs: dict[str, RunConfig], placement: str) -> list[str]:
     said = [
         f"Backbone: {len(model.blocks)} blocks of width {model.d_model}, the first "
         f"{_words(model.blocks[0].model_dump())}; vocabulary {model.vocab_size}, "
-        f"sequences of {model.seq_len} tokens, tied embeddings.",
+        f"sequences of {model.seq_len} tokens, {'tied' if model.tie_embeddings else 'untied'} embeddings.",
         f"Training: {dense.batch_size * model.seq_len} tokens a step in the same order for every kind, AdamW with "
         f"weight decay {train.weight_decay:g} on matrices, gradient norm clipped to {train.clip_norm:g}, warm-up over "
         f"{train.warmup:.0%} of the steps, {SCHEDULES[train.schedule]}.",
