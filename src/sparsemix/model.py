@@ -249,9 +249,10 @@ class LM(nn.Module):
         """What the head reads: norm(x_L). Raises ConfigError where a token lies beyond the learned positions."""
         x, aux = self.embed(tokens), Aux({}, {})
         if self.positions is not None:
-            places = ctx.places(tokens.shape[1], tokens.device)
-            check_room(places, self.positions.num_embeddings)
-            x = x + self.positions(places)
+            # Without given positions the last one is known, and a GPU need not be waited for.
+            last = tokens.shape[1] - 1 if ctx.positions is None else int(ctx.positions.max())
+            check_room(last, self.positions.num_embeddings)
+            x = x + self.positions(ctx.places(tokens.shape[1], tokens.device))
         for i, block in enumerate(self.blocks):
             x, said = run(block, x, ctx)
             aux |= said.under(f"blocks.{i}")
@@ -265,11 +266,11 @@ def _build(config: LayerConfig, d_model: int, i: int) -> Layer:
         raise ConfigError(f"blocks.{i}: {error}") from None
 
 
-def check_room(places: Int[Tensor, "b T"], rows: int) -> None:
+def check_room(last: int, rows: int) -> None:
     """Raises ConfigError."""
-    if places.numel() and int(places.max()) >= rows:
+    if last >= rows:
         raise ConfigError(
-            f"learned_positions={rows} must cover every token: one is at position {int(places.max())}; "
+            f"learned_positions={rows} must cover every token: one is at position {last}; "
             "give a shorter prompt, or generate fewer tokens"
         )
 
