@@ -224,8 +224,10 @@ class LM(nn.Module):
         if ctx.cache is not None:
             if not ctx.causal:
                 raise ValueError("a cache needs causal routing: pass Ctx(causal=True, cache=...)")
-            counted = ctx.cache.advance(ctx.valid, tokens.shape[1], ctx.rows).to(tokens.device)
-            ctx = ctx._replace(positions=counted if ctx.positions is None else ctx.positions)
+            # Without padding no layer needs a mask.
+            valid = None if ctx.valid is None or bool(ctx.valid.all()) else ctx.valid
+            positions = ctx.cache.advance(tokens.shape[1], ctx.rows, valid, ctx.positions).to(tokens.device)
+            ctx = ctx._replace(positions=positions, valid=valid)
         x, aux = self.hidden(tokens, ctx)
         return Output(F.linear(x, self.head), aux)
 

@@ -123,14 +123,15 @@ class Attention(Layer):
         k = normed(self.k(x), self.k_norm).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
         v = self.v(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
         if self.rope_theta is not None:
-            cos, sin = rotation(positions, self.d_head, self.rope_theta, x.dtype, self.rope_scaling)
+            turn = (positions, self.d_head, self.rope_theta, x.dtype, self.rope_scaling)
+            cos, sin = rotation(*turn) if ctx.cache is None else ctx.cache.once(rotation, *turn)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if ctx.cache is None:
             mask = visible(ctx, T, positions, self.window)
         else:
             k, v, mask = ctx.cache.append(self.path, ctx.rows, k, v, positions, ctx.doc_ids, ctx.valid, self.window)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.num_kv_heads != self.num_heads
         )
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o(y if self.sub_norm is None else self.sub_norm(y)), Aux()

@@ -156,11 +156,15 @@ class MoD(Layer):
                 y, inner = self.apply_to(x, scores, ids, real, ctx)
                 return y, aux | inner
         assert keep is not None
-        rows = keep.any(dim=1).nonzero()[:, 0]  # (b,)
-        if not len(rows):
+        counts = keep.sum(dim=1).tolist()
+        if not any(counts):
             return torch.zeros_like(x), aux
+        if min(counts) == x.shape[1]:
+            y, inner = self.gated(x, scores, None, ctx)
+            return y, aux | inner
+        rows = torch.tensor([b for b, count in enumerate(counts) if count], device=x.device)
         kept = keep[rows]
-        ids = wanted_first(kept)[:, : int(kept.sum(1).max())]
+        ids = wanted_first(kept)[:, : max(counts)]
         part, inner = self.apply_to(x[rows], scores[rows], ids, kept.gather(1, ids), ctx.pick_rows(rows))
         return torch.zeros_like(x).index_copy(0, rows, part), aux | inner
 
@@ -174,12 +178,18 @@ class MoD(Layer):
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
         """The wrapped layer on tokens `ids` of every row, written back to their places; zero elsewhere."""
         wide = ids[..., None].expand(-1, -1, x.shape[2])  # (B, C, D)
-        picked = x.gather(1, wide)
-        out, aux = self.inner(picked, ctx.pick(ids, real))
-        out = out if self.config.block_output == "delta" else picked + out
-        gate = GATES[self.config.gate](scores.gather(1, ids))
+        y, aux = self.gated(x.gather(1, wide), scores.gather(1, ids), real, ctx.pick(ids, real))
+        return torch.zeros_like(x).scatter(1, wide, y), aux
+
+    def gated(
+        self, x: Float[Tensor, "B C D"], scores: Float[Tensor, "B C"], real: Bool[Tensor, "B C"] | None, ctx: Ctx
+    ) -> tuple[Float[Tensor, "B C D"], Aux]:
+        """gate * inner(x) of tokens that all pass; 0 for filling."""
+        out, aux = self.inner(x, ctx)
+        out = out if self.config.block_output == "delta" else x + out
+        gate = GATES[self.config.gate](scores)
         gate = gate if real is None else torch.where(real, gate, 0.0)
-        return torch.zeros_like(x).scatter(1, wide, gate[..., None].to(x.dtype) * out), aux.under("inner")
+        return gate[..., None].to(x.dtype) * out, aux.under("inner")
 
     def select(self, scores: Float[Tensor, "B T"], ctx: Ctx) -> tuple[Int[Tensor, "B C"], Bool[Tensor, "B C"] | None]:
         """The selector of training: places of every row, in order, and which of them are taken (None: all).
