@@ -10,7 +10,8 @@ from sparsemix import load_model, saved, trained
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import prepare
 from sparsemix.data.tokenizer import train_tokenizer
-from sparsemix.layers import Ctx
+from sparsemix.layers import Ctx, update
+from sparsemix.layers.packed import pack_ternary
 from sparsemix.model import ModelConfig
 from sparsemix.train import train
 from tiny import BLOCKS, D, T, V, run_config, unchecked_shapes, write_corpus
@@ -136,3 +137,33 @@ def test_an_unfinished_run_and_a_comparison_are_told_apart(tmp_path):
         trained.load(tmp_path)
     with pytest.raises(ConfigError, match=r"nowhere is no model: it has no config\.json"):
         trained.load(tmp_path / "nowhere")
+
+
+TERNARY = {"d_model": D, "vocab_size": V, "seq_len": T, "blocks": BLOCKS["moe"], "precision": "ternary"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_is_read_packed_and_bit_for_bit(dtype, tmp_path):
+    model = pack_ternary(parse(ModelConfig, TERNARY).build(3)).to(dtype)
+    saved.write(model, tmp_path)
+    again = saved.read(tmp_path).model
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys() and {v.dtype for v in state.values()} >= {torch.uint8, dtype}
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
+    assert torch.equal(logits(again), logits(model))
+    assert not any(tensor.is_meta for tensor in again.state_dict().values())
+
+
+def test_a_packed_model_whose_warm_up_is_over_is_read_and_a_damaged_one_refused(tmp_path):
+    precision = {"weights": "ternary", "warmup_steps": 1}
+    model = parse(ModelConfig, TERNARY | {"precision": precision}).build(3)
+    update(model, {})
+    wanted = logits(pack_ternary(model))
+    saved.write(model, tmp_path)
+    assert torch.equal(logits(saved.read(tmp_path).model), wanted)
+    tensors = load_file(tmp_path / saved.WEIGHTS)
+    tensors["blocks.0.mixer.q.weight.codes"] |= 3
+    save_file(tensors, tmp_path / saved.WEIGHTS)
+    with pytest.raises(ConfigError, match=r"does not fit the settings .*q\.weight\.codes: packed weights hold a code"):
+        saved.read(tmp_path)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from sparsemix import __version__
 from sparsemix.checkpoint import save_weights
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids
+from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 from sparsemix.run import write_atomic
 
@@ -29,7 +31,7 @@ class Saved(NamedTuple):
 
 
 def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the folder; files of other names in it stay."""
+    """Write the folder; files of other names in it stay. A packed model (layers/packed.py) is written as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS)
     if tokenizer is not None:
@@ -49,12 +51,20 @@ def settings_file(config: ModelConfig) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Saved:
-    """What `write` wrote, or Hugging Face's save_pretrained of the same model. Nothing in it is ever unpickled.
+    """What `write` wrote, or Hugging Face's save_pretrained of the same model; a packed one is read packed, in the
+    numbers of its file. Nothing in it is ever unpickled.
 
     Raises ConfigError: no such folder, other settings, damaged weights, a tokenizer of another size."""
-    config = read_settings(folder)
-    model = config.build()
-    load_weights(model, folder)
+    config, tensors = read_settings(folder), _tensors(folder)
+    if is_packed(tensors):
+        # Built without numbers: as floats they would take sixteen times the memory.
+        with torch.device("meta"):
+            model = config.build()
+        with_packed_layers(model)
+        _fill(model, tensors, folder, assign=True)
+    else:
+        model = config.build()
+        _fill(model, tensors, folder)
     return Saved(model.eval(), read_tokenizer(folder, config.vocab_size))
 
 
@@ -87,15 +97,19 @@ def read_settings(folder: Path) -> ModelConfig:
 def load_weights(model: LM, folder: Path) -> None:
     """Fill `model` from the folder's safetensors, one file or several; every name must be there and fit. Raises
     ConfigError."""
-    tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(folder).items()}
+    _fill(model, _tensors(folder), folder)
+
+
+def _fill(model: LM, tensors: dict[str, Tensor], folder: Path, assign: bool = False) -> None:
     try:
-        model.load_state_dict(tensors, strict=True)
+        model.load_state_dict(tensors, strict=True, assign=assign)
     except RuntimeError as error:
         told = " ".join(str(error).split())[:300]
         raise ConfigError(f"{folder / WEIGHTS} does not fit the settings beside it ({told})") from None
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
+    """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
     index = folder / f"{WEIGHTS}.index.json"
     names = [WEIGHTS]
     if index.is_file():
@@ -109,7 +123,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except SafetensorError as error:
             raise ConfigError(f"{path} is damaged ({error}); write it anew or copy it whole") from None
-    return tensors
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:

@@ -222,3 +222,13 @@ def test_bf16_inputs_differ_only_by_their_own_rounding():
     y = pack_ternary(layer)(x.bfloat16())[0]
     assert y.dtype == torch.bfloat16
     assert 1e-6 < far(y.float(), wanted) < 0.03
+
+
+def test_another_precision_leaves_codes_and_scales_as_they_are():
+    layer = pack_ternary(build(DENSE | TERNARY, train=False).float())
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    after = layer.bfloat16().state_dict()
+    assert after["sub_norm.weight"].dtype == torch.bfloat16
+    for name, value in after.items():
+        if name.endswith(("codes", "scale")):
+            assert torch.equal(value, before[name]), name

@@ -1,5 +1,6 @@
 """BitNet b1.58 at inference: two bits a weight, in memory and in the state dict, and integer products."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,14 +18,20 @@ def pack_ternary(module: nn.Module) -> nn.Module:
     """`module` with every ternary Linear and expert bank inside it replaced, in place, by codes and scales; for
     inference only, as nothing trainable is left of them.
 
-    The result equals the forward that was trained: its sums of codes bit for bit. To load a packed state dict, pack a
-    freshly built model and load into that. Raises ConfigError if nothing is ternary or a warm-up is not over."""
+    The result equals the forward that was trained: its sums of codes bit for bit. `saved` writes and reads it. Raises
+    ConfigError if nothing is ternary or a warm-up is not over."""
     for name, layer in module.named_modules():
         if isinstance(layer, Warmup) and int(layer.step) < layer.steps:
             raise ConfigError(
                 f"{name}.step={int(layer.step)} is less than warmup_steps={layer.steps}: the layer is still partly "
                 "float; train on, or build it without a warm-up"
             )
+    return with_packed_layers(module)
+
+
+def with_packed_layers(module: nn.Module) -> nn.Module:
+    """`pack_ternary` of a module whose numbers do not count yet: a packed state dict is loaded into it. Raises
+    ConfigError if nothing is ternary."""
     packed = _packed(module)
     if packed is not module:
         return packed
@@ -37,6 +44,11 @@ def pack_ternary(module: nn.Module) -> nn.Module:
     if not found:
         raise ConfigError("precision=float everywhere in this module: nothing to pack; build it with precision=ternary")
     return module
+
+
+def is_packed(names: Iterable[str]) -> bool:
+    """Does a state dict of these names hold packed weights?"""
+    return any(name.endswith(".codes") for name in names)
 
 
 def _packed(module: nn.Module) -> nn.Module:
@@ -63,6 +75,13 @@ class TernaryWeight(nn.Module):
         each = [_quantised(w, num_matrices) for w in weight.detach().reshape(-1, self.d_out, self.d_in)]
         self.register_buffer("codes", torch.stack([codes for codes, _ in each]).view(*stack, self.d_out, -1))
         self.register_buffer("scale", torch.stack([scale for _, scale in each]).view(*stack, num_matrices))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TernaryWeight":
+        """Moves like any module; but `model.bfloat16()` leaves the scale in fp32, as it is one number a matrix."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
