@@ -99,30 +99,34 @@ class Store:
         before = [self.lengths[r] for r in numbers]
         after = [n + count for n, count in zip(before, counts, strict=True)]
         self.grow(max(after))
-        real = torch.ones(B, T, dtype=torch.bool, device=k.device) if valid is None else valid
-        scratch = self.positions.shape[1] - 1
-        slots = torch.tensor(before, device=k.device)[:, None] + real.cumsum(dim=1) - 1
-        slots = torch.where(real, slots, scratch)  # (B, T)
+        order = torch.arange(T, device=k.device) if valid is None else valid.cumsum(dim=1) - 1
+        slots = torch.tensor(before, device=k.device)[:, None] + order  # (B, T)
+        if valid is not None:
+            slots = torch.where(valid, slots, self.positions.shape[1] - 1)
         at = (torch.arange(B, device=k.device) if rows is None else rows)[:, None].expand_as(slots)
         self.k[at, :, slots] = k.transpose(1, 2)
         self.v[at, :, slots] = v.transpose(1, 2)
         self.positions[at, slots] = positions.expand(B, T)
+        if doc_ids is not None and self.doc_ids is None:
+            self.doc_ids = torch.zeros_like(self.positions)
+        docs = torch.zeros_like(slots) if doc_ids is None else doc_ids.expand(B, T)
+        if self.doc_ids is not None:
+            self.doc_ids[at, slots] = docs
         for r, n in zip(numbers, after, strict=True):
             self.lengths[r] = n
         S, mine = max(1, *after), slice(None) if rows is None else rows
+        k, v = self.k[mine, :, :S], self.v[mine, :, :S]
+        if T == 1 and min(after) == S and valid is None and self.doc_ids is None and window is None:
+            return Keys(k, v, None)
         mask = torch.arange(S, device=k.device) <= slots[:, :, None]  # (B, T, S)
-        if doc_ids is not None and self.doc_ids is None:
-            self.doc_ids = torch.zeros_like(self.positions)
         if self.doc_ids is not None:
-            docs = torch.zeros_like(slots) if doc_ids is None else doc_ids
-            self.doc_ids[at, slots] = docs.expand(B, T)
             mask = mask & (self.doc_ids[mine, None, :S] == docs[:, :, None])
         if window is not None:
             mask = mask & (positions[:, :, None] - self.positions[mine, None, :S] < window)
         if valid is not None:
             # A filling query sees everything: its softmax stays finite and nobody reads it.
             mask = mask | ~valid[:, :, None]
-        return Keys(self.k[mine, :, :S], self.v[mine, :, :S], mask[:, None])
+        return Keys(k, v, mask[:, None])
 
 
 class Held(NamedTuple):

@@ -156,17 +156,27 @@ class MoD(Layer):
                 y, inner = self.apply_to(x, scores, ids, real, ctx)
                 return y, aux | inner
         assert keep is not None
+        y, inner = self.apply_rule(x, scores, keep, ctx)
+        return y, aux | inner
+
+    def apply_rule(
+        self, x: Float[Tensor, "B T D"], scores: Float[Tensor, "B T"], keep: Bool[Tensor, "B T"], ctx: Ctx
+    ) -> tuple[Float[Tensor, "B T D"], Aux]:
+        """The wrapped layer on the tokens to keep, zero elsewhere. Rows without any are left out, and where all tokens
+        of the others pass, as in a step of decoding, nothing is gathered."""
+        # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
-        if not any(counts):
-            return torch.zeros_like(x), aux
+        passing = [b for b, count in enumerate(counts) if count]
+        if not passing:
+            return torch.zeros_like(x), Aux({}, {})
+        if len(passing) < len(counts):
+            rows = torch.tensor(passing, device=x.device)
+            part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))
+            return torch.zeros_like(x).index_copy(0, rows, part), aux
         if min(counts) == x.shape[1]:
-            y, inner = self.gated(x, scores, None, ctx)
-            return y, aux | inner
-        rows = torch.tensor([b for b, count in enumerate(counts) if count], device=x.device)
-        kept = keep[rows]
-        ids = wanted_first(kept)[:, : max(counts)]
-        part, inner = self.apply_to(x[rows], scores[rows], ids, kept.gather(1, ids), ctx.pick_rows(rows))
-        return torch.zeros_like(x).index_copy(0, rows, part), aux | inner
+            return self.gated(x, scores, None, ctx)
+        ids = wanted_first(keep)[:, : max(counts)]
+        return self.apply_to(x, scores, ids, keep.gather(1, ids), ctx)
 
     def apply_to(
         self,
