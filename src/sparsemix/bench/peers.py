@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sparsemix.api import build_layer
 from sparsemix.bench.work import Unavailable
-from sparsemix.layers import Layer
+from sparsemix.layers import AttentionConfig, DenseConfig, Layer
 from sparsemix.layers.linear import Experts
+from sparsemix.model import LM
 
 
 def imported(name: str) -> Any:
@@ -130,6 +131,35 @@ def transformers_experts(bank: Experts, implementation: str) -> nn.Module:
         experts = Qwen3MoeExperts(config)
     experts.gate_up_proj, experts.down_proj = bank.gate_up, bank.down
     return experts
+
+
+@torch.no_grad()
+def transformers_llama(model: LM) -> Any:
+    """transformers' Llama with the weights of a dense model of ours."""
+    transformers = imported("transformers")
+    mixer, ffn = model.config.blocks[0].children()
+    assert isinstance(mixer, AttentionConfig) and isinstance(ffn, DenseConfig)
+    settings = transformers.LlamaConfig(
+        hidden_size=model.config.d_model,
+        intermediate_size=ffn.d_ff,
+        num_hidden_layers=len(model.blocks),
+        num_attention_heads=mixer.num_heads,
+        num_key_value_heads=mixer.kv_heads,
+        vocab_size=model.config.vocab_size,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    llama = transformers.LlamaForCausalLM(settings)
+    names = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    names |= {f"mixer.{part}": f"self_attn.{part}_proj" for part in "qkvo"}
+    names |= {f"ffn.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+    state = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.get_parameter("weight")}
+    for i, block in enumerate(model.blocks):
+        for ours, theirs in names.items():
+            state[f"model.layers.{i}.{theirs}.weight"] = block.get_parameter(f"{ours}.weight")
+    llama.load_state_dict(state | {"lm_head.weight": model.embed.weight}, assign=True)
+    return llama.eval()
 
 
 def our_moe(num_experts: int, d_model: int, d_ff: int, capacity_factor: float, activation: str) -> Layer:

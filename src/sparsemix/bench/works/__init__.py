@@ -2,7 +2,7 @@
 
 from sparsemix.bench import ceilings
 from sparsemix.bench.work import Work
-from sparsemix.bench.works import depth, kinds, moe, peer, rows, scaling, tables, ternary, topk
+from sparsemix.bench.works import decoding, depth, kinds, moe, peer, rows, scaling, tables, ternary, topk
 
 WORKS = {
     work.name: work
@@ -13,6 +13,7 @@ WORKS = {
         *moe.WORKS,
         *depth.WORKS,
         *ternary.WORKS,
+        *decoding.WORKS,
         *rows.WORKS,
         *tables.WORKS,
         *scaling.WORKS,
