@@ -16,7 +16,8 @@ from sparsemix.layers.cache import Cache
 class Ctx(NamedTuple):
     """What a layer may know besides x. None means the default: positions 0..T-1, one document a row, every token
     real. `causal` asks routing to use its causal rule. While decoding, `cache` holds what attention layers saw before,
-    and `rows` says which of its rows the rows of this batch are."""
+    and `rows` says which of its rows the rows of this batch are. `picks` asks expert layers for the statistics
+    `expert_ids` and `gates` of every row that they route (see router.py's `picks_of`)."""
 
     positions: Int[Tensor, "B T"] | None = None
     doc_ids: Int[Tensor, "B T"] | None = None
@@ -24,6 +25,7 @@ class Ctx(NamedTuple):
     rows: Int[Tensor, " B"] | None = None
     causal: bool = False
     cache: Cache | None = None
+    picks: bool = False
 
     def places(self, seq_len: int, device: torch.device) -> Int[Tensor, "b T"]:
         """The positions, 0..T-1 for every row unless they are given."""

@@ -11,7 +11,7 @@ from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.dense import Activation, Dense, DenseConfig
 from sparsemix.layers.dispatch import best_tokens, experts_cost, num_seats, run_picks, run_seats
 from sparsemix.layers.linear import Experts
-from sparsemix.layers.router import Router, usage_stats
+from sparsemix.layers.router import Router, picks_of, usage_stats
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.layers.threshold import RunningThreshold
 
@@ -94,6 +94,8 @@ class ExpertChoice(Layer):
         affinity = self.router(grouped).softmax(dim=-1)
         y, chosen = take(grouped, affinity, valid, self.experts, self.config.share, self.threshold, ctx.causal)
         stats = choice_stats(chosen.view(B, T, -1), affinity.view(B, T, -1), ctx.valid, self.training)
+        if ctx.picks:
+            stats |= picks_of(chosen, affinity)
         if self.training and self.threshold is not None:
             seen = self.threshold.observe(affinity, valid, self.config.share)
             stats |= Aux({}, seen).under("threshold").stats

@@ -145,9 +145,11 @@ class MoD(Layer):
         scores = self.router(x)[..., 0]  # (B, T)
         guess = self.predictor(x.detach()) if self.config.predicts else None
         keep = self.causal_rule(scores, guess, ctx) if ctx.causal else None
-        aux = Aux({}, {})
         # A step of decoding has no row to choose the best tokens of, nor anything to learn.
-        if ctx.cache is None:
+        if ctx.cache is not None:
+            assert keep is not None
+            aux = Aux({}, self.seen(scores, guess, keep, ctx))
+        else:
             ids, real = self.select(scores, ctx)
             chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
             taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
@@ -271,10 +273,15 @@ class MoD(Layer):
         if self.training and self.slack:
             stats["extra_flops"] = scores.new_tensor(self.extra_flops(*scores.shape), dtype=torch.float64)
         if not self.training:
-            seen = [("scores", scores)] if guess is None else [("scores", scores), ("guess", guess)]
-            stats |= {name: valid_only(value.detach(), ctx.valid) for name, value in seen}
-            stats["routed"] = keep
+            stats |= self.seen(scores, guess, keep, ctx)
         return Aux(losses, stats)
+
+    def seen(
+        self, scores: Float[Tensor, "B T"], guess: Float[Tensor, "B T"] | None, keep: Bool[Tensor, "B T"], ctx: Ctx
+    ) -> dict[str, Tensor]:
+        """Statistics of every single token."""
+        logits = {"scores": scores} if guess is None else {"scores": scores, "guess": guess}
+        return {name: valid_only(value.detach(), ctx.valid) for name, value in logits.items()} | {"routed": keep}
 
     def extra_flops(self, B: int, T: int) -> float:
         """Forward FLOPs beyond the settings' cost while the capacity is still being lowered."""

@@ -12,7 +12,7 @@ from sparsemix.layers.dense import Activation
 from sparsemix.layers.dispatch import dispatch, experts_cost, num_seats
 from sparsemix.layers.expert_choice import choice_stats, take
 from sparsemix.layers.linear import Experts
-from sparsemix.layers.router import Route, Router, load_of, route, z_loss
+from sparsemix.layers.router import Route, Router, load_of, picks_of, route, z_loss
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.layers.threshold import RunningThreshold
 
@@ -118,6 +118,8 @@ class MoDE(Layer):
         if ctx.valid is not None:
             chosen = chosen & ctx.valid[..., None]
         stats = choice_stats(chosen, gates, ctx.valid, self.training)
+        if ctx.picks:
+            stats |= picks_of(chosen, gates)
         picks = chosen.sum(dim=(0, 1)).double()  # (E,)
         if self.training:
             tokens = stats["taken"].sum()
@@ -134,6 +136,8 @@ class MoDE(Layer):
         affinity = r.probs[:, : self.config.num_experts].view(B, T, -1)
         y, chosen = take(x, affinity, ctx.valid, self.experts, self.config.share, self.threshold, ctx.causal)
         stats = choice_stats(chosen, affinity, ctx.valid, self.training)
+        if ctx.picks:
+            stats |= picks_of(chosen, affinity)
         if self.training:
             stats["noop_share"] = stats["taken"][0] / stats["taken"].sum().clamp_min(1)
             if self.threshold is not None:

@@ -92,6 +92,8 @@ class MoE(Layer):
         valid = None if ctx.valid is None else ctx.valid.flatten()
         r = route(self.router(tokens), config.top_k, config.normalize_gates, self.bias)
         stats = self.observe(r, valid)
+        if ctx.picks:
+            stats |= {"expert_ids": r.expert_ids, "gates": r.gates.detach()}
         if config.share is None or ctx.causal:
             y = dispatch(tokens, r.expert_ids, r.gates, self.experts, config.num_experts).view_as(x)
         else:

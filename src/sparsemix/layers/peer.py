@@ -105,6 +105,8 @@ class PEER(Layer):
         y = peer_experts(tokens, ids, gates, self.w_in, self.w_out, config.activation, self.row_grads).to(x.dtype)
         if not self.training:
             stats |= usage_stats(ids, gates, config.num_experts, valid)
+        if ctx.picks:
+            stats |= {"expert_ids": ids, "gates": gates.detach()}
         return y.view_as(x), Aux({}, stats)
 
 

@@ -91,4 +91,6 @@ class PKM(Layer):
         y = row_mix(gates, ids, self.values, self.row_grads).to(x.dtype)
         if not self.training:
             stats |= usage_stats(ids, gates, self.config.num_values, valid)
+        if ctx.picks:
+            stats |= {"expert_ids": ids, "gates": gates.detach()}
         return y.view_as(x), Aux({}, stats)

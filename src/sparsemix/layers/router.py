@@ -86,6 +86,16 @@ def z_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
 
 GATE_BINS = 20
 
+# Stands for no expert where the number of picks differs from row to row.
+NOBODY = -1
+
+
+def picks_of(chosen: Bool[Tensor, "*B E"], gates: Float[Tensor, "*B E"]) -> dict[str, Tensor]:
+    """Statistics `expert_ids` (N, E), NOBODY where an expert did not take the row, and `gates` (N, E)."""
+    E = chosen.shape[-1]
+    expert_ids = torch.where(chosen, torch.arange(E, device=chosen.device), NOBODY)
+    return {"expert_ids": expert_ids.view(-1, E), "gates": gates.detach().reshape(-1, E)}
+
 
 def usage_stats(
     expert_ids: Int[Tensor, "N R"],
