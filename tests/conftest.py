@@ -12,7 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 CHECKED = os.environ.get("SPARSEMIX_UNCHECKED_TYPES") != "1"
 collect_ignore = ["compiled"] if CHECKED else []
 
-HOOKED = ["layers", "ops", "data", "evaluate", "model"]
+HOOKED = ["layers", "ops", "data", "evaluate", "model", "generation"]
 # The numeric tower lets an int stand where a float is annotated.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 if CHECKED:

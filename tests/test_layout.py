@@ -16,7 +16,7 @@ LADDER = (
     ("ops",),
     ("layers",),
     ("model", "optim", "data", "machine"),
-    ("evaluate", "checkpoint", "step"),
+    ("evaluate", "generation", "checkpoint", "step"),
     ("saved",),
     ("train", "parallel"),
     ("trained",),
