@@ -1,15 +1,18 @@
 """Is streamed text what the full forward, a plain sampler and the tokenizer say it is?"""
 
+import itertools
 import math
 import random
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from sparsemix.api import build_model
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.detokenizer import Detokenizer
-from sparsemix.data.tokenizer import train_tokenizer
+from sparsemix.data.tokenizer import end_of_text, start_ids, train_tokenizer
 from sparsemix.generation import ENDED, Sampling, chances, dense_cache_bytes, draw, generate
 from sparsemix.layers import Cache, Ctx, update
 from tiny import ATTENTION, BLOCKS, DENSE, MOE, PEER, D, V, block, mod
@@ -93,7 +96,7 @@ def test_what_was_read_is_the_prompt_then_each_token_with_its_routing():
     steps = list(generate(model, tokens, 4, GREEDY, chunk=3, picks=True))
     assert [read.tokens.shape[1] for read in steps[0].read] == [3, 2]
     assert torch.equal(torch.cat([read.tokens for read in steps[0].read], 1), tokens)
-    for before, step in zip(steps, steps[1:], strict=False):
+    for before, step in itertools.pairwise(steps):
         (read,) = step.read
         assert read.tokens.flatten().tolist() == before.token_ids.tolist()
     whole = torch.cat([tokens, torch.stack([s.token_ids for s in steps[:-1]], 1)], 1)
@@ -229,3 +232,10 @@ def test_bytes_that_are_no_text_are_marked_once_and_hold_nothing_up(tokenizer):
             assert len(tokenizer.decode(ids[: i + 1])) - len(shown) <= 1
     cut = tokenizer.encode("猫", add_special_tokens=False).ids[:-1]
     assert streamed(tokenizer, cut) == [""] * len(cut) + ["\ufffd"]
+
+
+def test_a_prompt_starts_as_a_training_document_or_as_the_tokenizer_says(tokenizer):
+    assert start_ids(tokenizer) == [end_of_text(tokenizer)]
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = TemplateProcessing(single="b $A e", special_tokens=[("b", 7), ("e", 9)])
+    assert start_ids(own) == [7]

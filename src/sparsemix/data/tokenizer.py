@@ -106,3 +106,12 @@ def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -
         if starts[-1] >= max_tokens:
             break
     return np.concatenate([*parts, eot]), np.array(starts, np.int64)
+
+
+def start_ids(tokenizer: Tokenizer, name: str = "") -> list[int]:
+    """What stands before a text that a model is to continue: the tokenizer's own start tokens, or else the end-of-text
+    token, which in `write_stream` is before every document. Raises ConfigError if it has neither."""
+    encoded = tokenizer.encode("a", add_special_tokens=True)
+    own = [i for i, special in zip(encoded.ids, encoded.special_tokens_mask, strict=True) if special]
+    leading = own[: encoded.special_tokens_mask.index(0)]
+    return leading or [end_of_text(tokenizer, name)]
