@@ -22,7 +22,7 @@ LADDER = (
     ("trained",),
     ("api",),
     ("report", "interop", "recipes"),
-    ("sweep", "inspection", "doctor"),
+    ("sweep", "inspection", "play", "doctor"),
     ("bench",),
     ("cli",),
 )

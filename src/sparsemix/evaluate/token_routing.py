@@ -24,14 +24,8 @@ def routed_layers(model: LM) -> list[dict[str, Any]]:
         config = getattr(module, "config", None)
         experts = getattr(config, "num_experts", getattr(config, "num_values", None))
         if isinstance(config, LayerConfig) and (isinstance(module, MoD) or experts is not None):
-            layers.append(
-                {
-                    "path": path,
-                    "kind": getattr(config, "kind", None),
-                    "block": int(path.split(".")[1]),
-                    "experts": experts,
-                }
-            )
+            kind, block = getattr(config, "kind", None), int(path.split(".")[1])
+            layers.append({"path": path, "kind": kind, "block": block, "experts": experts})
     return layers
 
 

@@ -58,12 +58,13 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     path.write_text(render(f"Equal-FLOP comparison: {kinds}", byline, sections), encoding="utf-8")
 
 
-def render(title: str, byline: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """A whole page of (id, heading, body) sections, the empty ones left out."""
+def render(title: str, byline: str, sections: Sequence[tuple[str, str, str]], css: str = "") -> str:
+    """A whole page of (id, heading, body) sections, the empty ones left out; `css` follows the rules of every page."""
     shown = [section for section in sections if section[2]]
     template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title),
+        css=css,
         byline=escape(byline),
         first=shown[0][0],
         contents="\n".join(f'<li><a href="#{id}">{heading}</a></li>' for id, heading, _ in shown),
