@@ -77,7 +77,7 @@ def test_the_text_is_the_same_with_routing_shown_or_not_and_tells_of_every_token
         play = Play(run, PROMPT, 6, Sampling(seed=5), routing)
         told[routing] = list(play.tokens())
         assert "".join(token["text"] for token in told[routing]).startswith(PROMPT)
-        assert play.cache.seen.tolist() == [len(told[routing]) - (not routing and play.ended == "max_tokens")]
+        assert play.cache.seen.tolist() == [len(told[routing]) - (not routing and play.ended == "max_tokens=6")]
     for plain, routed in zip(told[False], told[True], strict=True):
         assert routed["blocks"] in (2, 3) and {"blocks.1", "blocks.2.ffn"} <= set(routed["layers"])
         assert {name: routed[name] for name in plain} == pytest.approx(plain)

@@ -41,7 +41,8 @@ class Play:
                 f"context, seq_len={context}; shorten it"
             )
         self.room = min(max_tokens, context - self.prompt_tokens)
-        self.ended = "max_tokens" if self.room == max_tokens else f"the model's context, seq_len={context}"
+        limit = f"max_tokens={max_tokens}" if self.room == max_tokens else f"the model's context, seq_len={context}"
+        self.ended = limit
         self.cache, self.told = Cache(1), list[dict[str, Any]]()
         self.routed = {name: 0 for name, module in self.model.named_modules() if isinstance(module, MoD)}
         self.tokens_read, self.steps, self.seconds = 0, 0, 0.0

@@ -5,8 +5,8 @@ from typing import NamedTuple
 # Each gets lighter or darker all the way, so that colour blindness and grey print leave the order as it is.
 LIGHT = ("#ffffff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
 DARK = ("#16181b", "#1c3f63", "#2b78b8", "#7fb9e0", "#e3eff9")
-# On a terminal of unknown ground: from blue to yellow, after the cividis map (doi:10.1371/journal.pone.0199239).
-TERMINAL = ("#00204d", "#414d6b", "#7c7b78", "#bcaf6f", "#ffea46")
+# On a terminal of unknown ground: Okabe and Ito's blue, sky blue and yellow, which every eye tells apart.
+TERMINAL = ("#1b3a6b", "#2f73b8", "#56b4e9", "#b2d488", "#f0e442")
 
 
 class Shade(NamedTuple):
