@@ -220,16 +220,21 @@ class LM(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"], ctx: Ctx | None = None) -> Output:
         """Logits in the dtype of the model (or of autocast); ctx defaults to causal unless training. With a cache,
         tokens continue what it has seen and positions default to counting on."""
-        ctx = ctx or Ctx(causal=not self.training)
-        if ctx.cache is not None:
-            if not ctx.causal:
-                raise ValueError("a cache needs causal routing: pass Ctx(causal=True, cache=...)")
-            # Without padding no layer needs a mask.
-            valid = None if ctx.valid is None or bool(ctx.valid.all()) else ctx.valid
-            positions = ctx.cache.advance(tokens.shape[1], ctx.rows, valid, ctx.positions).to(tokens.device)
-            ctx = ctx._replace(positions=positions, valid=valid)
+        ctx = self.placed(tokens, ctx or Ctx(causal=not self.training))
         x, aux = self.hidden(tokens, ctx)
         return Output(F.linear(x, self.head), aux)
+
+    def placed(self, tokens: Int[Tensor, "B T"], ctx: Ctx) -> Ctx:
+        """The context of tokens that a cache, if there is one, has now seen: positions count on unless they are given.
+        Raises ValueError for a cache without causal routing."""
+        if ctx.cache is None:
+            return ctx
+        if not ctx.causal:
+            raise ValueError("a cache needs causal routing: pass Ctx(causal=True, cache=...)")
+        # Without padding no layer needs a mask.
+        valid = None if ctx.valid is None or bool(ctx.valid.all()) else ctx.valid
+        positions = ctx.cache.advance(tokens.shape[1], ctx.rows, valid, ctx.positions).to(tokens.device)
+        return ctx._replace(positions=positions, valid=valid)
 
     def loss(
         self,

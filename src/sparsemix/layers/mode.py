@@ -111,7 +111,7 @@ class MoDE(Layer):
         E, K = self.config.num_experts, self.config.top_k
         expert_ids = r.expert_ids.clamp(max=E)  # every no-op is id E
         if ctx.valid is not None:
-            expert_ids = torch.where(ctx.valid.view(-1, 1), expert_ids, E)
+            expert_ids = torch.where(ctx.valid.reshape(-1, 1), expert_ids, E)
         y = dispatch(x.flatten(0, 1), expert_ids, r.gates, self.experts, E).view_as(x)
         chosen = torch.zeros_like(r.probs, dtype=torch.bool).scatter(1, r.expert_ids, True)[:, :E].view(B, T, E)
         gates = torch.zeros_like(r.probs).scatter(1, r.expert_ids, r.gates.detach())[:, :E].view(B, T, E)
