@@ -35,7 +35,10 @@ def sequences(seed=0):
 def padded(several, side="left"):
     """(input_ids, attention_mask) of a batch."""
     longest = max(map(len, several))
-    ids, mask = torch.zeros(len(several), longest, dtype=torch.long), torch.zeros(len(several), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(several), longest, dtype=torch.long),
+        torch.zeros(len(several), longest, dtype=torch.long),
+    )
     for b, sequence in enumerate(several):
         place = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
         ids[b, place], mask[b, place] = sequence, 1

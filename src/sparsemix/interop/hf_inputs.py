@@ -74,7 +74,7 @@ def loss_of(
         targets = targets.masked_fill(~valid, NO_TARGET)
     mean, _ = cross_entropy(x.flatten(0, 1), head, targets.flatten())
     total = mean if auxiliary is None else mean + auxiliary
-    return total if num_items is None else total * ((targets != NO_TARGET).sum() / num_items)
+    return total if num_items is None else total * ((targets != NO_TARGET).sum().to(total.dtype) / num_items)
 
 
 @contextmanager

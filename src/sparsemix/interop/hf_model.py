@@ -37,7 +37,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     # The stream is added up across blocks, and the head may be the embedding: one device holds all.
     _no_split_modules = ["LM"]  # noqa: RUF012  (transformers reads and types it so)
     # Running averages move by less than bf16 can tell apart.
-    _keep_in_fp32_modules_strict = ["mean", "square", "threshold"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["mean", "square", "threshold.threshold"]  # noqa: RUF012
 
     def __init__(self, config: SparsemixConfig, model: LM | None = None) -> None:
         super().__init__(config)
@@ -163,7 +163,9 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         targets = shift_labels if labels is None or shift_labels is not None else shifted(labels, attention_mask)
         if targets is not None and past is not None:
             raise ValueError("labels cannot be combined with a cache: leave one of them out")
-        if past is None and targets is None and not self.training and chosen(use_cache, self.config.use_cache):
+        # Positions without a mask may be those of several documents in a row, which nothing can continue.
+        continues = not self.training and targets is None and (position_ids is None or attention_mask is not None)
+        if past is None and continues and chosen(use_cache, self.config.use_cache):
             past = SparsemixCache()
         ctx = context(input_ids, attention_mask, position_ids, past, causal=not self.training or targets is None)
         ctx = self.model.placed(input_ids, ctx)

@@ -1,0 +1,218 @@
+"""What is saved is loaded bit for bit, through whichever door."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import hf_model, settings
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import sparsemix
+from sparsemix import saved
+from sparsemix.config import ConfigError
+from sparsemix.data.tokenizer import encode_batch, end_of_text, train_tokenizer
+from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, wrap_tokenizer
+from tiny import BLOCKS, MOE, D, T, V, block, mod
+
+STATES = {
+    **BLOCKS,
+    "annealed": [mod(block({"kind": "dense", "d_ff": 40, "precision": "ternary"}), anneal_steps=5)],
+}
+
+
+def away(model):
+    """Every buffer away from its initial value too."""
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(torch.rand_like(buffer) if buffer.is_floating_point() else 1)
+    return model
+
+
+def assert_same(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_is_loaded_is_bit_for_bit_what_was_saved(name, tmp_path):
+    model = away(hf_model("own", blocks=STATES[name]))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(model, again)
+    assert not again.training and again.config.settings == model.config.settings
+    # And by the library alone.
+    assert_same(model.model.float(), saved.read(tmp_path).model)
+
+
+@pytest.mark.parametrize("how", [{"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"dtype": torch.float64}], ids=str)
+def test_every_way_of_loading_gives_the_same_bits(how, tmp_path):
+    if "device_map" in how:
+        pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    model = away(hf_model("nested_threshold"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path, **how))
+    assert_same(model.model.float(), saved.read(tmp_path).model)
+
+
+def test_a_smaller_number_type_leaves_running_averages_alone(tmp_path):
+    model = away(hf_model("nested_threshold").float())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in again.state_dict().items():
+        averages = name.rpartition(".")[2] in ("mean", "square", "threshold")
+        exact = averages or not tensor.is_floating_point()
+        wanted = model.state_dict()[name] if exact else model.state_dict()[name].bfloat16()
+        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+
+
+def test_a_capacity_goes_on_falling_where_it_was(tmp_path):
+    model = hf_model("own", blocks=STATES["annealed"])
+    model.model.blocks[0].annealing.step.fill_(4)
+    model.train().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.blocks[0].slack == model.model.blocks[0].slack < 1
+
+
+@pytest.mark.parametrize("name", ["dense", "nested", "random"])
+def test_a_runs_model_folder_loads_as_it_is(name, tmp_path):
+    lm = away(hf_model(name)).model.float()
+    texts = [f"word{i % 50} and {i}" for i in range(300)]
+    tokenizer = train_tokenizer(texts, V)
+    saved.write(lm, tmp_path, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(lm, model.model)
+    ids = AutoTokenizer.from_pretrained(tmp_path)(texts[:3])["input_ids"]
+    assert ids == [found.tolist() for found in encode_batch(tokenizer, texts[:3])]
+
+
+def test_missing_weights_are_drawn_and_loaded_ones_stay(tmp_path):
+    model = away(hf_model("nested").float())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = ["model.blocks.0.ffn.router.weight", "model.blocks.1.inner.ffn.query_norm.mean", "model.embed.weight"]
+    save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / "model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor) == (name not in gone), name
+    assert 0.015 < again[gone[0]].std() < 0.025 and 0.015 < again[gone[2]].std() < 0.025
+    assert not again[gone[1]].any()
+
+
+def test_settings_are_read_under_the_usual_names():
+    config = SparsemixConfig(settings=settings("moe"))
+    told = {
+        "vocab_size": V,
+        "hidden_size": D,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": T,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": True,
+    }
+    assert {name: getattr(config, name) for name in told} == told
+    assert SparsemixConfig(settings=settings("peer")).num_experts_per_tok == 8
+    dense = SparsemixConfig(settings=settings("dense"))
+    assert not any(
+        hasattr(dense, name) for name in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+    )
+    assert AutoConfig.for_model("sparsemix", settings=settings("moe")).settings == config.settings
+
+
+def test_settings_that_are_none_or_of_another_version_are_refused(tmp_path):
+    bad = [BLOCKS["moe"][0], block(MOE | {"top_k": 9})]
+    with pytest.raises(ConfigError, match=r"blocks\.1\.ffn\.top_k=9 must lie in"):
+        SparsemixConfig(settings=settings("own", blocks=bad))
+    with pytest.raises(ConfigError, match="format=2 must be 1"):
+        SparsemixConfig(settings=settings("moe"), format=2)
+    with pytest.raises(ConfigError, match="settings is missing"):
+        SparsemixForCausalLM(SparsemixConfig())
+
+
+def in_a_process(code, *forbidden, tmp_path):
+    """Output of a program in which some packages cannot be imported."""
+    source = Path(sparsemix.__file__).parents[1]
+    hide = f"import sys; sys.modules.update({{name: None for name in {forbidden}}})\n"
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", hide + code],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{source}:{os.environ.get('PYTHONPATH', '')}",
+            "HF_HOME": str(tmp_path / "home"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("models") / "small"
+    hf_model("moe").save_pretrained(place)
+    return place
+
+
+LOAD = "print(type(AutoModelForCausalLM.from_pretrained({!r}{})).__module__)"
+ORDERS = {
+    "first": "import sparsemix\nassert not {'torch', 'transformers'} & set(sys.modules)\n"
+    "from transformers import AutoModelForCausalLM\n",
+    "last": "from transformers import AutoModelForCausalLM\nimport sparsemix\n",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_import_of_the_package_is_all_that_loading_needs(order, folder, tmp_path):
+    ran = in_a_process(ORDERS[order] + LOAD.format(str(folder), ""), tmp_path=tmp_path)
+    assert ran.stdout.strip() == "sparsemix.interop.hf_model", ran.stderr
+
+
+def test_trust_remote_code_finds_the_package_and_saves_itself_again(folder, tmp_path):
+    again = tmp_path / "again"
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        f"model.save_pretrained({str(again)!r})\n"
+        "print(type(model).__module__.rpartition('.')[2])\n"
+        f"AutoModelForCausalLM.from_pretrained({str(again)!r}, trust_remote_code=True)"
+    )
+    ran = in_a_process(code, tmp_path=tmp_path)
+    assert ran.stdout.strip() == "modeling_sparsemix", ran.stderr
+    assert (again / "modeling_sparsemix.py").read_text() == (folder / "modeling_sparsemix.py").read_text()
+    assert (
+        json.loads((again / "config.json").read_text())["auto_map"]["AutoConfig"]
+        == "configuration_sparsemix.SparsemixConfig"
+    )
+
+
+def test_without_the_package_one_line_says_that_it_is_needed(folder, tmp_path):
+    code = "from transformers import AutoModelForCausalLM\n" + LOAD.format(str(folder), ", trust_remote_code=True")
+    ran = in_a_process(code, "sparsemix", tmp_path=tmp_path)
+    told = ran.stderr.strip().splitlines()[-1]
+    assert told.startswith("ImportError: this model needs the Python package sparsemix, version")
+    assert "pip install sparsemix" in told
+
+
+def test_a_tokenizer_gives_the_ids_of_training(tmp_path):
+    texts = [f"word{i % 50}  and {i}\n" for i in range(300)] + ["<|endoftext|> written out , he said ."]
+    tokenizer = train_tokenizer(texts, V)
+    wrap_tokenizer(tokenizer, T).save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text, wanted in zip(texts, encode_batch(tokenizer, texts), strict=True):
+        assert again(text)["input_ids"] == wanted.tolist()
+        assert again.decode(wanted) == text
+    assert again.eos_token_id == again.bos_token_id == again.pad_token_id == end_of_text(tokenizer)
+    batch = again([*texts[:2], "a"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"][2, 0] == 0 and again.model_max_length == T
