@@ -7,12 +7,16 @@ from tiny import BLOCKS, MODE, D, T, V, block, mod
 
 MODELS = {name: BLOCKS[name] for name in ("dense", "moe", "peer", "mod", "threshold", "nested")} | {
     "mod_mode": [block(MODE), mod(block(MODE), capacity=0.5)],
+    "untied": BLOCKS["dense"],
 }
+# Settings of the model as a whole.
+WHOLE = {"untied": {"tie_embeddings": False, "learned_positions": 4 * T}}
 LENGTHS = (5, 1, 9, 3)
 
 
 def settings(name, **changes):
-    return {"d_model": D, "vocab_size": V, "seq_len": T, "blocks": MODELS.get(name, BLOCKS.get(name))} | changes
+    blocks = MODELS.get(name, BLOCKS.get(name))
+    return {"d_model": D, "vocab_size": V, "seq_len": T, "blocks": blocks} | WHOLE.get(name, {}) | changes
 
 
 def hf_model(name, seed=0, **changes):

@@ -21,6 +21,7 @@ from tiny import BLOCKS, MOE, D, T, V, block, mod
 
 STATES = {
     **BLOCKS,
+    "untied": BLOCKS["dense"],
     "annealed": [mod(block({"kind": "dense", "d_ff": 40, "precision": "ternary"}), anneal_steps=5)],
 }
 
@@ -42,10 +43,12 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("name", STATES)
 def test_what_is_loaded_is_bit_for_bit_what_was_saved(name, tmp_path):
-    model = away(hf_model("own", blocks=STATES[name]))
+    model = away(hf_model(name, blocks=STATES[name]))
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(model, again)
+    heads = [key for key in load_file(tmp_path / "model.safetensors") if key.endswith("lm_head.weight")]
+    assert heads == (["model.lm_head.weight"] if name == "untied" else [])
     assert not again.training and again.config.settings == model.config.settings
     # And by the library alone.
     assert_same(model.model.float(), saved.read(tmp_path).model)
@@ -76,7 +79,7 @@ def test_a_smaller_number_type_leaves_running_averages_alone(tmp_path):
 def test_a_capacity_goes_on_falling_where_it_was(tmp_path):
     model = hf_model("own", blocks=STATES["annealed"])
     model.model.blocks[0].annealing.step.fill_(4)
-    model.train().save_pretrained(tmp_path)
+    model.eval().train().save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.model.blocks[0].slack == model.model.blocks[0].slack < 1
 

@@ -40,7 +40,7 @@ def test_the_training_loss_is_the_librarys_with_auxiliary_losses_once(name):
     out = model(ids, labels=ids)
     assert_equal(out.loss, total)
     assert out.logits is None
-    assert (out.aux_loss is None) == (not wanted.aux.losses) == (name in ("dense", "peer", "threshold"))
+    assert (out.aux_loss is None) == (not wanted.aux.losses) == (name in ("dense", "peer", "threshold", "untied"))
     # With the next tokens as labels, and with logits asked for. A new model: a balance bias has moved in the other.
     model = fresh(name)
     logits = model.model(ids, Ctx()).logits
@@ -119,11 +119,13 @@ def test_router_logits_and_hidden_states_come_on_request():
 
 
 def buffers(model):
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """As a look at the model from outside shows them."""
+    names = {name for name, _ in model.named_buffers()}
+    return {name.removeprefix("model."): t.clone() for name, t in model.state_dict().items() if name in names}
 
 
-def steps(model, order, micro, batches=3):
-    """Plain loops in the orders people write; the running state after each step."""
+def steps(model, order, micro, batches=3, looks=False):
+    """Plain loops in the orders people write; the running state after each step. `looks`: also within steps."""
     optimizer, seen = torch.optim.SGD(model.parameters(), 0.05), []
     for step in range(batches):
         if order == "clear first":
@@ -133,10 +135,12 @@ def steps(model, order, micro, batches=3):
             if order == "clear late":
                 optimizer.zero_grad()
             loss.backward()
+            if looks:
+                buffers(model)
         optimizer.step()
         if order == "clear last":
             optimizer.zero_grad()
-        seen.append(buffers(model.model))
+        seen.append(buffers(model))
     return seen
 
 
@@ -175,6 +179,11 @@ def test_running_state_moves_once_a_step_where_gradients_are_cleared_between_the
     got = steps(fresh("own", blocks=STATEFUL), "clear late", 1)
     wanted = steps(fresh("own", blocks=STATEFUL), "clear last", 1)
     assert all(torch.equal(got[-1][name], wanted[-1][name]) for name in got[-1])
+
+
+def test_a_look_within_a_step_changes_nothing():
+    quiet, looked = (steps(fresh("own", blocks=STATEFUL), "clear last", 2, looks=looks) for looks in (False, True))
+    assert all(torch.equal(got[name], quiet[step][name]) for step, got in enumerate(looked) for name in got)
 
 
 def test_frozen_or_gradless_calls_move_nothing():
@@ -222,8 +231,9 @@ def test_what_is_not_supported_is_refused():
             model(**call)
 
 
-def test_a_resized_vocabulary_is_one_everywhere(tmp_path):
-    model, ids = hf_model("moe"), tokens()
+@pytest.mark.parametrize("name", ["moe", "untied"])
+def test_a_resized_vocabulary_is_one_everywhere(name, tmp_path):
+    model, ids = hf_model(name), tokens()
     wanted = model(ids).logits
     model.resize_token_embeddings(V + 7, mean_resizing=False)
     assert model.config.vocab_size == model.model.config.vocab_size == V + 7

@@ -1,5 +1,5 @@
-"""Hugging Face's classes for sparsemix models. Importing them registers them; after `import sparsemix`, so does importing
-an Auto class."""
+"""Hugging Face's classes for sparsemix models. Importing them registers them; after `import sparsemix`, so does the
+import of an Auto class."""
 
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.interop.hf_config import SparsemixConfig

@@ -68,9 +68,15 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
             reset()
 
     def train(self, mode: bool = True) -> "SparsemixForCausalLM":
-        # Loading ends with eval(), and wrote the buffers without a word to their modules.
-        settle(self)
+        if not mode:
+            self.running.show(self.model)
+            # Loading ends with eval(), and wrote the buffers without a word to their modules.
+            settle(self.model)
         return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.running.show(self.model)
+        return super().state_dict(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
@@ -82,7 +88,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head; None where it is the embedding."""
-        return getattr(self.model, "lm_head", None)
+        return self.model.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.model.lm_head = new_embeddings
@@ -141,11 +147,10 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        shift_labels: Int[Tensor, "B T"] | None = None,
         cache: SparsemixCache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits, and with labels (of the same tokens; shift_labels: of the next ones) the loss.
+        """Logits, and with labels (of the same tokens; or shift_labels, of the next ones) the loss.
 
         attention_mask (B, T), or (B, S + T) with a cache of S columns, pads on any side. In training the loss is the
         cross-entropy plus the layers' auxiliary losses, in evaluation the cross-entropy alone; `aux_loss` is their sum.
@@ -160,7 +165,10 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         if getattr(self, "_is_replica", False):
             raise ValueError("nn.DataParallel loses running state: launch with torchrun, or show it one GPU")
         past = known_cache(past_key_values if cache is None else cache)
-        targets = shift_labels if labels is None or shift_labels is not None else shifted(labels, attention_mask)
+        # Not in the signature, from which a Trainer reads which labels it must be given.
+        targets = kwargs.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = shifted(labels, attention_mask)
         if targets is not None and past is not None:
             raise ValueError("labels cannot be combined with a cache: leave one of them out")
         # Positions without a mask may be those of several documents in a row, which nothing can continue.
@@ -178,7 +186,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
             x, aux = self.model.hidden(input_ids, ctx, self._runner(states))
         if observes:
             self.running.take(self.model, aux.stats)
-        head = (self.get_output_embeddings() or self.model.embed).weight
+        head = self.model.head
         loss, auxiliary = None, sum(aux.losses.values()) if aux.losses else None
         if targets is not None:
             added = auxiliary if self.training else None
@@ -186,7 +194,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         logits = None
         if targets is None or not chosen(skip_logits, self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = F.linear(x[:, keep], head)  # type: ignore[arg-type]
+            logits = F.linear(x[:, keep], head)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,  # type: ignore[arg-type]
