@@ -7,6 +7,7 @@ import typer
 
 from sparsemix.bench.command import bench
 from sparsemix.cli.compare import compare, report
+from sparsemix.cli.export import export
 from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
 from sparsemix.cli.listings import doctor, kinds, parity, recipes
@@ -23,7 +24,7 @@ app = typer.Typer(
 )
 
 # In the order of --help.
-for command in (compare, train, generate, report, inspect, recipes, kinds, parity, bench, doctor):
+for command in (compare, train, generate, inspect, report, export, recipes, kinds, parity, bench, doctor):
     app.command()(command)
 
 
