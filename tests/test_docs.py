@@ -50,5 +50,5 @@ def test_every_linked_page_and_test_exists(page):
 
 
 def test_every_mechanism_has_a_page():
-    plain = {"attention", "block", "dense"}
+    plain = {"attention", "beside", "block", "dense"}
     assert {page.stem for page in PAGES} >= (set(LayerConfig.family or {}) - plain) | {"bitnet"}

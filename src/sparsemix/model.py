@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsemix.config import Config, ConfigError, parse
-from sparsemix.layers import AttentionConfig, Aux, BlockConfig, Cost, Ctx, DenseConfig, Layer, LayerConfig
+from sparsemix.layers import (
+    AttentionConfig,
+    Aux,
+    BesideConfig,
+    BlockConfig,
+    Cost,
+    Ctx,
+    DenseConfig,
+    Layer,
+    LayerConfig,
+)
 from sparsemix.layers.norm import RMS, NormConfig
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.ops.cross_entropy import cross_entropy
@@ -75,7 +85,7 @@ class ModelConfig(Config):
 
 
 def _outside(config: LayerConfig, d_model: int, seq_len: int) -> float:
-    if isinstance(config, BlockConfig):
+    if isinstance(config, (BlockConfig, BesideConfig)):
         return sum(_outside(child, d_model, seq_len) for child in config.children())
     if isinstance(config, (AttentionConfig, DenseConfig)):
         return config.cost(d_model, seq_len).flops

@@ -94,4 +94,5 @@ BASES = {
         "inner": {"kind": "block", "mixer": ATTENTION, "ffn": DENSE},
     },
     "block": {"kind": "block", "mixer": ATTENTION, "ffn": PEER},
+    "beside": {"kind": "beside", "kept": DENSE, "added": PEER},
 }

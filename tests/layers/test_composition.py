@@ -46,6 +46,7 @@ WRAPPERS = {
     "token_choice": lambda ffn: mod(block(ffn), selector="token_choice"),
     "mh_moe": lambda ffn: {"kind": "mh_moe", "num_heads": 3, "inner": ffn, "bias": True},
     "block_of_a_mod": lambda ffn: block(mod(ffn)),
+    "beside_a_dense_layer": lambda ffn: block({"kind": "beside", "kept": DENSE, "added": ffn}),
 }
 
 

@@ -66,6 +66,7 @@ NAMES = {
         **under("inner", NORMS | under("mixer", ATTENTION_NAMES) | under("ffn", DENSE_NAMES)),
     },
     "block": NORMS | under("mixer", ATTENTION_NAMES) | under("ffn", PEER_NAMES),
+    "beside": under("kept", DENSE_NAMES) | under("added", PEER_NAMES),
 }
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 

@@ -95,6 +95,7 @@ OTHER = {
         "anneal_steps": 9,
     },
     "block": {"mixer": DENSE, "ffn": DENSE, "norm": "layer"},
+    "beside": {"kept": MOE, "added": MOE},
 }
 # What else must be set for a setting to have its say.
 BESIDE = {("mod", "router_loss_weight"): {"sampling": "router_bce"}}

@@ -2,6 +2,7 @@
 
 from sparsemix.layers.attention import AttentionConfig
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, rank_means, update
+from sparsemix.layers.beside import BesideConfig
 from sparsemix.layers.block import BlockConfig
 from sparsemix.layers.cache import Cache
 from sparsemix.layers.dense import DenseConfig
@@ -16,6 +17,7 @@ from sparsemix.layers.pkm import PKMConfig
 __all__ = [
     "AttentionConfig",
     "Aux",
+    "BesideConfig",
     "BlockConfig",
     "Cache",
     "Cost",

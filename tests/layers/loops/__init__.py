@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from loops.experts import expert_choice, mode, moe
 from loops.tokens import ACTIVATION, assemble, dense, gain, linear, norm_of, normed, real_of, real_tokens
 from sparsemix.layers.attention import Attention
+from sparsemix.layers.beside import Beside
 from sparsemix.layers.block import Block
 from sparsemix.layers.dense import Dense
 from sparsemix.layers.expert_choice import ExpertChoice
@@ -280,6 +281,12 @@ def block(layer, x, ctx):
     return mixed + fed, losses | {f"ffn.{name}": value for name, value in ffn_losses.items()}
 
 
+def beside(layer, x, ctx):
+    (kept, kept_losses), (added, added_losses) = loop(layer.kept, x, ctx), loop(layer.added, x, ctx)
+    losses = {f"kept.{name}": value for name, value in kept_losses.items()}
+    return kept + added, losses | {f"added.{name}": value for name, value in added_losses.items()}
+
+
 LOOPS = {
     Attention: attention,
     Dense: dense,
@@ -291,4 +298,5 @@ LOOPS = {
     MHMoE: mh_moe,
     MoD: mod,
     Block: block,
+    Beside: beside,
 }
