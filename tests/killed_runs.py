@@ -16,6 +16,7 @@ from sparsemix import checkpoint, train
 from sparsemix.config import parse
 from sparsemix.data import Shards
 from sparsemix.run import Run
+from sparsemix.settings import RunConfig
 
 
 def die(half_written: Path | None = None) -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # What torch imports late is imported once, before the processes part.
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    config = parse(train.RunConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")))
+    config = parse(RunConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")))
     for moment in [*sys.argv[4:], None]:
         child = os.fork()
         if child == 0:

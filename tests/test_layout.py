@@ -18,6 +18,7 @@ LADDER = (
     ("model", "optim", "data", "machine"),
     ("evaluate", "generation", "checkpoint", "step"),
     ("saved",),
+    ("settings",),
     ("train", "parallel"),
     ("trained",),
     ("api",),

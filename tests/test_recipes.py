@@ -9,7 +9,7 @@ import yaml
 from sparsemix.config import ConfigError, parse
 from sparsemix.model import ModelConfig
 from sparsemix.recipes import purpose, recipes, settings_of, sizes_of
-from sparsemix.train import RunConfig
+from sparsemix.settings import RunConfig
 
 ALL = [f"{name}:{size}" if size else name for name in recipes() for size in (sizes_of(name) or [""])]
 SCALES = {"30k": 3e4, "300k": 3e5, "3M": 3e6, "30M": 3e7, "100M": 1e8}

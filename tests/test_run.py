@@ -7,7 +7,7 @@ import yaml
 from sparsemix import run as run_module
 from sparsemix.config import ConfigError, parse
 from sparsemix.run import Run, hardware, versions, write_atomic
-from sparsemix.train import RunConfig
+from sparsemix.settings import RunConfig
 from tiny import run_config, write_corpus
 
 

@@ -13,6 +13,7 @@ from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import Ctx
 from sparsemix.model import LM, token_nats
 from sparsemix.run import Run
+from sparsemix.settings import RunConfig
 from tiny import KINDS, T, changed, prepared, result_of, run_config, unchecked_shapes
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(corpus, tmp_path):
     config = run_config(data).model_dump() | {"data": smaller.model_dump()}
     config["model"]["vocab_size"] = 280
     with pytest.raises(ConfigError, match=r"model\.vocab_size=280 is less than the tokenizer's"):
-        train.train(train.RunConfig.model_validate(config), tmp_path / "run", shards)
+        train.train(RunConfig.model_validate(config), tmp_path / "run", shards)
     assert not (tmp_path / "run").exists()
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from sparsemix import train
 from sparsemix.config import ConfigError, parse
 from sparsemix.ops.row_grad import take_rows
+from sparsemix.settings import RunConfig
 from tiny import changed, prepared, result_of, run_config, unchecked_shapes
 
 SETTINGS = [{"table_moment": "row"}, {"optimizer": "muon"}]
@@ -74,5 +75,5 @@ def test_an_unknown_choice_is_a_one_line_error_that_names_it(corpus, name, value
     settings = run_config(corpus[0]).model_dump()
     settings["train"][name] = value
     with pytest.raises(ConfigError) as caught:
-        parse(train.RunConfig, settings)
+        parse(RunConfig, settings)
     assert f"train.{name}" in str(caught.value) and value in str(caught.value) and "\n" not in str(caught.value)

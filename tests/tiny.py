@@ -12,7 +12,7 @@ import torch
 from sparsemix import train
 from sparsemix.config import parse
 from sparsemix.data import DataConfig, Shards, prepare
-from sparsemix.train import RunConfig
+from sparsemix.settings import RunConfig
 
 D, T, V = 16, 16, 300
 ATTENTION = {"kind": "attention", "num_heads": 2}

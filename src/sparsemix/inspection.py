@@ -16,7 +16,7 @@ from sparsemix.evaluate.perplexity import Losses, document_losses
 from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
 from sparsemix.layers import LayerConfig
 from sparsemix.run import Run
-from sparsemix.train import RunConfig
+from sparsemix.settings import RunConfig
 from sparsemix.trained import find_shards, load_run, run_tokenizer
 
 Progress = Callable[[str, int, int | None], None]

@@ -1,5 +1,6 @@
 """A model's folder: config.json, model.safetensors and, where there is one, tokenizer.json."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,17 +109,30 @@ def _fill(model: LM, tensors: dict[str, Tensor], folder: Path, assign: bool = Fa
         raise ConfigError(f"{folder / WEIGHTS} does not fit the settings beside it ({told})") from None
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the folder's weight files: names the weights. Raises ConfigError if one is missing."""
+    total = hashlib.sha256()
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     names = [WEIGHTS]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
     for name in names:
-        path = folder / name
-        if not path.is_file():
+        if not (folder / name).is_file():
             raise ConfigError(f"{folder} holds no trained model: {name} is missing; finish the run, or copy it whole")
+    return [folder / name for name in names]
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
         try:
             tensors |= load_file(path)
         except SafetensorError as error:

@@ -7,93 +7,28 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from sparsemix import checkpoint, machine, saved
-from sparsemix.config import Config, ConfigError
-from sparsemix.data import Batch, DataConfig, Shards
+from sparsemix.config import ConfigError
+from sparsemix.data import Batch, Shards
 from sparsemix.errors import TrainingError
 from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestimate, to_device
 from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
-from sparsemix.machine import DtypeSetting, pick_compile, pick_device, pick_dtype
-from sparsemix.model import LM, BlockRunner, ModelConfig, after
+from sparsemix.machine import pick_compile, pick_device, pick_dtype
+from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.impl import picked
-from sparsemix.optim import Matrices, Moment, Optimizer, Schedule, build_optimizer, clip_groups, schedule, second_stage
+from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import Run, hardware, versions
+from sparsemix.settings import RunConfig
 from sparsemix.step import accumulate, block_runner, read
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-class TrainConfig(Config):
-    """How a model is trained; the number of steps follows from the budget.
-
-    dtype, compile, threads: `auto` is as machine.py says; what was picked is in the result and stays in a resumed run.
-    recompute_blocks: keep what enters a block and its routing decisions, and compute the rest again in the backward
-    pass: less memory for a forward pass more."""
-
-    budget_flops: float = Field(gt=0)
-    lr: float = Field(default=3e-3, gt=0)
-    schedule: Schedule = "cosine"
-    batch_tokens: int = Field(default=2048, ge=1)
-    accumulation: int = Field(default=1, ge=1)
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.1, ge=0)
-    optimizer: Matrices = "adamw"
-    table_moment: Moment = "full"
-    clip_norm: float = Field(default=1.0, gt=0)
-    dtype: DtypeSetting = "auto"
-    compile: bool | Literal["auto"] = "auto"
-    threads: machine.ThreadsSetting = None
-    recompute_blocks: bool = False
-    evals: int = Field(default=8, ge=0)
-    eval_tokens: int = Field(default=16_384, ge=1)
-    test_tokens: int | None = Field(default=None, ge=1)
-    checkpoint_s: float = Field(default=60.0, ge=0)
-
-
-class RunConfig(Config):
-    """Everything that decides a run: model, text, training, seed. Its hash names the run."""
-
-    model: ModelConfig
-    data: DataConfig = DataConfig()
-    train: TrainConfig
-    seed: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_vocabulary(self) -> "RunConfig":
-        if self.data.tokenizer is None and self.model.vocab_size != self.data.vocab_size:
-            raise ValueError(
-                f"model.vocab_size={self.model.vocab_size} must equal data.vocab_size={self.data.vocab_size}"
-            )
-        return self
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences per step, over all micro-batches."""
-        per_micro = max(1, round(self.train.batch_tokens / self.model.seq_len / self.train.accumulation))
-        return per_micro * self.train.accumulation
-
-    @property
-    def step_flops(self) -> float:
-        return 3.0 * self.model.cost().flops * self.batch_size
-
-    @property
-    def steps(self) -> int:
-        """Whole steps that the budget pays for, at the cost of the settings. Raises ConfigError if it pays for none."""
-        steps = int(self.train.budget_flops / self.step_flops)
-        if steps < 1:
-            raise ConfigError(
-                f"train.budget_flops={self.train.budget_flops:.3g} is less than one step ({self.step_flops:.3g} "
-                "FLOPs); raise the budget or lower train.batch_tokens or the model's size"
-            )
-        return steps
 
 
 @machine.own_threads()
@@ -105,11 +40,13 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {shards.vocab_size}"
         )
+    # Before anything is written: a source that is gone or does not fit leaves nothing.
+    new = None if (folder / "config.yaml").is_file() else first_model(config, folder)
     run = Run(folder, config)
     if run.result is not None:
         return run
     device = pick_device()
-    model = config.model.build(config.seed).to(device).train()
+    model = (new or first_model(config, folder)).to(device).train()
     t = config.train
     optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
@@ -186,6 +123,16 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     about = {"versions": versions(), "hardware": hardware(), "kernels": picked()}
     run.finish({**spent, **evaluate(config, model, shards, folder), **about})
     return run
+
+
+def first_model(config: RunConfig, folder: Path) -> LM:
+    """The model before its first step: drawn from the seed, or with its source's weights. Raises ConfigError."""
+    model = config.model.build(config.seed)
+    # A run that goes on has weights of its own, and needs its source no longer.
+    if config.init is not None and not any((folder / "checkpoints").glob("step-*")):
+        config.init.check()
+        saved.load_weights(model, Path(config.init.folder))
+    return model
 
 
 @contextmanager

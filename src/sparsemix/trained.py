@@ -12,7 +12,7 @@ from sparsemix.data.tokenizer import load_tokenizer
 from sparsemix.machine import pick_device
 from sparsemix.model import LM
 from sparsemix.run import Run
-from sparsemix.train import RunConfig
+from sparsemix.settings import RunConfig
 
 
 class Trained(NamedTuple):

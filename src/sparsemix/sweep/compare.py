@@ -18,10 +18,10 @@ from sparsemix.errors import TrainingError
 from sparsemix.layers import DenseConfig
 from sparsemix.recipes import settings_of
 from sparsemix.run import Run, write_atomic
+from sparsemix.settings import RunConfig
 from sparsemix.sweep.local import Job, Pool, pool, probe_job, train_job
 from sparsemix.sweep.sizing import mod_wrap, sized_ffn, split_kind
 from sparsemix.sweep.watch import Watch
-from sparsemix.train import RunConfig
 
 SWEEP_STEP = 2.0
 MAX_RATES = 7

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from sparsemix.train import RunConfig
+    from sparsemix.settings import RunConfig
 
 
 class Job(NamedTuple):

@@ -13,9 +13,9 @@ from sparsemix.layers import BlockConfig
 from sparsemix.model import CONVENTION
 from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
 from sparsemix.run import Run, hardware, versions
+from sparsemix.settings import RunConfig
 from sparsemix.sweep.compare import Comparison, settings_text
 from sparsemix.sweep.sizing import split_kind
-from sparsemix.train import RunConfig
 
 Runs = dict[str, list[tuple[RunConfig, Path]]]
 
