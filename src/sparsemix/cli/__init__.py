@@ -7,6 +7,7 @@ import typer
 
 from sparsemix.bench.command import bench
 from sparsemix.cli.compare import compare, report
+from sparsemix.cli.convert import convert
 from sparsemix.cli.export import export
 from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 
 # In the order of --help.
-for command in (compare, train, generate, inspect, report, export, recipes, kinds, parity, bench, doctor):
+for command in (compare, train, generate, inspect, report, convert, export, recipes, kinds, parity, bench, doctor):
     app.command()(command)
 
 
