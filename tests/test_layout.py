@@ -30,7 +30,7 @@ LADDER = (
 FLOORS = {name: floor for floor, names in enumerate(LADDER) for name in names}
 TOP_ONLY = {"transformers", "datasets", "lm_eval", "ray", "matplotlib"}
 # Documents come from the hub through `datasets`, imported only when one is asked for.
-LAZY = {("data/corpus.py", "datasets")}
+LAZY = {("data/hub.py", "datasets")}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 

@@ -1,26 +1,18 @@
 """Text sources -> documents, near-duplicates dropped, split by hash."""
 
 import functools
-import gzip
 import hashlib
-import json
-import os
-import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import zstandard
 from jaxtyping import UInt64
 
 from sparsemix.config import ConfigError
+from sparsemix.data.files import Row, check_found, find_files, read_rows
+from sparsemix.data.hub import read_hub
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SPLITS = ("train", "validation", "test")
-_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
-_CHUNK = 1 << 20
 _SHINGLE, _BANDS, _ROWS, _SAME = 5, 16, 4, 0.8
 
 
@@ -47,10 +39,11 @@ def read_documents(sources: Sequence[str], on_progress: Callable[[int], None] | 
     supported file, cannot be read or decoded, or lacks `text`, and when all sources together hold no text."""
     files = {source: find_files(source) for source in sources if not source.startswith("hf:")}
     for source, found in files.items():
-        _check_found(source, found)
+        check_found(source, found)
     num_bytes = num_documents = 0
     for source in sources:
-        for name, text in _read_hub(source) if source.startswith("hf:") else _read_files(files[source]):
+        for row in read_hub(source) if source.startswith("hf:") else read_rows(files[source]):
+            name, text = row.name, text_field(row)
             try:
                 num_bytes += len(text.encode())
             except UnicodeEncodeError as error:
@@ -65,170 +58,14 @@ def read_documents(sources: Sequence[str], on_progress: Callable[[int], None] | 
         raise ConfigError(f"text={', '.join(sources)} holds no text: every document is empty; name other sources")
 
 
-def find_files(source: str) -> list[Path]:
-    """The files a source other than hf: stands for, sorted; empty when there are none."""
-    if source == "stdlib":
-        return [p for p in _walk(Path(sysconfig.get_path("stdlib")), _STDLIB_LEFT_OUT) if p.suffix == ".py"]
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _walk(path, {"__pycache__"})
-    if path.exists():
-        return [path]
-    try:
-        matches = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    except ValueError as error:
-        raise ConfigError(f"{source} is no glob ({_line(error)}); mend the pattern") from None
-    return sorted(p for p in matches if p.is_file() and _supported(p))
-
-
-def _check_found(source: str, found: list[Path]) -> None:
-    known = ", ".join(SUFFIXES)
-    if not found:
-        if source == "stdlib" or Path(source).expanduser().is_dir():
-            raise ConfigError(f"{source}: the folder holds no supported file; put one of {known} into it")
-        if any(c in source for c in "*?["):
-            raise ConfigError(f"{source}: the glob matches no supported file; mend it (known: {known})")
-        raise ConfigError(f"{source}: no such file or folder; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
-    if not _supported(found[0]):
-        raise ConfigError(f"{source}: unknown suffix {found[0].suffix!r}; rename or convert it to one of {known}")
-
-
-def _supported(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
-
-
-def _walk(root: Path, left_out: set[str]) -> list[Path]:
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in left_out and not f.startswith(".")]
-        found += [p for p in (Path(folder, n) for n in names if not n.startswith(".")) if _supported(p)]
-    return sorted(found)
-
-
-def _read_files(paths: list[Path]) -> Iterator[Document]:
-    for path in paths:
-        try:
-            if path.name.lower().endswith(".parquet"):
-                yield from _read_parquet(path)
-            elif ".jsonl" in path.name.lower():
-                yield from _read_lines(path)
-            else:
-                yield Document(str(path), _decode(path.read_bytes(), path, 0))
-        except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{path} is truncated or corrupt ({_line(error)}); fetch it again") from None
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({_line(error)}); check the file and its permissions") from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _decode(raw: bytes, path: Path, offset: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise ConfigError(f"{path} is not UTF-8 at byte {at}; convert it to UTF-8 or leave it out") from None
-
-
-def _read_lines(path: Path) -> Iterator[Document]:
-    offset, tail, number = 0, b"", 0
-    for chunk in _chunks(path):
-        # A last line without a line feed comes out with the empty chunk that ends the file.
-        *lines, tail = (tail + chunk).split(b"\n") if chunk else (tail, b"")
-        for line in lines:
-            number += 1
-            if line.strip():
-                name = f"{path}:{number}"
-                yield Document(name, _text_field(_parse(_decode(line, path, offset), name), name))
-            offset += len(line) + 1
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of a file in chunks, then one empty chunk."""
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else Path.open
-    with opener(path, "rb") as file:
-        if path.name.lower().endswith(".zst"):
-            yield from _unzstd(file)
-        else:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    yield b""
-
-
-def _unzstd(file: Any) -> Iterator[bytes]:
-    # Frame by frame: zstandard's own stream reader takes a truncated frame for the end of the file.
-    decoder, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
-    pending = file.read(_CHUNK)
-    while pending:
-        frame = frame or decoder.decompressobj()
-        if chunk := frame.decompress(pending):
-            yield chunk
-        pending = b""
-        if frame.eof:
-            pending, frame = frame.unused_data, None
-        pending = pending or file.read(_CHUNK)
-    if frame is not None:
-        raise EOFError("the last frame is not finished")
-
-
-def _parse(line: str, name: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not JSON ({_line(error)}); mend or remove that line") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{name} is a JSON {type(row).__name__}; it must be an object with a field `text`")
-    return row
-
-
-def _text_field(row: dict[str, Any], name: str) -> str:
-    if not isinstance(text := row.get("text"), str):
-        found = f"`text` is {type(text).__name__}, not a string" if "text" in row else "no field `text`"
-        raise ConfigError(f"{name}: {found} (fields: {', '.join(row) or 'none'}); rename the field that holds the text")
+def text_field(row: Row, field: str = "text") -> str:
+    """The string in a field of a row. Raises ConfigError if there is none."""
+    name, fields = row
+    if not isinstance(text := fields.get(field), str):
+        found = f"`{field}` is {type(text).__name__}, not a string" if field in fields else f"no field `{field}`"
+        known = ", ".join(fields) or "none"
+        raise ConfigError(f"{name}: {found} (fields: {known}); rename the field that holds the text")
     return text
-
-
-def _read_parquet(path: Path) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            # Without the column the rows carry every field, so that the error can name them.
-            batches = file.iter_batches(columns=["text"] if "text" in names else None)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield Document(f"{path}:{number}", _text_field(row, f"{path}:{number}"))
-    except pyarrow.ArrowException as error:
-        raise ConfigError(f"{path} is truncated or corrupt parquet ({_line(error)}); fetch it again") from None
-
-
-def _read_hub(source: str) -> Iterator[Document]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    name, _, split = source.removeprefix("hf:").rpartition(":")
-    parts = name.split("/")
-    if not split or not all(parts) or len(parts) > 3:
-        raise ConfigError(f"{source} must look like hf:NAME:SPLIT, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
-    load: Any = functools.partial(load_dataset, split=split, streaming=True)
-    # The Hub, the network and foreign file formats can fail in any way, and each is the source's failure.
-    try:
-        try:
-            rows = load("/".join(parts[:2]), *parts[2:])
-        except DatasetNotFoundError:
-            if len(parts) != 2:
-                raise
-            rows = load(*parts)
-        for number, row in enumerate(rows, 1):
-            yield Document(f"{source}:{number}", _text_field(row, f"{source}:{number}"))
-    except ConfigError:
-        raise
-    except Exception as error:
-        way_out = "check the name, the split and the network, or use local files"
-        raise ConfigError(f"{source} cannot be streamed ({_line(error)}); {way_out}") from None
 
 
 def mix64(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
