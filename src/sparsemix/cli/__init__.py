@@ -8,6 +8,7 @@ import typer
 from sparsemix.bench.command import bench
 from sparsemix.cli.compare import compare, report
 from sparsemix.cli.convert import convert
+from sparsemix.cli.eval import evaluate
 from sparsemix.cli.export import export
 from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
@@ -25,7 +26,10 @@ app = typer.Typer(
 )
 
 # In the order of --help.
-for command in (compare, train, generate, inspect, report, convert, export, recipes, kinds, parity, bench, doctor):
+for command in (compare, train, generate, inspect, report):
+    app.command()(command)
+app.command("eval")(evaluate)
+for command in (convert, export, recipes, kinds, parity, bench, doctor):
     app.command()(command)
 
 
