@@ -14,7 +14,7 @@ from sparsemix.evaluate.perplexity import evaluating
 from sparsemix.layers import Ctx
 from sparsemix.model import LM, Output, token_nats
 
-Ids = Integer[np.ndarray, " L"]
+Ids = Integer[np.ndarray, " _"]
 
 
 class Window(NamedTuple):

@@ -215,8 +215,6 @@ def run_suite(
     What `out` holds of the same model, documents, settings and versions is kept; what it holds of another model is
     dropped. A corpus that cannot be had is `{"not_available": why}`. Raises ConfigError for what `options` ask."""
     context, stride = options.windows(model.config.seq_len)
-    if not out.parent.is_dir():
-        raise ConfigError(f"out={out}: there is no folder {out.parent}; make it, or name another file")
     result = opened(out, fingerprint(model, tokenizer))
     result |= {"convention": CONVENTION, "hardware": hardware()}
     for name, corpus in corpora.items():
@@ -245,6 +243,8 @@ def run_suite(
 
 def opened(out: Path, model: str) -> dict[str, Any]:
     """What the file says of the model with this fingerprint; an empty result if it is of another, or not there."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {out.parent}; make it, or name another file")
     if out.is_file():
         try:
             held = json.loads(out.read_text(encoding="utf-8"))

@@ -32,6 +32,23 @@ def suite_tables(result: dict[str, Any], names: Iterable[str]) -> Group:
     return Group(*parts)
 
 
+def task_table(result: dict[str, Any], names: Iterable[str]) -> Table:
+    """A line for every metric of the named tasks of lm-evaluation-harness."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task", overflow="fold")
+    for column in ("samples", "shots"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    for name in names:
+        task = result["tasks"][name]
+        head = name, fixed(task["samples"], 0), fixed(task["num_fewshot"], 0)
+        for metric, estimate in task["metrics"].items():
+            table.add_row(*head, metric, measured(estimate))
+            head = "", "", ""
+    return table
+
+
 def _losses(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("corpus", overflow="fold")
@@ -79,7 +96,8 @@ def measured(estimate: dict[str, Any]) -> str:
     if value >= 1e5:
         return f"{si(value)} ± {si(error) if is_number(error) else DASH}"
     if not is_number(error) or error == 0:
-        return f"{fixed(value, _decimals(value, 4))} ± {DASH}"
+        decimals = max(0, _decimals(value, 4))
+        return f"{fixed(value, decimals)} ± {fixed(error, decimals)}"
     decimals = min(4, _decimals(error, 2))
     return f"{fixed(round(value, decimals), max(0, decimals))} ± {fixed(round(error, decimals), max(0, decimals))}"
 

@@ -1,0 +1,108 @@
+"""EleutherAI's lm-evaluation-harness on the library's own models."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+from sparsemix.interop.hf import SparsemixForCausalLM, wrap_tokenizer
+from tokenizers import Tokenizer
+
+from sparsemix.config import ConfigError, nearest
+from sparsemix.model import LM
+
+
+class HarnessLM(HFLM):
+    """The harness's own Hugging Face backend around one of our models. A task that does not say how long an answer may
+    be gets half the context at most: the backend's own 256 tokens may leave no room for the question."""
+
+    def __init__(self, model: LM, tokenizer: Tokenizer, batch_size: int) -> None:
+        seq_len = model.config.seq_len
+        wrapped = wrap_tokenizer(tokenizer, seq_len)
+        own = SparsemixForCausalLM.wrap(
+            model,
+            bos_token_id=wrapped.bos_token_id,
+            eos_token_id=wrapped.eos_token_id,
+            pad_token_id=wrapped.pad_token_id,
+        )
+        super().__init__(
+            pretrained=own.eval(), backend="causal", tokenizer=wrapped, max_length=seq_len, batch_size=batch_size
+        )
+
+    @property
+    def max_gen_toks(self) -> int:
+        return min(256, max(1, self.max_length // 2))
+
+
+def run_tasks(
+    model: LM,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """The harness's results by task (groups included): each metric's value and standard error, the number of samples,
+    the task's version and the examples shown before a question. Raises ConfigError for tasks that are not known or
+    cannot be loaded."""
+    # It tells of every default that it takes.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _manager(tasks, include_path)
+    backend = HarnessLM(model, tokenizer, max(1, min(64, 4096 // model.config.seq_len)))
+    try:
+        # Standard output holds the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = simple_evaluate(
+                backend,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+            )
+    # A task that cannot be had: its data set is not there, not reachable, or not what the task says.
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(f"tasks={','.join(tasks)} cannot be run ({said}); check their data, or the network") from None
+    return {name: _of_task(name, found) for name in found["results"]}
+
+
+def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
+    """Knows all the tasks. The harness's own are thousands of files, read only where one of them is named."""
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"include_path={include_path} is no folder; name the folder that holds the tasks' YAML files")
+    own = None if include_path is None else str(include_path)
+    if own is not None:
+        manager = TaskManager(include_path=own, include_defaults=False)
+        if all(name in manager.all_tasks for name in tasks):
+            return manager
+    manager = TaskManager(include_path=own)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            near = nearest(name, manager.all_tasks)
+            raise ConfigError(f"tasks={name} is no task of lm-evaluation-harness{near}; `lm_eval ls tasks` lists them")
+    return manager
+
+
+def _of_task(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    values = found["results"][name]
+    metrics = {}
+    for key, value in values.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            error = values.get(f"{metric}_stderr,{kind}")
+            called = metric if kind == "none" else f"{metric} ({kind})"
+            metrics[called] = {"value": value, "error": error if isinstance(error, float) else None}
+    return {
+        "metrics": metrics,
+        "samples": found["n-samples"].get(name, {}).get("effective"),
+        "num_fewshot": found["n-shot"].get(name),
+        "version": found["versions"].get(name),
+        "harness": metadata.version("lm_eval"),
+    }
