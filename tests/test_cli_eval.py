@@ -129,3 +129,19 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_finished(monkeypatch, capsys, tmp_
         err.splitlines()[-1] == f"sparsemix: interrupted; finished corpora are in {out}, and the same command resumes"
     )
     assert list(json.loads(out.read_text())["corpora"]) == ["c4", "wikitext"]
+
+
+def test_numbers_are_rounded_to_their_standard_error():
+    from sparsemix.report.eval_tables import measured
+
+    shown = {
+        (2.01334, 0.00412): "2.0133 ± 0.0041",
+        (217.66, 8.123): "217.7 ± 8.1",
+        (51900.0, 13964.0): "52000 ± 14000",
+        (49369173.0, 57771509.0): "49.4 M ± 57.8 M",
+        (3.5, None): "3.500 ± –",
+        (0.0, 0.0): "0.0000 ± 0.0000",
+        (None, None): "not finite",
+    }
+    for (value, error), text in shown.items():
+        assert measured({"value": value, "error": error}).replace("\u00a0", " ") == text

@@ -44,7 +44,11 @@ def evaluate(
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit}
         part, result, tables = _tasks(model, _names([tasks]), options, place)
     if as_json:
-        print(json.dumps({name: value for name, value in result.items() if name not in ("corpora", "tasks")} | part))
+        print(
+            json.dumps(
+                {name: value for name, value in result.items() if name not in ("corpora", "tasks")} | part, indent=1
+            )
+        )
     else:
         show(tables)
     print(f"result: {place}", file=sys.stderr if as_json else sys.stdout)

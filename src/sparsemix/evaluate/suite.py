@@ -93,15 +93,21 @@ def collect(
                 documents.words.append(len(passage.text.split()))
                 documents.marks.append(sha256(passage.text))
                 if passage.word_at is not None:
-                    # A token that reaches into the last word belongs to it.
-                    first = next(i for i, (_, end) in enumerate(encoded.offsets) if end > passage.word_at)
-                    documents.word_from.append(first)
+                    documents.word_from.append(word_token(encoded.offsets, passage))
                 on_documents(len(documents.ids))
         if one_source and full:
             break
     if not documents.ids:
         raise ConfigError("no document holds text")
     return documents
+
+
+def word_token(offsets: list[tuple[int, int]], passage: Passage) -> int:
+    """The first token of the last word: a token that reaches into it belongs to it. Raises ConfigError."""
+    for i, (_, end) in enumerate(offsets):
+        if passage.word_at is not None and end > passage.word_at:
+            return i
+    raise ConfigError(f"the tokenizer leaves out the last word of {passage.text[-40:]!r}; use one that loses nothing")
 
 
 def measure(
@@ -250,7 +256,7 @@ def opened(out: Path, model: str) -> dict[str, Any]:
             held = json.loads(out.read_text(encoding="utf-8"))
         except ValueError:
             held = None
-        if not isinstance(held, dict) or "model_sha256" not in held:
+        if not isinstance(held, dict) or not {"model_sha256", "corpora"} <= held.keys():
             raise ConfigError(f"{out} is no result of an evaluation; name another file with --out")
         if held["model_sha256"] == model:
             return held
