@@ -78,3 +78,4 @@ def test_accuracy_has_the_binomial_error():
 
 def test_a_diverged_model_has_an_infinite_perplexity():
     assert exponential(ratio(np.array([1e4, 2e4]), np.ones(2))).value == np.inf
+    assert not np.isfinite(exponential(ratio(np.array([np.inf, 2.0, 3.0]), np.ones(3)))).any()

@@ -232,6 +232,24 @@ def test_what_is_measured_is_kept_until_model_settings_or_text_change(tmp_path, 
     assert list(json.loads(out.read_text())["corpora"]) == ["c4"]
 
 
+def test_a_corpus_that_has_gone_leaves_its_earlier_result_in_the_file(tmp_path, tokenizer, data, offline):
+    out, said = tmp_path / "e.json", []
+    measured(model_of(), tokenizer, data, out, ["c4"])
+    before = json.loads(out.read_text())["corpora"]["c4"]
+    result = measured(model_of(), tokenizer, None, out, ["c4"], said)
+    assert "no data folder was named" in result["corpora"]["c4"]["not_available"]
+    assert json.loads(out.read_text())["corpora"]["c4"] == before
+    assert said == [f"c4: not available now; an earlier result stays in {out}"]
+
+
+def test_a_diverged_model_has_no_numbers_and_the_file_is_json(tmp_path, tokenizer, data):
+    model = model_of("dense")
+    model.norm.weight.data.fill_(math.nan)
+    result = measured(model, tokenizer, data, tmp_path / "e.json", ["wikitext"])
+    assert result["corpora"]["wikitext"]["rows"][0]["perplexity"] == {"value": None, "error": None}
+    assert "NaN" not in (tmp_path / "e.json").read_text()
+
+
 def test_an_interruption_keeps_the_corpora_that_were_finished(tmp_path, tokenizer, data):
     out = tmp_path / "e.json"
 

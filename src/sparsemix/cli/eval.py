@@ -89,7 +89,7 @@ def _suite(model: Path, suite: str, only: list[str], data_dir: Path | None, sett
     left = f"finished corpora are in {out}, and the same command resumes"
     with interruptible(left), Stages("eval", say) as stages:
         result = run_suite(*found, corpora, data_dir, options, out, stages, say)
-    return {"corpora": {name: result["corpora"][name] for name in corpora}}, result, suite_tables(result, corpora)
+    return {"corpora": result["corpora"]}, result, suite_tables(result)
 
 
 def _tasks(model: Path, tasks: list[str], options: dict[str, Any], out: Path) -> Any:
@@ -110,4 +110,4 @@ def _tasks(model: Path, tasks: list[str], options: dict[str, Any], out: Path) ->
         measured = run_tasks(*found, tasks, **options)
     result["tasks"] = result.get("tasks", {}) | measured
     write_atomic(out, json.dumps(result, indent=1))
-    return {"tasks": measured}, result, task_table(result, measured)
+    return {"tasks": measured}, result, task_table(measured)

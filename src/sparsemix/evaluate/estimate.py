@@ -27,12 +27,15 @@ def ratio(y: Shaped[np.ndarray, " n"], x: Shaped[np.ndarray, " n"], strata: Sequ
     labels = np.array(strata if strata is not None else [""] * len(y))
     names, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
     index = np.where(counts[index] == 1, len(names), index)
-    residual, variance = y - value * x, 0.0
-    for stratum in np.unique(index):
-        own = residual[index == stratum]
-        if len(own) < 2:
-            return Estimate(value, None)
-        variance += len(own) * float(own.var(ddof=1))
+    variance = 0.0
+    # Losses of a model that diverged are infinite, and so is what follows.
+    with np.errstate(invalid="ignore"):
+        residual = y - value * x
+        for stratum in np.unique(index):
+            own = residual[index == stratum]
+            if len(own) < 2:
+                return Estimate(value, None)
+            variance += len(own) * float(own.var(ddof=1))
     return Estimate(value, float(np.sqrt(variance)) / total)
 
 

@@ -97,7 +97,7 @@ def collect(
                 on_documents(len(documents.ids))
         if one_source and full:
             break
-    if not documents.ids:
+    if not any(len(ids) for ids in documents.ids):
         raise ConfigError("no document holds text")
     return documents
 
@@ -216,13 +216,16 @@ def run_suite(
     progress: Progress,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure the corpora one by one and write `out` after each, so that an interruption loses at most one.
+    """Measure the corpora one by one and write `out` after each, so that an interruption loses at most one. Returns
+    what `out` says, of these corpora alone.
 
     What `out` holds of the same model, documents, settings and versions is kept; what it holds of another model is
-    dropped. A corpus that cannot be had is `{"not_available": why}`. Raises ConfigError for what `options` ask."""
+    dropped. A corpus that cannot be had is `{"not_available": why}`; an earlier result of it stays in `out`. Raises
+    ConfigError for what `options` ask."""
     context, stride = options.windows(model.config.seq_len)
     result = opened(out, fingerprint(model, tokenizer))
     result |= {"convention": CONVENTION, "hardware": hardware()}
+    held, asked_for = result["corpora"], {}
     for name, corpus in corpora.items():
         try:
             found = find(corpus, data_dir)
@@ -236,15 +239,20 @@ def run_suite(
                 "versions": versions(),
             }
             # What the Hub holds may have changed since; files are known by their content.
-            if "files" in found.origin and result["corpora"].get(name, {}).get("asked") == asked:
+            if "files" in found.origin and held.get(name, {}).get("asked") == asked:
+                asked_for[name] = held[name]
                 say(f"{name}: kept from {out}")
                 continue
             measured = {"asked": asked, **measure(model, tokenizer, name, corpus, found, options, progress)}
         except ConfigError as error:
             measured = {"not_available": str(error)}
-        result["corpora"][name] = measured
-        write_atomic(out, json.dumps(result, indent=1))
-    return result
+        asked_for[name] = measured
+        if "rows" in measured or "rows" not in held.get(name, {}):
+            held[name] = measured
+            write_atomic(out, json.dumps(result, indent=1))
+        else:
+            say(f"{name}: not available now; an earlier result stays in {out}")
+    return result | {"corpora": asked_for}
 
 
 def opened(out: Path, model: str) -> dict[str, Any]:

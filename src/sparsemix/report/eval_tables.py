@@ -13,9 +13,9 @@ from sparsemix.report.numbers import DASH, SPACE, fixed, is_number, percent, si
 Row = dict[str, Any]
 
 
-def suite_tables(result: dict[str, Any], names: Iterable[str]) -> Group:
-    """A row for each of the named corpora, those that are not available included, and what else was measured."""
-    found = {name: result["corpora"][name] for name in names}
+def suite_tables(result: dict[str, Any]) -> Group:
+    """A row for each corpus, those that are not available included, and what else was measured."""
+    found = result["corpora"]
     parts: list[RenderableType] = [_losses(found)]
     if measured := [name for name, corpus in found.items() if corpus.get("routed")]:
         parts += ["", Text("tokens that Mixture-of-Depths layers took, of those that reached them")]
@@ -32,16 +32,15 @@ def suite_tables(result: dict[str, Any], names: Iterable[str]) -> Group:
     return Group(*parts)
 
 
-def task_table(result: dict[str, Any], names: Iterable[str]) -> Table:
-    """A line for every metric of the named tasks of lm-evaluation-harness."""
+def task_table(tasks: dict[str, Any]) -> Table:
+    """A line for every metric of tasks of lm-evaluation-harness."""
     table = Table(box=None, pad_edge=False)
     table.add_column("task", overflow="fold")
     for column in ("samples", "shots"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
-    for name in names:
-        task = result["tasks"][name]
+    for name, task in tasks.items():
         head = name, fixed(task["samples"], 0), fixed(task["num_fewshot"], 0)
         for metric, estimate in task["metrics"].items():
             table.add_row(*head, metric, measured(estimate))
