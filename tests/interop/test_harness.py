@@ -157,6 +157,7 @@ def test_a_task_whose_data_are_not_there_is_one_line(tokenizer, tasks, tmp_path)
 def test_the_harness_own_command_runs_a_saved_model(tokenizer, tasks, tmp_path, monkeypatch):
     """What `lm_eval --model hf --model_args pretrained=DIR` does."""
     import lm_eval
+
     from sparsemix.interop.hf import SparsemixForCausalLM, wrap_tokenizer
 
     model = model_of("mod")

@@ -1,5 +1,9 @@
 """EleutherAI's lm-evaluation-harness on the library's own models."""
 
+# Its decorators hide the signatures of what they wrap.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportAbstractUsage=false
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportTypedDictNotRequiredAccess=false
+
 import contextlib
 import logging
 import sys
@@ -8,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-from sparsemix.interop.hf import SparsemixForCausalLM, wrap_tokenizer
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 
 from sparsemix.config import ConfigError, nearest
+from sparsemix.interop.hf import SparsemixForCausalLM, wrap_tokenizer
 from sparsemix.model import LM
 
 
