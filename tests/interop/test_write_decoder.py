@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparsemix.api import build_model
 from sparsemix.config import ConfigError
@@ -156,6 +156,21 @@ def read_tokenizer_ids(folder, text):
     from sparsemix.data.tokenizer import load_tokenizer
 
     return load_tokenizer(str(folder)).encode(text).ids
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    model, folder = built(CASES["olmoe"][1]), tmp_path / "out"
+    write_decoder(model, folder, "olmoe")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_decoder(built(CASES["mixtral"][1]), folder, "mixtral")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 MOD = {"kind": "mod", "inner": {"kind": "block", "mixer": ATTENTION, "ffn": DENSE}}

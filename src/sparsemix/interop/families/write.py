@@ -1,6 +1,7 @@
 """A language model in the layout of transformers' own classes, experts packed as those classes hold them."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -39,10 +40,20 @@ def write_decoder(model: LM, folder: Path, family: str, tokenizer: Tokenizer | N
     ending = None if tokenizer is None else end_of_text(tokenizer)
     config = theirs(model.config, family, ending)
     config.dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+        _write(model, Path(aside), config, tokenizer)
+        folder.mkdir(exist_ok=True)
+        # config.json comes last: with it the folder is a model.
+        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(folder / path.name)
+
+
+def _write(model: LM, folder: Path, config: PretrainedConfig, tokenizer: Tokenizer | None) -> None:
     parameters = {llama_name(name): p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     save_file(parameters, folder / WEIGHTS, metadata={"format": "pt"})
-    if tokenizer is not None and ending is not None:
+    ending = config.eos_token_id
+    if tokenizer is not None:
         token = tokenizer.id_to_token(ending)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
     GenerationConfig(bos_token_id=ending, eos_token_id=ending, pad_token_id=ending).save_pretrained(folder)
