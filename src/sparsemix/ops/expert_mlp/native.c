@@ -40,9 +40,11 @@ static inline __attribute__((always_inline)) vf act(const int kind, vf x, vf *sl
         return x * s;
     }
     if (kind == 3) {  // x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh z) / 2 = sigmoid(2 z)
-        vf square = x * x, two_z = splat(1.59576912f) * x * (splat(1) + splat(0.044715f) * square);
-        vf s = splat(1) / (splat(1) + exp_of(splat(0) - two_z));
-        *slope = s + x * s * (splat(1) - s) * splat(1.59576912f) * (splat(1) + splat(0.134145f) * square);
+        // From 15 on the sigmoid is 0 or 1 in fp32; the cube of what is larger would not be finite.
+        vf c = choose(x > splat(15), splat(15), choose(x < splat(-15), splat(-15), x)), square = c * c;
+        vf two_z = splat(1.59576912f) * c * (splat(1) + splat(0.044715f) * square);
+        vf s = choose(x > splat(-15), splat(1) / (splat(1) + exp_of(splat(0) - two_z)), splat(0));
+        *slope = s + c * s * (splat(1) - s) * splat(1.59576912f) * (splat(1) + splat(0.134145f) * square);
         return x * s;
     }
     vf bell, below = share_below(x, &bell);
