@@ -13,7 +13,7 @@ from sparsemix.config import config_hash, to_yaml
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
 from sparsemix.model import CONVENTION, LM, ModelConfig
-from sparsemix.train import RunConfig
+from sparsemix.settings import RunConfig
 
 Rows = Sequence[tuple[str, object]]
 UNKNOWN = "not recorded: the model was exported from a model's folder; export the run's folder to have it here"
