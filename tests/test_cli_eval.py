@@ -145,3 +145,11 @@ def test_numbers_are_rounded_to_their_standard_error():
     }
     for (value, error), text in shown.items():
         assert measured({"value": value, "error": error}).replace("\u00a0", " ") == text
+
+
+def test_tasks_without_the_harness_say_how_to_install_it(monkeypatch, capsys, model):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "sparsemix.interop.harness", raising=False)
+    code, out, err = call(monkeypatch, capsys, model, "--tasks", "hellaswag")
+    assert code == 2 and not out
+    assert err == "sparsemix: --tasks needs lm-evaluation-harness; install it: pip install 'sparsemix[eval]'\n"
