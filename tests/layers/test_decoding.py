@@ -184,3 +184,11 @@ def test_a_store_grows_and_keeps_what_it_holds():
 def test_a_cache_without_causal_routing_is_refused():
     with pytest.raises(ValueError, match=r"a cache needs causal routing: pass Ctx\(causal=True, cache=...\)"):
         model_of("mod_block")(torch.randint(V, (1, 3)), Ctx(cache=Cache(1)))
+
+
+@pytest.mark.parametrize("name", ["peer_layer", "pkm_layer"])
+def test_a_step_of_decoding_counts_no_usage_over_a_table(name):
+    model, tokens = model_of(name).eval(), torch.randint(V, (1, 3))
+    assert any(key.endswith("gate_mass") for key in model(tokens, Ctx(causal=True)).aux.stats)
+    said = model(tokens, Ctx(causal=True, cache=Cache(1), picks=True)).aux.stats
+    assert {key.rpartition(".")[2] for key in said} == {"expert_ids", "gates"}

@@ -103,7 +103,8 @@ class PEER(Layer):
         scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
         gates, ids = GATES[config.gate](scores).flatten(1), ids.flatten(1)  # (N, H K)
         y = peer_experts(tokens, ids, gates, self.w_in, self.w_out, config.activation, self.row_grads).to(x.dtype)
-        if not self.training:
+        # Counting over the whole table takes longer than a step of decoding.
+        if not self.training and ctx.cache is None:
             stats |= usage_stats(ids, gates, config.num_experts, valid)
         if ctx.picks:
             stats |= {"expert_ids": ids, "gates": gates.detach()}
