@@ -17,6 +17,8 @@ from tiny import BLOCKS, T, prepared, result_of, run_config, unchecked_shapes
 
 GREEDY = ("--temperature", "0", "--max-tokens", "5")
 PROMPT = "the cat sees"
+# The superuser may write everywhere but into the kernel's own folder.
+UNWRITABLE = "/proc/page.html" if sys.platform == "linux" else "/page.html"
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,7 @@ BAD = [
     (("--prompt", "a", "--temperature", "nan"), "temperature=nan"),
     (("--prompt", "a", "--html", "nowhere/page.html"), "there is no folder nowhere"),
     (("--prompt", "a", "--html", "."), "is a folder; name a file"),
+    (("--prompt", "a", "--html", UNWRITABLE), "cannot be written"),
 ]
 
 

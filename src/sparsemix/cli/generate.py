@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,8 +73,13 @@ def check_writable(page: Path) -> None:
         raise ConfigError(f"html={page} is a folder; name a file")
     if not page.parent.is_dir():
         raise ConfigError(f"html={page}: there is no folder {page.parent}; make it or choose another place")
-    if not os.access(page.parent, os.W_OK):
-        raise ConfigError(f"html={page}: the folder {page.parent} is not writable; choose another place with --html")
+    try:
+        # Only trying tells: rights, read-only disks and folders of the system.
+        with tempfile.TemporaryFile(dir=page.parent):
+            pass
+    except OSError as error:
+        where = f"html={page}: the folder {page.parent} cannot be written ({error.strerror})"
+        raise ConfigError(f"{where}; choose another place with --html") from None
 
 
 def _stream(play: Any, coloured: bool) -> None:
