@@ -43,14 +43,14 @@ class Play:
         self.room = min(max_tokens, context - self.prompt_tokens)
         limit = f"max_tokens={max_tokens}" if self.room == max_tokens else f"the model's context, seq_len={context}"
         self.ended = limit
+        self.pieces = Detokenizer(self.tokenizer)
+        self.special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         self.cache, self.told = Cache(1), list[dict[str, Any]]()
         self.routed = {name: 0 for name, module in self.model.named_modules() if isinstance(module, MoD)}
         self.tokens_read, self.steps, self.seconds = 0, 0, 0.0
 
     def tokens(self) -> Iterator[dict[str, Any]]:
         """Every token in the order of the text: `text` (what it completes), `name`, `id`, `prompt`, `logprob`."""
-        self.pieces = Detokenizer(self.tokenizer)
-        self.special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         if not self.routing:
             yield from (self._tell(token_id, None, {}) for token_id in self.ids)
         logprobs: list[float | None] = [None] * self.prompt_tokens
