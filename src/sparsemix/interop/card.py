@@ -169,6 +169,8 @@ def about_evaluation(result: Mapping[str, Any] | None, test: tuple[float, float,
             f"With training's look-ahead routing the same documents give {ahead:.4f} bits per byte, "
             f"{ahead - result['bpb']:+.4f}: what a model gains that may look at later tokens. It is no result."
         )
+    for path, found in result["routing"]["predictor"].items():
+        lines.append(f"`{path}` processed {found['routed_rate']:.1%} of the tokens (capacity {found['capacity']:.1%}).")
     spent = result.get("eval_flops_per_token")
     if isinstance(spent, (int, float)):
         lines.append(f"Forward FLOPs really spent a token in evaluation: {spent:,.0f}.")
@@ -200,7 +202,8 @@ def eval_results(
     found = [
         EvalResult(
             task_type="text-generation",
-            dataset_type="text",
+            # The hub takes results of one type for those of one data set.
+            dataset_type=name,
             dataset_name=name,
             metric_type="bits_per_byte",
             metric_name="bits per byte, causal",
@@ -222,13 +225,13 @@ def limits(config: ModelConfig, layout: str, run: RunConfig | None) -> list[str]
     ]
     if config.looks_ahead:
         told.append(
-            "In training routing compares a token with later ones. Generation and evaluation use the causal rule above, "
-            "which needs the running state in these weights; a prompt is routed by it as well."
+            "In training, routing compares a token with later ones. Generation and evaluation use the causal rule "
+            "above, which needs the running state in these weights; a prompt is routed by it as well."
         )
     if layout == "sparsemix":
         told.append(
-            "Keys and values lie in a cache of their own (static, offloaded and quantised caches are refused); attention "
-            "weights, inputs_embeds and nn.DataParallel are not supported."
+            "Keys and values lie in a cache of their own (static, offloaded and quantised caches are refused); "
+            "attention weights, inputs_embeds and nn.DataParallel are not supported."
         )
     if run is not None and run.train.budget_flops < 1e18:
         told.append(f"A budget of {run.train.budget_flops:.3g} training FLOPs is a small experiment's.")
