@@ -1,4 +1,4 @@
-"""A model's folder: config.json, model.safetensors and, where there is one, tokenizer.json."""
+"""A model's folder: config.json, model.safetensors and, where there is one, the tokenizer's two files."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsemix import __version__
 from sparsemix.checkpoint import save_weights
 from sparsemix.config import ConfigError, parse
-from sparsemix.data.tokenizer import load_tokenizer, num_ids
+from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 from sparsemix.run import write_atomic
@@ -37,17 +37,35 @@ def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     save_weights(model, folder / WEIGHTS)
     if tokenizer is not None:
         write_atomic(folder / "tokenizer.json", tokenizer.to_str())
-    write_atomic(folder / "config.json", json.dumps(settings_file(model.config), indent=1))
+        told = tokenizer_settings(tokenizer, model.config.seq_len)
+        write_atomic(folder / "tokenizer_config.json", json.dumps(told, indent=1))
+    write_atomic(folder / "config.json", json.dumps(settings_file(model.config, tokenizer), indent=1))
 
 
-def settings_file(config: ModelConfig) -> dict[str, Any]:
-    """What config.json holds: the model's settings, and the names by which Hugging Face finds its class."""
+def settings_file(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """What config.json holds: the model's settings, the names by which Hugging Face finds its class, and the ids that
+    its generation needs."""
+    tokens = {} if tokenizer is None else special_tokens(tokenizer)
     return {
+        **{f"{name}_id": tokenizer.token_to_id(token) for name, token in tokens.items() if tokenizer is not None},
         "model_type": "sparsemix",
         "architectures": ["SparsemixForCausalLM"],
         "format": FORMAT,
         "sparsemix_version": __version__,
         "settings": config.model_dump(mode="json"),
+    }
+
+
+def tokenizer_settings(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    """What Hugging Face's tokenizer needs beside tokenizer.json to give the same ids as here."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special_tokens(tokenizer),
+        "padding_side": "left",
+        "model_max_length": max_length,
+        # `<|endoftext|>` written out in a text is text, as it was in training.
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
     }
 
 

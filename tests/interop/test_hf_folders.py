@@ -92,8 +92,11 @@ def test_a_runs_model_folder_loads_as_it_is(name, tmp_path):
     saved.write(lm, tmp_path, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(lm, model.model)
-    ids = AutoTokenizer.from_pretrained(tmp_path)(texts[:3])["input_ids"]
-    assert ids == [found.tolist() for found in encode_batch(tokenizer, texts[:3])]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(texts[:3])["input_ids"] == [found.tolist() for found in encode_batch(tokenizer, texts[:3])]
+    batch = again(["word1", "word1 and 7"], padding=True, return_tensors="pt")
+    assert model.generate(**batch, max_new_tokens=3).shape[1] <= batch["input_ids"].shape[1] + 3
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == again.eos_token_id
 
 
 def test_missing_weights_are_drawn_and_loaded_ones_stay(tmp_path):

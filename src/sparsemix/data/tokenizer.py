@@ -13,6 +13,8 @@ from sparsemix.config import ConfigError
 EOT = "<|endoftext|>"
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<eot>", "<|eot_id|>", "<|im_end|>")
 
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with at most vocab_size tokens, `<|endoftext|>` being id 0. The same texts give the same one.
@@ -63,6 +65,14 @@ def end_of_text(tokenizer: Tokenizer, name: str = "") -> int:
         if (i := tokenizer.token_to_id(token)) is not None:
             return i
     raise ConfigError(f"tokenizer={name} has no end-of-text token; add one of {', '.join(_EOT_NAMES)}")
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """What begins and ends a document, and what fills a batch: a padding token of the usual names, or that one."""
+    end = tokenizer.id_to_token(end_of_text(tokenizer))
+    assert end is not None
+    pad = next((name for name in _PAD_NAMES if tokenizer.token_to_id(name) is not None), end)
+    return {"bos_token": end, "eos_token": end, "pad_token": pad}
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
