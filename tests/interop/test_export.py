@@ -122,11 +122,12 @@ def test_the_interval_is_that_of_a_ratio_of_sums(tmp_path):
     num_bytes = rng.integers(20, 400, 300)
     nats = num_bytes * (2 + 0.3 * rng.normal(size=300))
     np.savez(tmp_path / "documents.npz", ids=np.arange(300), nats=nats, bytes=num_bytes)
-    value, error, documents = bits_per_byte(tmp_path / "documents.npz")
-    assert documents == 300 and value == pytest.approx(nats.sum() / np.log(2) / num_bytes.sum())
+    found = bits_per_byte(tmp_path / "documents.npz")
+    assert found is not None and found.documents == 300 and 1.96 < found.half / found.error < 1.98
+    assert found.value == pytest.approx(nats.sum() / np.log(2) / num_bytes.sum())
     drawn = rng.integers(300, size=(4000, 300))
     resampled = nats[drawn].sum(1) / np.log(2) / num_bytes[drawn].sum(1)
-    assert error == pytest.approx(resampled.std(), rel=0.08)
+    assert found.error == pytest.approx(resampled.std(), rel=0.08)
 
 
 def config_of(blocks):

@@ -17,8 +17,11 @@ def export(
     ] = "sparsemix",
 ) -> None:
     """Write a trained model for Hugging Face's tools: weights, tokenizer, generation settings, model card."""
+    from transformers.utils.logging import disable_progress_bar
+
     from sparsemix.interop.export import export as write
 
+    disable_progress_bar()
     with interruptible("nothing is half-written; the same command starts anew"):
         write(model, to, layout)
     print(f"exported: {to}")

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from scipy.stats import t
 
 from sparsemix import __version__
 from sparsemix.config import config_hash, to_yaml
@@ -138,31 +139,42 @@ def hub_datasets(config: RunConfig | None) -> list[str] | None:
     return [source.split(":")[1] for source in sources if source.startswith("hf:")] or None
 
 
-def bits_per_byte(path: Path) -> tuple[float, float, int] | None:
-    """Bits per byte, their standard error over documents and the number of documents; None without the file.
+class Test(NamedTuple):
+    """Bits per byte, the standard error over documents, half a 95 % interval, and the number of documents."""
 
-    The error is that of a ratio of sums, from the residuals nats_i - R bytes_i."""
+    value: float
+    error: float
+    half: float
+    documents: int
+
+
+def bits_per_byte(path: Path) -> Test | None:
+    """Of a run's losses per document; None without the file.
+
+    The error is that of a ratio of sums, from the residuals bits_i - R bytes_i; t has the degrees of freedom of the
+    number of equally long documents that would weigh the same."""
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as held:
         bits, num_bytes = held["nats"] / np.log(2), held["bytes"].astype(float)
     ratio, n = bits.sum() / num_bytes.sum(), len(bits)
     spread = float(np.square(bits - ratio * num_bytes).sum()) * n / max(1, n - 1)
-    return float(ratio), spread**0.5 / num_bytes.sum(), n
+    error = spread**0.5 / float(num_bytes.sum())
+    degrees = max(1.0, num_bytes.sum() ** 2 / np.square(num_bytes).sum() - 1)
+    return Test(float(ratio), error, float(t.ppf(0.975, degrees)) * error, n)
 
 
-def about_evaluation(result: Mapping[str, Any] | None, test: tuple[float, float, int] | None, source: Path) -> str:
+def about_evaluation(result: Mapping[str, Any] | None, test: Test | None, source: Path) -> str:
     if result is None:
         return UNKNOWN
     lines = []
     if test is not None:
-        value, error, documents = test
-        low, high = value - 1.96 * error, value + 1.96 * error
+        low, high = test.value - test.half, test.value + test.half
         lines.append(
-            f"Held-out documents of the training text, causal routing: **{value:.4f} bits per byte**, standard error "
-            f"{error:.4f}, 95 % interval [{low:.4f}, {high:.4f}] over {documents} documents; perplexity a token "
-            f"{result['perplexity']:.3f} on {result['test_tokens']:,} tokens. The interval covers the choice of "
-            "documents, not that of the seed: this is one run."
+            f"Held-out documents of the training text, causal routing: **{test.value:.4f} bits per byte**, standard "
+            f"error {test.error:.4f}, 95 % interval [{low:.4f}, {high:.4f}] over {test.documents} documents; "
+            f"perplexity a token {result['perplexity']:.3f} on {result['test_tokens']:,} tokens. The interval covers "
+            "the choice of documents, not that of the seed: this is one run."
         )
     if (ahead := result.get("lookahead_bpb")) is not None:
         lines.append(
@@ -193,11 +205,9 @@ def corpora(source: Path) -> list[dict[str, Any]]:
     return [corpus["rows"][0] for corpus in held.get("corpora", {}).values() if corpus.get("rows")]
 
 
-def eval_results(
-    result: Mapping[str, Any] | None, test: tuple[float, float, int] | None, source: Path
-) -> list[EvalResult] | None:
+def eval_results(result: Mapping[str, Any] | None, test: Test | None, source: Path) -> list[EvalResult] | None:
     """The same numbers for the hub."""
-    measured = [] if test is None else [("held-out documents of the training text", test[0])]
+    measured = [] if test is None else [("held-out documents of the training text", test.value)]
     measured += [(row["name"], row["bits_per_byte"]["value"]) for row in corpora(source)] if result else []
     found = [
         EvalResult(
