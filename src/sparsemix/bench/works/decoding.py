@@ -19,7 +19,7 @@ from sparsemix.layers.mod import MoD
 from sparsemix.layers.packed import pack_ternary
 from sparsemix.model import LM, ModelConfig, after
 
-CAPACITY, VOCAB, PROMPT, STRETCH = 0.125, 8192, 64, 32
+CAPACITY, VOCAB, SMALL_VOCAB, PROMPT, STRETCH = 0.125, 8192, 4096, 64, 32
 MOD = {"wrap": {"at": "every-2", "kind": "mod", "capacity": CAPACITY, "predictor_width": 64}}
 DENSE, BF16, LLAMA = "dense", "dense in bf16", "transformers Llama"
 
@@ -132,8 +132,10 @@ class TernaryCase:
     name: str = "ternary weights"
 
     def measure(self, quick: bool) -> dict[str, Any]:
-        # The blocks of BitNet b1.58 2B4T (arXiv:2504.12285), four of its thirty, and a smaller vocabulary.
-        raw, tokens = shape(256, 1, 512, 2) if quick else shape(2560, 5, 6912, 4), text(1)
+        # Four of the thirty blocks of BitNet b1.58 2B4T (arXiv:2504.12285) and a vocabulary in proportion: its 128,256
+        # float rows would take more bytes than all thirty ternary blocks.
+        raw, tokens = shape(256, 1, 512, 2) if quick else shape(2560, 5, 6912, 4), text(1) % SMALL_VOCAB
+        raw = raw | {"vocab_size": SMALL_VOCAB}
         sizes = dict[str, dict[str, int]]()
 
         def stepping(name: str, **more: Any) -> Callable[[], Contender]:
