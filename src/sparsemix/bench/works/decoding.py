@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsemix import saved
 from sparsemix.bench import peers
@@ -177,7 +178,9 @@ def greedy(model: LM, prompt: Tensor) -> Tensor:
     """The prompt and the `STRETCH` likeliest tokens after it."""
     cache, tokens, read = Cache(len(prompt)), prompt, prompt
     for _ in range(STRETCH):
-        read = model(read, Ctx(causal=True, cache=cache)).logits[:, -1:].argmax(dim=-1)
+        stream, _ = model.hidden(read, model.placed(read, Ctx(causal=True, cache=cache)))
+        # Of a prompt only the last token's logits are needed.
+        read = F.linear(stream[:, -1:], model.head).argmax(dim=-1)
         tokens = torch.cat([tokens, read], dim=1)
     return tokens
 
