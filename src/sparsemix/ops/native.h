@@ -22,6 +22,7 @@ typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef uint32_t vw __attribute__((vector_size(4 * W), aligned(2), may_alias));
 typedef uint16_t bf16;
 
 static inline vf splat(float x) { return x - (vf){0}; }
@@ -30,11 +31,25 @@ static inline vf load_f32(const float *p) { return *(const vf *)p; }
 static inline void store_f32(float *p, vf x) { *(vf *)p = x; }
 static inline vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
 
-static inline void store_bf16(bf16 *p, vf x) {
-    vu bits = (vu)x;
-    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
-    vu nan = (vu)(x != x);
-    *(vh *)p = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vh);
+// The bits of x rounded to bf16, ties to even, in the upper half of each word; what is in the lower half has no meaning.
+static inline vu rounded(vf x) {
+    vu bits = (vu)x, nan = (vu)(x != x);
+    bits += 0x7fff + ((bits >> 16) & 1);
+    return (bits & ~nan) | (nan & 0x7fc00000);
+}
+
+static inline void store_bf16(bf16 *p, vf x) { *(vh *)p = __builtin_convertvector(rounded(x) >> 16, vh); }
+
+// 2 W numbers as two vectors, in an order that only `store_pair` of the same type undoes: of bf16 the even ones and the
+// odd ones, as words hold them, which costs less than widening.
+static inline void load_pair_f32(const float *p, vf *a, vf *b) { *a = load_f32(p), *b = load_f32(p + W); }
+static inline void store_pair_f32(float *p, vf a, vf b) { store_f32(p, a), store_f32(p + W, b); }
+static inline void load_pair_bf16(const bf16 *p, vf *a, vf *b) {
+    vu words = *(const vw *)p;
+    *a = (vf)(words << 16), *b = (vf)(words & 0xffff0000);
+}
+static inline void store_pair_bf16(bf16 *p, vf a, vf b) {
+    *(vw *)p = (rounded(a) >> 16) | (rounded(b) & 0xffff0000);
 }
 
 static inline float one_f32(const float *p) { return *p; }

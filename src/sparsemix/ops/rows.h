@@ -37,17 +37,31 @@ INLINE void OF(ahead)(const ROW **next, OF(picks) a, OF(picks) then, int64_t p, 
     }
 }
 
+// The lines of the next rows that begin at columns d to d + 2 W.
+INLINE void OF(ask)(const ROW **next, int64_t d, const int count) {
+    const int64_t LINE = 64 / sizeof(ROW);
+    for (int64_t c = d; c < d + 2 * W; c += LINE)
+        for (int q = 0; q < count && c % LINE == 0; q++) __builtin_prefetch(next[q] + c);
+}
+
 INLINE void OF(dots)(const ROW *x, OF(picks) a, OF(picks) then, int64_t p, int64_t D, float *z, const int count) {
     const ROW *row[SIDE], *next[SIDE];
     vf sum[SIDE];
     OF(ahead)(next, a, then, p, D, count);
     for (int q = 0; q < count; q++) row[q] = a.table + a.ids[p + q] * D, sum[q] = splat(0);
     int64_t d = 0;
+    for (; d + 2 * W <= D; d += 2 * W) {
+        OF(ask)(next, d, count);
+        vf x_a, x_b, a, b;
+        OF(load_pair)(x + d, &x_a, &x_b);
+        for (int q = 0; q < count; q++) {
+            OF(load_pair)(row[q] + d, &a, &b);
+            sum[q] += x_a * a, sum[q] += x_b * b;
+        }
+    }
     for (; d + W <= D; d += W) {
-        if (d % (64 / sizeof(ROW)) == 0)
-            for (int q = 0; q < count; q++) __builtin_prefetch(next[q] + d);
-        vf x_d = OF(load)(x + d);
-        for (int q = 0; q < count; q++) sum[q] += x_d * OF(load)(row[q] + d);
+        OF(ask)(next, d, count);
+        for (int q = 0; q < count; q++) sum[q] += OF(load)(x + d) * OF(load)(row[q] + d);
     }
     for (int q = 0; q < count; q++) {
         z[q] = lane_sum(sum[q]);
@@ -73,9 +87,17 @@ INLINE void OF(adds)(float *y, OF(picks) a, OF(picks) then, int64_t p, int64_t D
     OF(ahead)(next, a, then, p, D, count);
     for (int q = 0; q < count; q++) row[q] = a.table + a.ids[p + q] * D;
     int64_t d = 0;
+    for (; d + 2 * W <= width; d += 2 * W) {
+        OF(ask)(next, d, count);
+        vf sum = load_f32(y + d), other = load_f32(y + d + W), a, b;
+        for (int q = 0; q < count; q++) {
+            OF(load_pair)(row[q] + d, &a, &b);
+            sum += splat(coef[q]) * a, other += splat(coef[q]) * b;
+        }
+        store_f32(y + d, sum), store_f32(y + d + W, other);
+    }
     for (; d + W <= width; d += W) {
-        if (d % (64 / sizeof(ROW)) == 0)
-            for (int q = 0; q < count; q++) __builtin_prefetch(next[q] + d);
+        OF(ask)(next, d, count);
         vf sum = load_f32(y + d);
         for (int q = 0; q < count; q++) sum += splat(coef[q]) * OF(load)(row[q] + d);
         store_f32(y + d, sum);
@@ -102,6 +124,7 @@ static inline void OF(mix_picks)(const float *coef, OF(picks) a, OF(picks) then,
                 OF(adds)(sum, here, then, r, D, width, coef + r, 1);
         }
         int64_t d = 0;
+        for (; d + 2 * W <= width; d += 2 * W) OF(store_pair)(y + from + d, load_f32(sum + d), load_f32(sum + d + W));
         for (; d + W <= width; d += W) OF(store)(y + from + d, load_f32(sum + d));
         for (; d < width; d++) OF(put)(y + from + d, sum[d]);
     }
