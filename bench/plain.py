@@ -1,12 +1,13 @@
 """A dense transformer in plain PyTorch, written without this library, and our dense training step timed against it.
 
-`python -m bench.plain [THREADS] [documents]`: both compiled, one process, steps interleaved; no ratio if they
-differ."""
+`python -m bench.plain [THREADS] [long] [documents]`: both compiled, one process, steps interleaved; no ratio if they
+differ. The ratio is the median over rounds, beside that of plain with itself: the least of few steps is luck."""
 
 import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,19 +78,31 @@ def plain_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".mixer.", ".").replace(".ffn.", "."): value for name, value in state.items()}
 
 
-D, BLOCKS, HEADS, D_FF, T, B, V = 256, 4, 4, 688, 256, 8, 4096
+class Shape(NamedTuple):
+    """Sizes of the model and of a batch."""
+
+    num_blocks: int
+    T: int
+    B: int
+    V: int
 
 
-def dense_steps(documents: bool) -> dict[str, Callable[[], dict[str, Tensor]]]:
+D, HEADS, D_FF = 256, 4, 688
+SHORT, LONG = Shape(4, 256, 8, 4096), Shape(6, 512, 4, 1024)
+ROUNDS = 12
+
+
+def dense_steps(shape: Shape, documents: bool) -> dict[str, Callable[[], dict[str, Tensor]]]:
     """Name -> one training step (both compiled, both with fused AdamW) that returns its loss and gradients."""
     block = {
         "kind": "block",
         "mixer": {"kind": "attention", "num_heads": HEADS},
         "ffn": {"kind": "dense", "d_ff": D_FF},
     }
-    pattern = {"count": BLOCKS, "each": block}
+    num_blocks, T, B, V = shape
+    pattern = {"count": num_blocks, "each": block}
     ours = build_model({"d_model": D, "vocab_size": V, "seq_len": T, "blocks": pattern}).train()
-    plain = Plain(D, V, T, BLOCKS, HEADS, D_FF)
+    plain = Plain(D, V, T, num_blocks, HEADS, D_FF)
     plain.load_state_dict(plain_weights(ours.state_dict()), strict=False)
     tokens = torch.randint(V, (B, T + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -116,20 +129,25 @@ def dense_steps(documents: bool) -> dict[str, Callable[[], dict[str, Tensor]]]:
 
 
 def main() -> None:
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
-    steps = dense_steps("documents" in sys.argv)
+    words = sys.argv[1:]
+    torch.set_num_threads(int(words[0]) if words and words[0].isdecimal() else 2)
+    steps = dense_steps(LONG if "long" in words else SHORT, "documents" in words)
     first = {name: step() for name, step in steps.items()}
     for name, value in first["plain"].items():
         torch.testing.assert_close(first["ours"][name], value, rtol=1e-3, atol=1e-5)
+    steps["plain again"] = steps["plain"]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(8):
-        for name, step in steps.items():
+    for i in range(ROUNDS):
+        for name in list(steps)[:: -1 if i % 2 else 1]:
             began = time.perf_counter()
-            step()
+            steps[name]()
             seconds[name].append(time.perf_counter() - began)
     for name, taken in seconds.items():
         print(f"{name}: {min(taken):.3f} s at least, median {median(taken):.3f} s")
-    print(f"times faster: {min(seconds['plain']) / min(seconds['ours']):.2f} (minima)")
+    for name in ("ours", "plain again"):
+        ratios = sorted(p / s for p, s in zip(seconds["plain"], seconds[name], strict=True))
+        middle = f"{ratios[ROUNDS // 4]:.2f} to {ratios[-1 - ROUNDS // 4]:.2f}"
+        print(f"{name}: {median(ratios):.3f} times as fast as plain (the middle half of {ROUNDS} rounds: {middle})")
 
 
 if __name__ == "__main__":
