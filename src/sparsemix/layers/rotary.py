@@ -54,7 +54,20 @@ def rotation(
     steps = torch.arange(0, d_head, 2, device=positions.device, dtype=exact) / d_head
     speed = theta**-steps if scaling is None else scaling.apply(theta**-steps)
     angle = positions[:, None, :, None].to(exact) * speed  # (B, 1, T, d_head / 2)
+    # A compiler would fuse them into what reads them, and compute them anew for every head.
+    if torch.compiler.is_compiling():
+        return torch.ops.sparsemix.cos_sin(angle, dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@torch.library.custom_op("sparsemix::cos_sin", mutates_args=())
+def _cos_sin(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@_cos_sin.register_fake
+def _(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(angle, dtype=dtype), torch.empty_like(angle, dtype=dtype)
 
 
 def rotate(
