@@ -30,6 +30,20 @@ def test_other_settings_are_refused_and_the_same_ones_open_the_run_again(config,
     assert Run(tmp_path / "run").settings["seed"] == 0
 
 
+def test_a_run_from_before_a_setting_existed_is_opened_with_its_default(config, tmp_path):
+    Run(tmp_path / "run", config)
+    path = tmp_path / "run" / "config.yaml"
+    older = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del older["train"]["threads"]
+    path.write_text(yaml.safe_dump(older), encoding="utf-8")
+    assert Run(tmp_path / "run", config).settings == older
+    with pytest.raises(ConfigError, match="other settings"):
+        Run(tmp_path / "run", config.replace(train=config.train.replace(threads=1)))
+    path.write_text(yaml.safe_dump(older | {"colour": "red"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="other settings"):
+        Run(tmp_path / "run", config)
+
+
 def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(config, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="is not empty and holds no run; choose another folder"):

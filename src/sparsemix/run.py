@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sparsemix.config import Config, ConfigError, to_yaml
+from sparsemix.config import Config, ConfigError, parse, to_yaml
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -33,15 +33,21 @@ class Run:
             if not (folder / "config.yaml").is_file():
                 raise ConfigError(f"{folder} is no run folder: it has no config.yaml; name a folder that a run wrote")
             return
-        text = to_yaml(config)
         if (folder / "config.yaml").is_file():
-            if yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) != yaml.safe_load(text):
+            if not self._holds(config):
                 raise ConfigError(f"{folder} holds a run with other settings; choose another folder or delete it")
         elif folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no run; choose another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "config.yaml", text)
+            write_atomic(folder / "config.yaml", to_yaml(config))
+
+    def _holds(self, config: Config) -> bool:
+        """Are these the folder's settings? One that is younger than the folder counts with its default."""
+        try:
+            return parse(type(config), self.settings) == config
+        except ConfigError:
+            return False
 
     @property
     def settings(self) -> dict[str, Any]:
