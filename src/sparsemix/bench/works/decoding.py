@@ -117,7 +117,10 @@ class RoutedCase:
             same=False,
         )
         contenders = {OURS: stepping(OURS, **MOD), DENSE: stepping(DENSE)}
-        case = Case(self.name, contenders, [speed], {"batch": self.batch, "prompt": PROMPT}, budget_s=12, gib=4)
+        read = parse(ModelConfig, weight_bound(quick, **MOD)).cost().bytes
+        amounts = {"sequential_read": STRETCH * read} if self.batch == 1 else {}
+        settings = {"batch": self.batch, "prompt": PROMPT}
+        case = Case(self.name, contenders, [speed], settings, amounts, budget_s=12, gib=4)
         record = case.measure(quick)
         routed, kv = kept[OURS].routed, kept[OURS].kv_bytes / kept[DENSE].kv_bytes
         record["settings"] |= {"routed share": routed, "kv bytes, dense": kept[DENSE].kv_bytes}
