@@ -32,13 +32,13 @@ static inline void store_f32(float *p, vf x) { *(vf *)p = x; }
 static inline vf load_bf16(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
 
 // The bits of x rounded to bf16, ties to even, in the upper half of each word; what is in the lower half has no meaning.
-static inline vu rounded(vf x) {
+static inline vu rounded_bits(vf x) {
     vu bits = (vu)x, nan = (vu)(x != x);
     bits += 0x7fff + ((bits >> 16) & 1);
     return (bits & ~nan) | (nan & 0x7fc00000);
 }
 
-static inline void store_bf16(bf16 *p, vf x) { *(vh *)p = __builtin_convertvector(rounded(x) >> 16, vh); }
+static inline void store_bf16(bf16 *p, vf x) { *(vh *)p = __builtin_convertvector(rounded_bits(x) >> 16, vh); }
 
 // 2 W numbers as two vectors, in an order that only `store_pair` of the same type undoes: of bf16 the even ones and the
 // odd ones, as words hold them, which costs less than widening.
@@ -49,7 +49,7 @@ static inline void load_pair_bf16(const bf16 *p, vf *a, vf *b) {
     *a = (vf)(words << 16), *b = (vf)(words & 0xffff0000);
 }
 static inline void store_pair_bf16(bf16 *p, vf a, vf b) {
-    *(vw *)p = (rounded(a) >> 16) | (rounded(b) & 0xffff0000);
+    *(vw *)p = (rounded_bits(a) >> 16) | (rounded_bits(b) & 0xffff0000);
 }
 
 static inline float one_f32(const float *p) { return *p; }
