@@ -6,14 +6,9 @@ once.
 
 Hugging Face's Auto classes know sparsemix models from now on, whichever of the two is imported first."""
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import sys
-import types
-import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from sparsemix import auto_classes
 
 if TYPE_CHECKING:
     from sparsemix.api import (
@@ -48,49 +43,4 @@ def __getattr__(name: str) -> Any:
     return getattr(api, name)
 
 
-# What registers our class with the Auto class that a module of transformers defines.
-_REGISTERING = {
-    "transformers.models.auto.configuration_auto": "sparsemix.interop.hf_config",
-    "transformers.models.auto.modeling_auto": "sparsemix.interop.hf_model",
-    "transformers.models.auto.tokenization_auto": "sparsemix.interop.hf_tokenizer",
-}
-
-
-def _register(module: str) -> None:
-    try:
-        importlib.import_module(_REGISTERING[module])
-    except ImportError as error:
-        # The importer asked for transformers, not for us.
-        warnings.warn(f"sparsemix models are not registered with transformers (5.13 or later): {error}", stacklevel=2)
-
-
-class _AutoClasses(importlib.abc.MetaPathFinder):
-    """Registers when an Auto class is imported. Registering needs torch and transformers, seconds of imports, which
-    `import sparsemix` must not cost those who want neither; and sorted imports put sparsemix before transformers."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname in _REGISTERING else None
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
-        return spec
-
-
-class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _register(module.__name__)
-
-
-sys.meta_path.insert(0, _AutoClasses())
-for _loaded in _REGISTERING.keys() & sys.modules.keys():
-    _register(_loaded)
+auto_classes.register_when_imported()
