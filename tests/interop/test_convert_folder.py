@@ -56,6 +56,7 @@ def test_a_run_becomes_a_saved_model_with_a_tokenizer_and_a_receipt(monkeypatch,
         "model.safetensors",
         "receipt.json",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert list(to.parent.iterdir()) == [to]
     said = json.loads((to / "receipt.json").read_text())
