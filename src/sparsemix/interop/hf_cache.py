@@ -60,14 +60,14 @@ class SparsemixCache(Cache):
             self.reorder_cache(torch.arange(self.held.num_rows, device=device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove columns. Raises ValueError for a positive number."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}) must be given a negative number: how many tokens to forget")
-        if tokens_to_remove == 0 or self.held is None:
+        """Forget the last -tokens_to_remove columns; a positive number is that of the columns to keep, as transformers
+        before 5.24 asks."""
+        S = self.get_seq_length()
+        forgotten = max(0, S - tokens_to_remove) if tokens_to_remove > 0 else min(S, -tokens_to_remove)
+        if forgotten == 0 or self.held is None:
             return
-        kept = self.held.seen - self.columns[:, tokens_to_remove:].sum(dim=1)
-        self.held.crop(int(kept[0]) if bool((kept == kept[0]).all()) else kept)  # type: ignore[arg-type]
-        self.columns = self.columns[:, :tokens_to_remove]
+        self.held.rollback(self.columns[:, S - forgotten :].sum(dim=1))
+        self.columns = self.columns[:, : S - forgotten]
 
     def reset(self) -> None:
         self.held, self.columns = None, self.columns[:, :0]
