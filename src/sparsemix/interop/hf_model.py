@@ -104,7 +104,8 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
         asked = generation_config.cache_implementation
-        if asked not in (None, "dynamic"):
+        # The last is what assisted decoding asks for before transformers 5.24: a cache that forgets nothing by itself.
+        if asked not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation={asked!r} cannot hold ragged routed layers; leave it out")
         if (given := known_cache(model_kwargs.get(CACHE))) is not None:
             given._is_user_defined = True  # type: ignore[attr-defined]
