@@ -17,7 +17,14 @@ from sparsemix import saved
 from sparsemix.config import ConfigError
 from sparsemix.data.tokenizer import encode_batch, end_of_text, train_tokenizer
 from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, wrap_tokenizer
-from tiny import BLOCKS, MOE, D, T, V, block, mod
+from tiny import BLOCKS, MOE, D, T, V, block, mod, unchecked_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    with unchecked_shapes():
+        yield
+
 
 STATES = {
     **BLOCKS,

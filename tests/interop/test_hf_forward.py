@@ -8,7 +8,13 @@ from torch.nn import functional as F
 from sparsemix import build_model, update
 from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM
 from sparsemix.layers import Ctx
-from tiny import BLOCKS, T, V
+from tiny import BLOCKS, T, V, unchecked_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    with unchecked_shapes():
+        yield
 
 
 def fresh(name, **changes):
