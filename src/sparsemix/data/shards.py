@@ -231,8 +231,8 @@ def _split(documents: list[Document], config: DataConfig) -> Splits:
 
 
 def _write(config: DataConfig, folder: Path, splits: Splits, facts: dict[str, Any], report: Progress) -> None:
-    report("training the tokenizer", 0, None)
     name = config.tokenizer
+    report("reading the tokenizer" if name else "training the tokenizer", 0, None)
     tokenizer = load_tokenizer(name) if name else train_tokenizer(splits["train"], config.vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = num_ids(tokenizer)
