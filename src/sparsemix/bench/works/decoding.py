@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsemix import saved
 from sparsemix.bench import peers
@@ -176,20 +175,8 @@ def stored(model: LM) -> dict[str, int]:
     return {"memory": memory, "disk": disk, "embedding": model.embed.weight.nbytes}
 
 
-@torch.inference_mode()
-def greedy(model: LM, prompt: Tensor) -> Tensor:
-    """The prompt and the `STRETCH` likeliest tokens after it."""
-    cache, tokens, read = Cache(len(prompt)), prompt, prompt
-    for _ in range(STRETCH):
-        stream, _ = model.hidden(read, model.placed(read, Ctx(causal=True, cache=cache)))
-        # Of a prompt only the last token's logits are needed.
-        read = F.linear(stream[:, -1:], model.head).argmax(dim=-1)
-        tokens = torch.cat([tokens, read], dim=1)
-    return tokens
-
-
 def generate_case(quick: bool, batch: int, dtype: torch.dtype) -> Case:
-    """The same weights behind the same prompt, greedily, prefill included."""
+    """The same weights behind the same prompt, through transformers' own `generate`, greedily, prefill included."""
     named, prompt = str(dtype).removeprefix("torch."), text(batch)[:, :PROMPT]
     exact = dtype == torch.float32
     model = built(weight_bound(quick)).to(dtype)
@@ -198,23 +185,27 @@ def generate_case(quick: bool, batch: int, dtype: torch.dtype) -> Case:
     def said(tokens: Tensor, logits: Tensor) -> dict[str, Tensor]:
         return {"logits": logits} | ({"tokens": tokens} if exact else {})
 
-    @torch.inference_mode()
-    def ours() -> Contender:
-        return Contender(lambda: greedy(model, prompt), lambda: said(greedy(model, prompt), model(prompt).logits))
+    def generating(make: Callable[[LM], Any]) -> Callable[[], Contender]:
+        def contender() -> Contender:
+            generator = make(model)
+            new = {"max_new_tokens": STRETCH, "min_new_tokens": STRETCH, "do_sample": False}
 
-    @torch.inference_mode()
-    def theirs() -> Contender:
-        llama = peers.transformers_llama(model)
-        new = {"max_new_tokens": STRETCH, "min_new_tokens": STRETCH, "do_sample": False}
+            def run() -> Tensor:
+                return generator.generate(prompt, attention_mask=torch.ones_like(prompt), **new)
 
-        def run() -> Tensor:
-            return llama.generate(prompt, attention_mask=torch.ones_like(prompt), **new)
+            @torch.inference_mode()
+            def probe() -> dict[str, Tensor]:
+                return said(run(), generator(prompt).logits)
 
-        return Contender(run, lambda: said(run(), llama(prompt).logits))
+            return Contender(run, probe)
+
+        return contender
+
+    from sparsemix.interop.hf import SparsemixForCausalLM
 
     return Case(
         f"generate, batch {batch}, {named}",
-        {OURS: ours, LLAMA: theirs},
+        {OURS: generating(SparsemixForCausalLM.wrap), LLAMA: generating(peers.transformers_llama)},
         [Number(f"decoding/generate batch {batch} {named}", f"times as fast as {LLAMA}'s generate", (LLAMA,))],
         {"batch": batch, "prompt": PROMPT, "new tokens": STRETCH},
         budget_s=10,
