@@ -12,8 +12,8 @@ from sparsemix.config import Config, ConfigError
 from sparsemix.layers import Ctx
 from sparsemix.layers.attention import Attention
 from sparsemix.layers.cache import Cache
-from sparsemix.layers.router import at_least_fp32
 from sparsemix.model import LM
+from sparsemix.ops.precision import at_least_fp32
 
 # Stands for no token in a row whose text has ended.
 ENDED = -1
@@ -141,7 +141,7 @@ def chances(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "
 def dense_cache_bytes(model: LM, cache: Cache) -> int:
     """What `cache` would hold if every attention layer had taken every token; a layer that has taken none so far counts
     as the widest of the others."""
-    widths = {path: 2 * s.k.shape[1] * s.k.shape[3] * s.k.element_size() for path, s in cache.stores.items()}
+    widths = {path: store.token_bytes for path, store in cache.stores.items()}
     widest = max(widths.values(), default=0)
     paths = [layer.path for layer in model.modules() if isinstance(layer, Attention)]
     return int(cache.seen.sum()) * sum(widths.get(path, widest) for path in paths)

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +44,27 @@ def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
         told = tokenizer_settings(tokenizer, model.config.seq_len)
         write_atomic(folder / "tokenizer_config.json", json.dumps(told, indent=1))
     write_atomic(folder / "config.json", json.dumps(settings_file(model.config, tokenizer), indent=1))
+
+
+def refuse_used(to: Path) -> None:
+    """Raises ConfigError where there is something already."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"to={to} is not empty; name a new folder")
+
+
+@contextmanager
+def whole(to: Path) -> Iterator[Path]:
+    """A folder that becomes `to` at the end, or vanishes. Raises ConfigError where there is something already."""
+    refuse_used(to)
+    aside = to.absolute().parent / f".{to.name}.{os.getpid()}"
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if to.exists():
+            to.rmdir()
+        aside.rename(to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def settings_file(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -89,16 +114,11 @@ def read(folder: Path) -> Saved:
 
 def read_settings(folder: Path) -> ModelConfig:
     """The settings in a folder's config.json. Raises ConfigError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or an exported model's")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); restore what was written") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind != "sparsemix":
-        raise ConfigError(f"{path}: model_type={kind} must be sparsemix; `sparsemix convert` reads other decoders")
+    path, raw = folder / "config.json", read_config(folder)
+    if raw.get("model_type") != "sparsemix":
+        raise ConfigError(
+            f"{path}: model_type={raw.get('model_type')} must be sparsemix; `sparsemix convert` reads other decoders"
+        )
     if raw.get("format") != FORMAT:
         wrote = raw.get("sparsemix_version", "another version")
         raise ConfigError(
@@ -111,6 +131,20 @@ def read_settings(folder: Path) -> ModelConfig:
         return parse(ModelConfig, raw["settings"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model's folder, whoever wrote it. Raises ConfigError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or a model's")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); copy it anew") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold settings (a mapping), not {type(raw).__name__}")
+    return raw
 
 
 def load_weights(model: LM, folder: Path) -> None:

@@ -11,6 +11,7 @@ from scipy.stats import t
 
 from sparsemix import __version__
 from sparsemix.config import config_hash, to_yaml
+from sparsemix.evaluate.estimate import ratio
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
 from sparsemix.model import CONVENTION, LM, ModelConfig
@@ -151,17 +152,16 @@ class Test(NamedTuple):
 def bits_per_byte(path: Path) -> Test | None:
     """Of a run's losses per document; None without the file.
 
-    The error is that of a ratio of sums, from the residuals bits_i - R bytes_i; t has the degrees of freedom of the
-    number of equally long documents that would weigh the same."""
+    t has the degrees of freedom of the number of equally long documents that would weigh the same. One document alone
+    says nothing of its error: it is infinite."""
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as held:
         bits, num_bytes = held["nats"] / np.log(2), held["bytes"].astype(float)
-    ratio, n = bits.sum() / num_bytes.sum(), len(bits)
-    spread = float(np.square(bits - ratio * num_bytes).sum()) * n / max(1, n - 1)
-    error = spread**0.5 / float(num_bytes.sum())
+    found = ratio(bits, num_bytes)
+    error = float("inf") if found.error is None else found.error
     degrees = max(1.0, num_bytes.sum() ** 2 / np.square(num_bytes).sum() - 1)
-    return Test(float(ratio), error, float(t.ppf(0.975, degrees)) * error, n)
+    return Test(found.value, error, float(t.ppf(0.975, degrees)) * error, len(bits))
 
 
 def about_evaluation(result: Mapping[str, Any] | None, test: Test | None, source: Path) -> str:

@@ -1,7 +1,6 @@
 """A model's folder -> the folder of another model, with a receipt."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,8 +36,7 @@ def convert_folder(
     Both models are compared on the first `tokens` tokens of `text`; running statistics of new layers are taken from
     them as well. Written aside and renamed, so `to` is whole or not there. Raises ConfigError."""
     to = to.expanduser().resolve()
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"{to} is not empty; choose another folder")
+    saved.refuse_used(to)
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be at least 1")
     progress("reading", 0, None)
@@ -71,17 +69,13 @@ def _stream(source: Source, text: Sequence[str], tokens: int) -> Stream:
 
 
 def _write(to: Path, source: Source, converted: Converted, said: dict[str, Any]) -> None:
-    aside = to.with_name(f".{to.name}.{os.getpid()}")
-    try:
+    with saved.whole(to) as aside:
         saved.write(converted.model.cpu(), aside, source.tokenizer)
         for name in BESIDE_TOKENIZER if source.tokenizer else ():
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, aside / name)
         (aside / "receipt.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
         (aside / "README.md").write_text(_page(said), encoding="utf-8")
-        aside.rename(to)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _page(said: dict[str, Any]) -> str:

@@ -1,15 +1,11 @@
 """A trained model as a folder that Hugging Face's tools open: weights, tokenizer, generation settings and a card."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
-from sparsemix import trained
+from sparsemix import saved, trained
 from sparsemix.config import ConfigError, nearest
 from sparsemix.interop.card import model_card
 from sparsemix.interop.families import LAYOUTS, write_decoder
@@ -29,7 +25,7 @@ def export(source: Path, to: Path, layout: str = OWN) -> None:
         raise ConfigError(f"layout={layout} must be one of {', '.join(known)}{nearest(layout, known)}")
     found = trained.load(source)
     model = found.model.cpu()
-    with whole(to) as folder:
+    with saved.whole(to) as folder:
         if layout == OWN:
             write_own(model, folder, found.tokenizer)
         else:
@@ -50,19 +46,3 @@ def write_own(model: LM, folder: Path, tokenizer: Tokenizer | None) -> None:
     hf_model = SparsemixForCausalLM.wrap(model, **ids)
     hf_model.generation_config = GenerationConfig(**ids)
     hf_model.eval().save_pretrained(folder)
-
-
-@contextmanager
-def whole(to: Path) -> Iterator[Path]:
-    """A folder that becomes `to` at the end, or vanishes. Raises ConfigError where there is something already."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"to={to} is not empty; name a new folder")
-    aside = to.absolute().parent / f".{to.name}.{os.getpid()}"
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if to.exists():
-            to.rmdir()
-        aside.rename(to)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -11,8 +11,8 @@ from sparsemix.evaluate.perplexity import context, evaluating, to_device
 from sparsemix.interop.convert import Converted
 from sparsemix.interop.plan import Swap
 from sparsemix.layers import Cost, LayerConfig, MoDConfig
-from sparsemix.layers.router import at_least_fp32
 from sparsemix.model import LM, ModelConfig, token_nats
+from sparsemix.ops.precision import at_least_fp32
 
 # Two orders of one sum in fp32 differ by this share of the largest logit at most.
 ROUNDING = 1e-4

@@ -1,12 +1,11 @@
 """A model to convert, wherever it comes from."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from sparsemix import trained
+from sparsemix import saved, trained
 from sparsemix.config import ConfigError
 from sparsemix.model import LM
 
@@ -29,7 +28,11 @@ def read_source(name: str) -> Source:
     folder = _from_hub(name) if name.startswith("hf:") else Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{name}: no such folder; name a model's, a run's, or hf:ORG/NAME")
-    if (folder / "config.yaml").is_file() or (folder / "plan.yaml").is_file() or _model_type(folder) == "sparsemix":
+    if (
+        (folder / "config.yaml").is_file()
+        or (folder / "plan.yaml").is_file()
+        or saved.read_config(folder).get("model_type") == "sparsemix"
+    ):
         found = trained.load(folder)
         return Source(found.model.cpu().eval(), found.tokenizer, folder)
     # transformers takes seconds to import, and a model of ours needs none of it.
@@ -39,17 +42,6 @@ def read_source(name: str) -> Source:
     model = config.build()
     model.load_state_dict(tensors)
     return Source(model.eval(), tokenizer, folder)
-
-
-def _model_type(folder: Path) -> object:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no model: it has no config.json; name a model's folder, or a run's")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); fetch it again") from None
-    return raw.get("model_type") if isinstance(raw, dict) else None
 
 
 def _from_hub(name: str) -> Path:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsemix import saved
 from sparsemix.config import ConfigError
 
 WEIGHTS = "model.safetensors"
@@ -15,18 +16,9 @@ WEIGHTS = "model.safetensors"
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """config.json as it is written. Raises ConfigError."""
-    path = folder / "config.json"
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; download the model first and name the folder it is in")
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no Hugging Face model: it has no config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); copy it anew") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold settings (a mapping), not {type(raw).__name__}")
-    return raw
+    return saved.read_config(folder)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
