@@ -1,7 +1,7 @@
 """The settings of a run."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,23 @@ class RunConfig(Config):
     @property
     def step_flops(self) -> float:
         return 3.0 * self.model.cost().flops * self.batch_size
+
+    def costs(self) -> dict[str, Any]:
+        """What a token costs, by analysis of the settings: FLOPs by three conventions, parameters, bytes."""
+        cost, T = self.model.cost(), self.model.seq_len
+        items = {name: value / T for name, value in cost.items.items() if value}
+        forward = cost.flops / T
+        return {
+            "flops_per_token": forward,
+            "train_flops_per_token": 3 * forward,
+            "flops_per_token_causal_half": forward - items.get("attention", 0.0) / 2,
+            "flops_per_token_no_logits": forward - items["logits"],
+            "cost_items": items,
+            "params": cost.params,
+            "active_params": cost.active_params,
+            "bytes_per_token": cost.bytes,
+            "outside_share": self.model.outside_flops() / cost.flops,
+        }
 
     @property
     def still_falling(self) -> list[str]:

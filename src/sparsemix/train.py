@@ -21,7 +21,7 @@ from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestima
 from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
 from sparsemix.machine import pick_compile, pick_device, pick_dtype
-from sparsemix.model import LM, BlockRunner, after
+from sparsemix.model import CONVENTION, LM, BlockRunner, after
 from sparsemix.ops.impl import picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import Run, hardware, versions
@@ -120,7 +120,8 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
         "compiled": state.compiled,
         "threads": state.threads,
     }
-    about = {"versions": versions(), "hardware": hardware(), "kernels": picked()}
+    about = {"cost": config.costs(), "convention": CONVENTION}
+    about |= {"versions": versions(), "hardware": hardware(), "kernels": picked()}
     run.finish({**spent, **evaluate(config, model, shards, folder), **about})
     return run
 

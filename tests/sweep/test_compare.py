@@ -4,7 +4,8 @@ import pytest
 
 from sparsemix.data import DataConfig
 from sparsemix.layers.ternary import PrecisionConfig
-from sparsemix.sweep.compare import CompareConfig, kind_config, rate_by_rule
+from sparsemix.sweep.arms import rate_by_rule
+from sparsemix.sweep.compare import CompareConfig, kind_config
 from sparsemix.sweep.sizing import SIZES
 
 SETTINGS = CompareConfig()

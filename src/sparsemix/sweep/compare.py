@@ -15,12 +15,11 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, config_hash, parse, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.errors import TrainingError
-from sparsemix.layers import DenseConfig
 from sparsemix.recipes import settings_of
 from sparsemix.run import Run, write_atomic
 from sparsemix.settings import RunConfig
+from sparsemix.sweep.arms import Arm, backbone, run_config
 from sparsemix.sweep.local import Job, Pool, pool, probe_job, train_job
-from sparsemix.sweep.sizing import mod_wrap, sized_ffn, split_kind
 from sparsemix.sweep.watch import Watch
 
 SWEEP_STEP = 2.0
@@ -65,39 +64,13 @@ def _number(text: str) -> float:
         return -1.0
 
 
-def rate_by_rule(d_model: int) -> float:
-    """The learning rate without a sweep: 0.01 at width 64, 0.0035 at 128 (each near the best of a dense sweep).
-
-    Ternary weights get the same: at width 64 their best rate is no other (docs/LOG.md)."""
-    return 0.01 * (64 / d_model) ** 1.5
-
-
 def kind_config(settings: CompareConfig, kind: str, data: DataConfig, budget: float) -> RunConfig:
     """The run that stands for `kind`: the recipe's dense backbone with that kind in its place, at equal FLOPs.
 
     `kind@ternary` is the same run with every matrix ternary that can be (model.precision), `mod+kind` staged MoDE."""
-    wrapped, kind, precision = split_kind(kind)
-    raw = settings_of(settings.recipe, [*settings.overrides, f"train.budget_flops={budget!r}"])
-    if precision:
-        raw.setdefault("model", {})["precision"] = precision
-    pattern = raw.get("model", {}).get("blocks")
-    if not isinstance(pattern, dict) or {"ffn", "wrap"} & set(pattern):
-        raise ConfigError(f"recipe={settings.recipe} must give blocks as count and each, with nothing replaced")
-    raw["data"] = data.model_dump(mode="json")
-    dense = parse(RunConfig, raw)
-    ffn = getattr(dense.model.blocks[0], "ffn", None)
-    if not isinstance(ffn, DenseConfig):
-        raise ConfigError(
-            f"recipe={settings.recipe} must have a dense feed-forward to replace, not {pattern['each']['ffn']['kind']}"
-        )
-    if wrapped:
-        pattern["wrap"] = mod_wrap(dense.model.d_model)
-    if kind != "dense":
-        # Staged MoDE has its experts inside the wrapped blocks.
-        at = "every-2" if wrapped and settings.placement == "middle" else settings.placement
-        pattern["ffn"] = {"at": at, **sized_ffn(kind, ffn, dense.model.d_model, dense.model.seq_len)}
-    raw["train"]["lr"] = rate_by_rule(dense.model.d_model) if settings.lr in ("rule", "sweep") else float(settings.lr)
-    return parse(RunConfig, raw)
+    raw = backbone(settings.recipe, settings.overrides)
+    lr = None if settings.lr in ("rule", "sweep") else float(settings.lr)
+    return run_config(Arm(kind, kind, placement=settings.placement), raw, data, budget, raw.get("seed", 0), lr)
 
 
 class Comparison:

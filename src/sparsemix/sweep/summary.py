@@ -33,7 +33,7 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
     words = _verdicts(differences, untuned=not tuned)
     rows = [
         {**_measures(kind, *losses[kind]), **_compared(differences.get(kind)), **words.get(kind, BASELINE)}
-        | _costs(several[0][0])
+        | several[0][0].costs()
         | _spent(several)
         for kind, several in runs.items()
     ]
@@ -91,24 +91,6 @@ def _compared(d: Difference | None) -> dict[str, Any]:
     if d is None:
         return {"difference": None, "difference_ci": None}
     return {"difference": d.interval.estimate, "difference_ci": [d.interval.low, d.interval.high]}
-
-
-def _costs(config: RunConfig) -> dict[str, Any]:
-    """What a token of this kind costs, by analysis of the settings."""
-    cost, T = config.model.cost(), config.model.seq_len
-    items = {name: value / T for name, value in cost.items.items() if value}
-    forward = cost.flops / T
-    return {
-        "flops_per_token": forward,
-        "train_flops_per_token": 3 * forward,
-        "flops_per_token_causal_half": forward - items.get("attention", 0.0) / 2,
-        "flops_per_token_no_logits": forward - items["logits"],
-        "cost_items": items,
-        "params": cost.params,
-        "active_params": cost.active_params,
-        "bytes_per_token": cost.bytes,
-        "outside_share": config.model.outside_flops() / cost.flops,
-    }
 
 
 def _spent(several: list[tuple[RunConfig, Path]]) -> dict[str, Any]:

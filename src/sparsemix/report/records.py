@@ -1,0 +1,168 @@
+"""Finished runs as reports see them: read from their folders alone, without torch."""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Float, Int
+
+from sparsemix.config import ConfigError
+from sparsemix.run import Run
+
+# Runs from before results held a cost were charged by the one convention there has been.
+FIRST_CONVENTION = "FLOPs count matrix multiplies, 2 per multiply-add"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run. Losses are causal; `nats` is the mean over test tokens, sizes count all parameters.
+
+    arm: what tables call it; budget: the training FLOPs it was given, and flops those it spent; forward_flops: of a
+    token; curve: (FLOPs spent, seconds of training, validation bits per byte) as it went. role: why a study has it,
+    `rate` (a learning rate that was tried), `grid` (a size) or `seed` (another seed at an optimum)."""
+
+    folder: Path
+    arm: str
+    role: str
+    budget: float
+    flops: float
+    seed: int
+    lr: float
+    params: int
+    active_params: int | None
+    forward_flops: float
+    tokens: int
+    nats: float
+    bpb: float
+    validation_bpb: float
+    lookahead_bpb: float | None
+    wall_s: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    curve: tuple[tuple[float, float, float], ...]
+    settings: dict[str, Any]
+    result: dict[str, Any]
+
+    def documents(self) -> tuple[Float[np.ndarray, "D"], Int[np.ndarray, "D"]]:
+        """(nats, bytes) of every test document."""
+        with np.load(self.folder / "documents.npz") as file:
+            return file["nats"], file["bytes"]
+
+    @property
+    def corpus(self) -> str:
+        """What was read, so that runs on other texts are not compared."""
+        data = self.settings["data"]
+        return data.get("fingerprint") or json.dumps(data, sort_keys=True)
+
+    @property
+    def convention(self) -> str:
+        """How its FLOPs were counted."""
+        return self.result.get("convention", FIRST_CONVENTION)
+
+
+def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record | None:
+    """The run in a folder, called `arm` or by what its settings are; None if it is unfinished. Raises ConfigError."""
+    run = Run(folder)
+    result = run.result
+    if result is None:
+        return None
+    settings = run.settings
+    cost = result.get("cost") or _cost_of_old(folder, result)
+    curve = tuple((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)
+    return Record(
+        folder=folder,
+        arm=arm or arm_of(settings),
+        role=role,
+        budget=float(settings["train"]["budget_flops"]),
+        params=cost["params"],
+        active_params=cost.get("active_params"),
+        forward_flops=cost["flops_per_token"],
+        nats=log(result["perplexity"]),
+        curve=curve,
+        settings=settings,
+        result=result,
+        **{name: result[name] for name in ("flops", "seed", "lr", "tokens", "bpb", "validation_bpb", "lookahead_bpb")},
+        **{name: result[name] for name in ("wall_s", "tokens_per_s", "peak_memory_bytes")},
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Record]:
+    """Every finished run of the folders: a study's (its plan.yaml says whose each run is), a comparison's or any other
+    folder of runs, or a run's own. Raises ConfigError where there is none."""
+    found: list[Record | None] = []
+    for folder in folders:
+        plan = folder / "plan.yaml"
+        cells = yaml.safe_load(plan.read_text(encoding="utf-8")).get("cells") if plan.is_file() else None
+        if cells is not None:
+            for cell in cells:
+                if ((run := folder / "runs" / cell["run"]) / "config.yaml").is_file():
+                    found.append(read_run(run, cell["arm"], cell["role"]))
+        elif (folder / "config.yaml").is_file():
+            found.append(read_run(folder))
+        elif folder.is_dir():
+            found += [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+    records = [record for record in found if record is not None]
+    if not records:
+        raise ConfigError(f"{', '.join(map(str, folders))} hold no finished run; name a study's or a run's folder")
+    return records
+
+
+def arm_of(settings: dict[str, Any]) -> str:
+    """A name from a run's settings: `dense`, a feed-forward's kind, `mod`, `mod+KIND`, each perhaps `@precision`."""
+    found: dict[str, None] = {}
+
+    def look(node: Any) -> None:
+        if isinstance(node, list):
+            for part in node:
+                look(part)
+        elif isinstance(node, dict):
+            if "kind" in node:
+                found[node["kind"]] = None
+            for name, value in node.items():
+                # What mh_moe or beside hold is part of them, what MoD wraps is a layer of its own.
+                if node.get("kind") != "mh_moe" or name != "inner":
+                    look(value)
+
+    model = settings["model"]
+    look(model["blocks"])
+    plain = {"attention", "block", "dense", "beside", "rms", "layer", "float", "ternary"}
+    kinds = [kind for kind in found if kind not in plain and kind != "mod"]
+    name = "+".join([*(["mod"] if "mod" in found else []), *kinds]) or "dense"
+    return f"{name}@ternary" if "ternary" in json.dumps(model["blocks"]) else name
+
+
+def same_terms(records: list[Record]) -> None:
+    """Raises ConfigError unless the runs share corpus, vocabulary, sequence length and FLOP convention."""
+    terms = {
+        "corpus": lambda r: r.corpus[:16],
+        "model.vocab_size": lambda r: r.settings["model"]["vocab_size"],
+        "model.seq_len": lambda r: r.settings["model"]["seq_len"],
+        "FLOP convention": lambda r: r.convention[: len(FIRST_CONVENTION)],
+    }
+    for name, term in terms.items():
+        groups: dict[Any, Record] = {}
+        for record in records:
+            groups.setdefault(term(record), record)
+        if len(groups) > 1:
+            (a, first), (b, second) = list(groups.items())[:2]
+            raise ConfigError(
+                f"these runs cannot be compared: {name} is {a} in {first.folder} and {b} in {second.folder}; name "
+                "folders of one study"
+            )
+
+
+def _cost_of_old(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Cost of a run from before results held it: what training spent, and the parameters in its saved weights."""
+    weights = folder / "model" / "model.safetensors"
+    if not weights.is_file():
+        raise ConfigError(f"{folder}: an old run without its weights says no size; keep model/model.safetensors")
+    with weights.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    sizes = [prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+    return {"params": sum(sizes), "flops_per_token": result["flops"] / result["tokens"] / 3}

@@ -1,0 +1,79 @@
+"""The runs that are compared: a dense backbone at a width, and what is put in its place."""
+
+from typing import Any, NamedTuple
+
+from sparsemix.config import ConfigError, apply_overrides, parse
+from sparsemix.data import DataConfig
+from sparsemix.layers import DenseConfig
+from sparsemix.recipes import settings_of
+from sparsemix.settings import RunConfig
+from sparsemix.sweep.sizing import mod_wrap, sized_ffn, split_kind
+
+
+class Arm(NamedTuple):
+    """One side of a comparison: `kind` as `compare` takes it (`dense`, `moe`, `mod`, `mod+moe`, `moe@ternary`), then
+    `changes`, dotted overrides of the result (`model.blocks.wrap.capacity=0.5`, `model.blocks.ffn.top_k=4`).
+
+    rate: times the rule's learning rate, from a sweep or a stated reason."""
+
+    name: str
+    kind: str = "dense"
+    changes: tuple[str, ...] = ()
+    placement: str = "middle"
+    rate: float = 1.0
+
+
+def rate_by_rule(d_model: int) -> float:
+    """The learning rate without a sweep: 0.01 at width 64, 0.0035 at 128 (each near the best of a dense sweep).
+
+    Ternary weights get the same: at width 64 their best rate is no other (docs/LOG.md)."""
+    return 0.01 * (64 / d_model) ** 1.5
+
+
+def backbone(recipe: str, overrides: tuple[str, ...] = (), width: int | None = None) -> dict[str, Any]:
+    """Raw settings of a dense recipe, at another width if one is given: depth, heads and feed-forward keep their
+    proportion to it, everything else stays. Raises ConfigError."""
+    raw = settings_of(recipe, overrides)
+    model = raw.get("model", {})
+    pattern = model.get("blocks")
+    if not isinstance(pattern, dict) or {"ffn", "wrap"} & set(pattern):
+        raise ConfigError(f"recipe={recipe} must give blocks as count and each, with nothing replaced")
+    each = pattern.get("each", {})
+    if (kind := each.get("ffn", {}).get("kind")) != "dense":
+        raise ConfigError(f"recipe={recipe} must have a dense feed-forward to replace, not {kind}")
+    if width is None or width == model["d_model"]:
+        return raw
+    was, heads = model["d_model"], each["mixer"]["num_heads"]
+    # Rotary positions turn pairs of channels, so a head's width is even.
+    possible = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0]
+    if width < 8 or not possible:
+        raise ConfigError(f"sizes={width} must be an even width of at least 8")
+    model["d_model"] = width
+    pattern["count"] = max(2, round(pattern["count"] * width / was))
+    each["mixer"]["num_heads"] = min(possible, key=lambda h: (abs(h - heads * width / was), h))
+    each["ffn"]["d_ff"] = max(4, 4 * round(each["ffn"]["d_ff"] * width / was / 4))
+    return raw
+
+
+def run_config(
+    arm: Arm, raw: dict[str, Any], data: DataConfig, budget: float, seed: int = 0, lr: float | None = None
+) -> RunConfig:
+    """The run of an arm on a backbone's raw settings, sized to equal FLOPs per token with the dense feed-forward that
+    it replaces, at `lr` or the rule's rate times the arm's. Raises ConfigError."""
+    raw = apply_overrides(raw, [f"train.budget_flops={budget!r}"])
+    wrapped, kind, precision = split_kind(arm.kind)
+    model = raw["model"]
+    pattern, width = model["blocks"], model["d_model"]
+    if precision:
+        model["precision"] = precision
+    raw["data"] = data.model_dump(mode="json")
+    if wrapped:
+        pattern["wrap"] = mod_wrap(width)
+    if kind != "dense":
+        # Staged MoDE has its experts inside the wrapped blocks.
+        at = "every-2" if wrapped and arm.placement == "middle" else arm.placement
+        ffn = parse(DenseConfig, pattern["each"]["ffn"])
+        pattern["ffn"] = {"at": at, **sized_ffn(kind, ffn, width, model["seq_len"])}
+    raw["train"]["lr"] = lr if lr is not None else rate_by_rule(width) * arm.rate
+    raw["seed"] = seed
+    return parse(RunConfig, apply_overrides(raw, list(arm.changes)))

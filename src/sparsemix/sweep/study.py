@@ -1,0 +1,112 @@
+"""A study: a folder with one text and many runs, each named by the hash of its settings, that reports read."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from sparsemix.config import Config, ConfigError, config_hash
+from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.errors import TrainingError
+from sparsemix.report.records import Record, read_run
+from sparsemix.run import Run, write_atomic
+from sparsemix.settings import RunConfig
+from sparsemix.sweep.local import Job, Pool, train_job
+from sparsemix.sweep.watch import Watch
+
+Progress = Callable[[str, int, int | None], None]
+
+
+class Cell(NamedTuple):
+    """One run of a study: whose it is, its settings, and why it is there (`grid`, `seed`, `rate`)."""
+
+    arm: str
+    config: RunConfig
+    role: str = "grid"
+
+    @property
+    def run(self) -> str:
+        """The name of its folder below runs/."""
+        return config_hash(self.config)
+
+
+class Study:
+    """plan.yaml (settings, and the cells so far), data/, runs/HASH/. Opening a folder of other settings is an error;
+    the same settings go on where it stands, and cells of equal settings share a run whoever asks for them."""
+
+    def __init__(self, out: Path, settings: Config, say: Callable[[str], None]) -> None:
+        """`say` gets lines to print. Raises ConfigError."""
+        self.out, self.settings, self.say = out, settings, say
+        self.plan = open_plan(out, settings)
+        self.failed: dict[str, str] = {}
+
+    def prepare(self, data: DataConfig, progress: Progress | None = None) -> Shards:
+        """The text, read once; `self.data` names it by its fingerprint from here on. Raises ConfigError."""
+        self.shards = prepare(data, self.out / "data", progress)
+        self.data = data.replace(fingerprint=self.shards.manifest["fingerprint"])
+        return self.shards
+
+    def folder(self, cell: Cell) -> Path:
+        return self.out / "runs" / cell.run
+
+    def train(self, cells: Sequence[Cell], launcher: Pool, title: str, retries: int = 1) -> list[Record | None]:
+        """The runs of the cells, in their order: done ones are read, the others trained or resumed; one that failed
+        `retries` times more is None, is said, and stops nobody. Raises KeyboardInterrupt after every run has saved."""
+        self._note(cells)
+        folders = {self.folder(cell): cell for cell in cells}
+        left = [folder for folder, cell in folders.items() if not _done(folder, cell.config)]
+        errors: dict[Path, str] = {}
+        with Watch(list(folders), title, self.say) as watch:
+            for attempt in range(retries + 1):
+                jobs = [Job(folders[folder].config, folder, self.out / "data") for folder in left]
+                left = []
+                for i, outcome in launcher.map(train_job, [(job,) for job in jobs], watch):
+                    if isinstance(outcome, (KeyboardInterrupt, OSError, ConfigError)):
+                        raise outcome
+                    if isinstance(outcome, BaseException):
+                        errors[jobs[i].folder] = str(outcome) or type(outcome).__name__
+                        # A loss that is not finite would not be finite again.
+                        if attempt < retries and not isinstance(outcome, TrainingError):
+                            left.append(jobs[i].folder)
+                            continue
+                    watch.done(jobs[i].folder)
+                if not left:
+                    break
+        for folder, error in errors.items():
+            if Run(folder).result is None:
+                self.failed[folder.name] = error
+                self.say(f"{title}: {folders[folder].arm} ({folder.name}) failed: {error}")
+        return [
+            read_run(self.folder(cell), cell.arm, cell.role) if self.folder(cell).exists() else None for cell in cells
+        ]
+
+    def _note(self, cells: Sequence[Cell]) -> None:
+        """Write into plan.yaml whose each run is, before any of them begins."""
+        known = {(entry["arm"], entry["run"]) for entry in self.plan["cells"]}
+        new = [cell for cell in dict.fromkeys((c.arm, c.run, c.role) for c in cells) if cell[:2] not in known]
+        if new or not (self.out / "plan.yaml").is_file():
+            self.plan["cells"] += [{"arm": arm, "run": run, "role": role} for arm, run, role in new]
+            write_atomic(self.out / "plan.yaml", yaml.safe_dump(self.plan, sort_keys=False))
+
+
+def open_plan(out: Path, settings: Config) -> dict[str, Any]:
+    """What plan.yaml holds, or a new plan; raises ConfigError if the folder holds something else."""
+    path = out / "plan.yaml"
+    now = settings.model_dump(mode="json")
+    if not path.is_file():
+        # Prepared data, and what a killed preparation left (hidden), may stand alone: the plan comes after them.
+        if out.exists() and (not out.is_dir() or any(p.name != "data" and p.name[0] != "." for p in out.iterdir())):
+            raise ConfigError(f"out={out} is not empty and holds no study; choose another folder")
+        return {"settings": now, "cells": []}
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    there = plan.get("settings", {})
+    differ = [f"{k}={there.get(k)} there, {now[k]} asked" for k in now if there.get(k) != now[k]]
+    if differ or "cells" not in plan:
+        differ = differ or ["it holds a comparison of other kind"]
+        raise ConfigError(f"out={out} holds another study ({'; '.join(differ)}); choose another folder")
+    return plan
+
+
+def _done(folder: Path, config: RunConfig) -> bool:
+    return folder.exists() and Run(folder, config).result is not None
