@@ -24,6 +24,7 @@ LADDER = (
     ("api",),
     ("report", "interop", "recipes"),
     ("sweep", "inspection", "play", "doctor"),
+    ("reproduce",),
     ("bench",),
     ("cli",),
 )

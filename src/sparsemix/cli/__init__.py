@@ -14,6 +14,7 @@ from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
 from sparsemix.cli.listings import doctor, kinds, parity, recipes
 from sparsemix.cli.output import fail
+from sparsemix.cli.reproduce import reproduce
 from sparsemix.cli.train import train
 from sparsemix.errors import ConfigError, TrainingError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 
 # In the order of --help.
-for command in (compare, train, generate, inspect, report):
+for command in (compare, reproduce, train, generate, inspect, report):
     app.command()(command)
 app.command("eval")(evaluate)
 for command in (convert, export, recipes, kinds, parity, bench, doctor):

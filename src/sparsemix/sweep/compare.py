@@ -86,7 +86,7 @@ class Comparison:
     ) -> None:
         """`say` gets lines to print, `progress` the stages of data preparation; `workers` runs go at a time."""
         self.settings, self.out, self.say, self.progress = settings, out, say, progress
-        self.workers, self.threads = _share_cores(workers, len(settings.kinds))
+        self.workers, self.threads = share_cores(workers, len(settings.kinds))
         self.began = time.monotonic()
 
     def run(self) -> dict[str, list[tuple[RunConfig, Path]]]:
@@ -255,7 +255,7 @@ def _with_rate(config: RunConfig, rate: float) -> RunConfig:
     return config.replace(train=config.train.replace(lr=rate))
 
 
-def _share_cores(workers: int | None, num_kinds: int) -> tuple[int, int]:
+def share_cores(workers: int | None, num_kinds: int) -> tuple[int, int]:
     """(processes, threads each): one thread a process while the models are small, one process on a GPU."""
     import torch
 

@@ -1,0 +1,102 @@
+"""`sparsemix reproduce`. Heavy imports are inside: the command line answers at once."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsemix.cli.options import Set, Text
+from sparsemix.cli.output import interruptible, say, show
+from sparsemix.errors import ConfigError
+
+
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="A table or figure (peer-table2); --list names them.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder that reproductions of one text and scale share.")] = Path(
+        "reproduce"
+    ),
+    scale: Annotated[str, typer.Option(help="demo, laptop, gpu, or paper (the published setting).")] = "demo",
+    text: Text = None,
+    budget: Annotated[float | None, typer.Option(help="Training FLOPs a run, in place of the scale's.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds, in place of the scale's.", min=1)] = None,
+    override: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+    retries: Annotated[int, typer.Option(help="Times that a failed run is tried again.", min=0)] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its FLOPs, and stop.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Name every table and figure with its claim.")] = False,
+) -> None:
+    """Make a table or figure of the papers anew, with their numbers beside ours and their claims as tests."""
+    if listing:
+        show(_listed())
+        return
+    if name is None:
+        raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
+    from sparsemix.config import parse
+    from sparsemix.reproduce.lab import ReproduceConfig, plan
+
+    settings = parse(
+        ReproduceConfig,
+        {
+            "text": tuple(text or ("stdlib",)),
+            "scale": scale,
+            "budget": budget,
+            "seeds": seeds,
+            "overrides": tuple(override or ()),
+        },
+    )
+    planned = plan(name, settings)
+    say(f"{name}: {planned.entry.source}. {planned.entry.claim}")
+    runs = len({cell.run for cell in planned.cells})
+    say(f"{runs} runs, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
+    if not dry_run:
+        _run(planned, settings, out, workers, retries)
+
+
+def _run(planned: Any, settings: Any, out: Path, workers: int | None, retries: int) -> None:
+    from sparsemix.reproduce import lab
+    from sparsemix.reproduce.write import write
+    from sparsemix.sweep.compare import share_cores
+    from sparsemix.sweep.local import pool
+    from sparsemix.sweep.study import Study
+    from sparsemix.sweep.watch import Stages
+
+    with interruptible():
+        study = Study(out, settings, say)
+        with Stages("data", say) as progress:
+            study.prepare(lab.data_config(planned.design, settings), progress)
+        planned = lab.plan(planned.entry.name, settings, study.data)
+        with pool(*share_cores(workers, len(planned.cells))) as launcher:
+            outcome, records = lab.run(planned, study, launcher, say, retries)
+        folder = out / planned.entry.name
+        write(planned, outcome, records, folder, shlex.join(["sparsemix", *sys.argv[1:]]))
+    show(_tables(outcome))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _tables(outcome: Any) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+
+    from sparsemix.report.simple_page import TextTable
+
+    trends = TextTable("What the paper claims", ("claim", "outcome", "evidence"), [tuple(t) for t in outcome.trends])
+    drawn = []
+    for text in (*outcome.tables, trends):
+        table = Table(*text.columns, title=text.caption)
+        for row in text.rows:
+            table.add_row(*row)
+        drawn.append(table)
+    return Group(*drawn, *outcome.notes)
+
+
+def _listed() -> Any:
+    from rich.table import Table
+
+    from sparsemix.reproduce.base import entries
+
+    table = Table("name", "source", "claim", title="Tables and figures")
+    for entry in entries().values():
+        table.add_row(entry.name, entry.source, entry.claim)
+    return table

@@ -1,0 +1,135 @@
+"""`sparsemix reproduce`: from a name and a scale to runs, and from runs to what is said."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from sparsemix.config import Config, ConfigError, parse
+from sparsemix.data import DataConfig
+from sparsemix.recipes import settings_of, sizes_of
+from sparsemix.report.records import Record
+from sparsemix.reproduce.base import SCALES, Design, Entry, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.sweep.arms import backbone, run_config
+from sparsemix.sweep.study import Cell, Study
+
+
+class ReproduceConfig(Config):
+    """What the reproductions of one folder share, so that they share runs: the text, the scale, and settings that
+    overrule both."""
+
+    text: tuple[str, ...] = ("stdlib",)
+    scale: Literal["demo", "laptop", "gpu", "paper"] = "demo"
+    budget: float | None = Field(default=None, gt=0)
+    seeds: int | None = Field(default=None, ge=1)
+    overrides: tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    """A reproduction before it runs: its entry, module, scale, design and the runs as far as cost alone tells them."""
+
+    entry: Entry
+    made_by: Reproduction
+    scale: Scale
+    design: Design
+    cells: Sequence[Cell]
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the planned runs; runs of equal settings count once."""
+        return sum({cell.run: cell.config.train.budget_flops for cell in self.cells}.values())
+
+
+def reproduction(name: str) -> Reproduction:
+    """The module's REPRODUCTIONS entry of a name. Raises ConfigError on an unknown name."""
+    module = importlib.import_module(f"sparsemix.reproduce.{entry(name).module}")
+    return module.REPRODUCTIONS[name]
+
+
+def plan(name: str, settings: ReproduceConfig, data: DataConfig | None = None) -> Plan:
+    """What a name needs at a scale, from cost alone. Raises ConfigError."""
+    scale = SCALES[settings.scale]
+    if settings.budget is not None:
+        # Curves keep their distance from the budget.
+        ratio = settings.budget / scale.budget
+        scale = scale._replace(budget=settings.budget, budgets=tuple(b * ratio for b in scale.budgets))
+    scale = scale._replace(seeds=settings.seeds or scale.seeds, overrides=(*scale.overrides, *settings.overrides))
+    made_by = reproduction(name)
+    design = _filled(made_by.design(scale), scale)
+    data = data or data_config(design, settings)
+    if design.grid:
+        cells = _isoflop().planned_cells(design.arms, _grid(design), data)
+    else:
+        raw = backbone(_recipe(design), design.overrides)
+        cells = [
+            Cell(arm.name, run_config(arm, raw, data, design.budget or scale.budget, seed))
+            for seed in range(design.seeds or scale.seeds)
+            for arm in design.arms
+        ]
+    return Plan(entry(name), made_by, scale, design, cells)
+
+
+def data_config(design: Design, settings: ReproduceConfig) -> DataConfig:
+    """The text at the vocabulary of the design's recipe; at paper scale the recipe's own text, unless one is given."""
+    raw = settings_of(_recipe(design), design.overrides)
+    own = raw.get("data", {})
+    text = settings.text if settings.text != ("stdlib",) or "text" not in own else own["text"]
+    return parse(DataConfig, {"vocab_size": raw["model"]["vocab_size"], **own, "text": text})
+
+
+def run(
+    planned: Plan, study: Study, launcher: Any, say: Callable[[str], None], retries: int = 1
+) -> tuple[Outcome, list[Record]]:
+    """Train what is left of the plan; what is said of it, and the runs. Raises ConfigError and KeyboardInterrupt."""
+    design, scale = planned.design, planned.scale
+    if design.grid:
+        records: list[Record | None] = list(_isoflop().run_grid(study, design.arms, _grid(design), launcher))
+    elif design.sweep:
+        records = list(_isoflop().run_seeds(study, design.arms, _grid(design), launcher))
+    else:
+        records = study.train(planned.cells, launcher, planned.entry.name, retries)
+    runs: dict[str, list[Record]] = {arm.name: [] for arm in design.arms}
+    for record in records:
+        if record is not None:
+            runs[record.arm].append(record)
+    if empty := [arm for arm, found in runs.items() if not found]:
+        raise ConfigError(f"{planned.entry.name}: no run of {', '.join(empty)} finished; the lines above say why")
+    lab = Lab(scale, study.out, runs, say)
+    return planned.made_by.outcome(lab), lab.all()
+
+
+def _filled(design: Design, scale: Scale) -> Design:
+    """The scale's values where the design gives none."""
+    size = design.size or scale.size
+    known = sizes_of(design.recipe)
+    if known and size not in known:
+        raise ConfigError(f"scale={scale.name}: {design.recipe} has no size {size}, only {', '.join(known)}")
+    return design._replace(
+        size=size,
+        budget=design.budget or scale.budget,
+        budgets=design.budgets or scale.budgets,
+        sizes=design.sizes or scale.sizes,
+        seeds=design.seeds or scale.seeds,
+        overrides=(*scale.overrides, *design.overrides),
+    )
+
+
+def _recipe(design: Design) -> str:
+    return f"{design.recipe}:{design.size}" if design.size else design.recipe
+
+
+def _grid(design: Design) -> Any:
+    budgets = design.budgets if design.grid else (design.budget,)
+    return _isoflop().Grid(
+        recipe=_recipe(design),
+        overrides=design.overrides,
+        budgets=budgets,
+        sizes=design.sizes,
+        seeds=design.seeds,
+        rates="sweep" if design.sweep else "rule",
+    )
+
+
+def _isoflop() -> Any:
+    return importlib.import_module("sparsemix.sweep.isoflop")

@@ -1,0 +1,82 @@
+"""The outcome of a reproduction as files: result.json, table.md, figures, one offline page."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sparsemix.report.records import Record
+from sparsemix.report.simple_page import TextTable
+from sparsemix.reproduce.base import Outcome
+from sparsemix.reproduce.lab import Plan
+from sparsemix.run import hardware, versions, write_atomic
+
+
+def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Path, command: str) -> dict[str, Any]:
+    """Everything below `folder`; returns what result.json holds."""
+    from sparsemix.report.figure_files import write_figure
+    from sparsemix.report.simple_page import Section, simple_page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    said, scale = planned.entry, planned.scale
+    result = {
+        "name": said.name,
+        "source": said.source,
+        "claim": said.claim,
+        "paper_numbers": {"how": said.how, **said.numbers},
+        "scale": scale._asdict(),
+        "command": command,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "trends": [trend._asdict() for trend in outcome.trends],
+        "tables": [table._asdict() for table in outcome.tables],
+        "notes": list(outcome.notes),
+        "numbers": dict(outcome.numbers),
+        "convention": records[0].convention,
+        "corpus": records[0].settings["data"],
+        "runs": [_run(record) for record in records],
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_atomic(folder / "result.json", json.dumps(result, indent=1))
+    write_atomic(folder / "table.md", markdown(planned, outcome))
+    for figure in outcome.figures:
+        write_figure(figure, folder / "figures")
+    trends = TextTable("What the paper claims", ("claim", "outcome", "evidence"), [tuple(t) for t in outcome.trends])
+    about = [said.claim, f"Numbers of the paper: {said.how}. {_at(planned)}", result["convention"]]
+    sections = [
+        Section(said.source, about, [trends]),
+        Section("Results", outcome.notes, outcome.tables, outcome.figures),
+    ]
+    write_atomic(folder / "report.html", simple_page(f"{said.name}: {said.source}", sections))
+    return result
+
+
+def markdown(planned: Plan, outcome: Outcome) -> str:
+    """The tables and trends, to be pasted."""
+    lines = [f"# {planned.entry.name}", "", f"{planned.entry.source}. {planned.entry.claim} {_at(planned)}", ""]
+    lines += [f"- **{t.outcome}**: {t.claim} ({t.evidence})" for t in outcome.trends]
+    for table in outcome.tables:
+        lines += ["", f"{table.caption}:", "", *_rows(table)]
+    return "\n".join([*lines, "", *outcome.notes, ""])
+
+
+def _at(planned: Plan) -> str:
+    seeds, budgets = planned.design.seeds, planned.design.budgets if planned.design.grid else (planned.design.budget,)
+    return (
+        f"Scale {planned.scale.name}: {', '.join(f'{b:.3g}' for b in budgets or ())} training FLOPs a run, "
+        f"{seeds} seeds{' at the optima' if planned.design.grid else ''}."
+    )
+
+
+def _rows(table: TextTable) -> list[str]:
+    return [
+        f"| {' | '.join(table.columns)} |",
+        "|" + " --- |" * len(table.columns),
+        *(f"| {' | '.join(row)} |" for row in table.rows),
+    ]
+
+
+def _run(record: Record) -> dict[str, Any]:
+    names = ("arm", "role", "budget", "seed", "lr", "params", "forward_flops", "tokens", "nats", "bpb", "lookahead_bpb")
+    return {"run": record.folder.name, **{name: getattr(record, name) for name in names}}
