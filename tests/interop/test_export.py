@@ -169,7 +169,7 @@ def bad_places(runs, tmp_path):
         (("unfinished", "--to", "out"), "holds no trained model; finish the run"),
         (("full", "--to", "out"), "is no model: it has no config.json"),
         (("llama", "--to", "out", "--layout", "mixtrall"), "layout=mixtrall must be one of"),
-        (("llama", "--to", "out", "--layout", "mixtral"), "family=mixtral has no equal of"),
+        (("llama", "--to", "out", "--layout", "mixtral"), "layout=mixtral has no equal of"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(args, told, runs, tmp_path, monkeypatch, capsys):

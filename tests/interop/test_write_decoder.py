@@ -181,8 +181,8 @@ OWN = "; only the layout of this library holds it"
 @pytest.mark.parametrize(
     ("family", "settings", "wanted"),
     [
-        ("mixtrel", raw({}, NORMED), "family=mixtrel must be one of llama, mistral, qwen2, qwen3, mixtral"),
-        ("llama", raw({}, DENSE) | {"blocks": [MOD]}, "family=llama has no equal of blocks.0.kind=mod" + OWN),
+        ("mixtrel", raw({}, NORMED), "layout=mixtrel must be one of llama, mistral, qwen2, qwen3, mixtral"),
+        ("llama", raw({}, DENSE) | {"blocks": [MOD]}, "layout=llama has no equal of blocks.0.kind=mod" + OWN),
         ("mixtral", raw({}, NORMED, PEER), "has no equal of blocks.1.ffn.kind=peer" + OWN),
         ("mixtral", raw({}, NORMED | {"shared_d_ff": 4}), "has no equal of blocks.0.ffn.shared_d_ff=4" + OWN),
         ("mixtral", raw({}, MOE), "no equal of blocks.0.ffn.normalize_gates=False" + OWN),

@@ -29,11 +29,11 @@ def write_decoder(model: LM, folder: Path, family: str, tokenizer: Tokenizer | N
     Experts are the class's own `gate_up_proj` (E, 2F, D), gate first, and `down_proj` (E, D, F). Capacities and losses
     are of training and stay behind. Raises ConfigError, nothing written, for what has no equal there."""
     if family not in LAYOUTS:
-        raise ConfigError(f"family={family} must be one of {', '.join(LAYOUTS)}{nearest(family, LAYOUTS)}")
+        raise ConfigError(f"layout={family} must be one of {', '.join(LAYOUTS)}{nearest(family, LAYOUTS)}")
     if odd := misfits(model, LAYOUTS[family]):
         fits = ", ".join(families_of(model))
         way_out = f"what fits is {fits}" if fits else "only the layout of this library holds it"
-        raise ConfigError(f"family={family} has no equal of {'; '.join(odd[:3])}; {way_out}")
+        raise ConfigError(f"layout={family} has no equal of {'; '.join(odd[:3])}; {way_out}")
     if tokenizer is not None and num_ids(tokenizer) > model.config.vocab_size:
         ids = f"{num_ids(tokenizer)} ids, vocab_size={model.config.vocab_size}"
         raise ConfigError(f"the tokenizer does not match the model: {ids}; give the one it was trained with")
@@ -95,7 +95,7 @@ def theirs(config: ModelConfig, family: str, ending: int | None) -> PretrainedCo
         return getattr(transformers, f"{layout.name}Config")(**settings)
     # Whatever the class's own checks raise, the settings are what it does not take.
     except Exception as error:
-        raise ConfigError(f"family={family}: transformers refuses it ({' '.join(str(error).split())[:200]})") from None
+        raise ConfigError(f"layout={family}: transformers refuses it ({' '.join(str(error).split())[:200]})") from None
 
 
 def rope(mixer: AttentionConfig) -> dict[str, Any]:

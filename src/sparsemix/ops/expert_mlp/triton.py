@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsemix.ops.activations import activated, slope
+from sparsemix.ops.triton_activations import activated, slope
 from sparsemix.ops.grouped_mm.triton import (
     INTERPRETED,
     Tiles,

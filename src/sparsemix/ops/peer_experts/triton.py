@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsemix.ops.activations import activated, slope
+from sparsemix.ops.triton_activations import activated, slope
 
 # Bytes of a block of rows of a table, and blocks under way: three programs' fit a Hopper multiprocessor's memory.
 BLOCK, STAGES = 16384, 3
