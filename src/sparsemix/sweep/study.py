@@ -83,8 +83,8 @@ class Study:
 
     def _note(self, cells: Sequence[Cell]) -> None:
         """Write into plan.yaml whose each run is, before any of them begins."""
-        known = {(entry["arm"], entry["run"]) for entry in self.plan["cells"]}
-        new = [cell for cell in dict.fromkeys((c.arm, c.run, c.role) for c in cells) if cell[:2] not in known]
+        known = {(entry["arm"], entry["run"], entry["role"]) for entry in self.plan["cells"]}
+        new = [cell for cell in dict.fromkeys((c.arm, c.run, c.role) for c in cells) if cell not in known]
         if new or not (self.out / "plan.yaml").is_file():
             self.plan["cells"] += [{"arm": arm, "run": run, "role": role} for arm, run, role in new]
             write_atomic(self.out / "plan.yaml", yaml.safe_dump(self.plan, sort_keys=False))
