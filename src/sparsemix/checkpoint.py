@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,11 +46,20 @@ def _write(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.o
     save_weights(model, folder / "model.safetensors")
     packed = optimizer.state_dict()
     tensors = {f"{i}.{name}": t for i, slots in packed["state"].items() for name, t in slots.items()}
-    save_file(tensors, folder / "optimizer.safetensors")
+    _save_file(tensors, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # It names the system's error by number only: "... (os error 28)".
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -68,7 +79,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tr
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """All parameters and buffers of `model` in one safetensors file."""
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
+    _save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -1,8 +1,12 @@
-"""The two ways a command can fail; light, so that the command line can name them before anything else loads."""
+"""The ways a command can fail; light, so that the command line can name them before anything else loads."""
 
 
 class ConfigError(ValueError):
     """What a user can cause and mend: one line that names the setting, its value, the rule and the way out."""
+
+
+class RunBusyError(ConfigError):
+    """Another process trains the same run just now."""
 
 
 class TrainingError(RuntimeError):

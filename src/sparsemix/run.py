@@ -3,8 +3,11 @@
 import json
 import os
 import platform
+import socket
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,69 @@ from typing import Any
 import yaml
 
 from sparsemix.config import Config, ConfigError, parse, to_yaml
+from sparsemix.errors import RunBusyError
+
+# Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
+LOCK_WAIT_S = 2.0
+LOCK = ".lock"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or none of it; text as UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait_s: float = float("inf")) -> Iterator[None]:
+    """Hold the lock of the file `path`, which other processes on this file system respect. The system frees it when
+    its holder ends, however that is. Windows has no such locks: nothing is held there.
+
+    Raises RunBusyError if somebody else has held it for `wait_s` seconds."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with path.open("a+", encoding="utf-8") as file:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - began >= wait_s:
+                    file.seek(0)
+                    raise RunBusyError(
+                        f"{path.parent} is being written by {file.read().strip() or 'another process'}; wait for it, "
+                        "or choose another folder"
+                    ) from None
+            time.sleep(0.05)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Does a process hold the lock of this file?"""
+    if sys.platform == "win32" or not path.is_file():
+        return False
+    import fcntl
+
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class Run:
@@ -36,7 +92,8 @@ class Run:
         if (folder / "config.yaml").is_file():
             if not self._holds(config):
                 raise ConfigError(f"{folder} holds a run with other settings; choose another folder or delete it")
-        elif folder.exists() and any(folder.iterdir()):
+        # What is hidden may be another process's, which is just making the same run.
+        elif folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and holds no run; choose another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +115,15 @@ class Run:
         """The run's result, or None while it is unfinished."""
         path = self.folder / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held while the run is trained. Raises RunBusyError where another process trains it."""
+        return locked(self.folder / LOCK, LOCK_WAIT_S)
+
+    @property
+    def busy(self) -> bool:
+        """Does a process train it just now?"""
+        return is_locked(self.folder / LOCK)
 
     def finish(self, result: dict[str, Any]) -> None:
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1))

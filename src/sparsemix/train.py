@@ -34,8 +34,9 @@ Progress = Callable[[dict[str, Any]], None]
 @machine.own_threads()
 def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
     """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
-    at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError and TrainingError."""
-    steps = config.steps
+    at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError, TrainingError, and RunBusyError where
+    another process trains the run."""
+    _ = config.steps
     if shards.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {shards.vocab_size}"
@@ -43,9 +44,17 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     # Before anything is written: a source that is gone or does not fit leaves nothing.
     new = None if (folder / "config.yaml").is_file() else first_model(config, folder)
     run = Run(folder, config)
-    if run.result is not None:
-        return run
-    device = pick_device()
+    if run.result is None:
+        with run.lock():
+            # Another process may have finished it meanwhile.
+            if run.result is None:
+                _train(config, run, shards, progress, new)
+    return run
+
+
+def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | None, new: LM | None) -> None:
+    """Train and evaluate in the folder of `run`; `new` is the model before its first step, if it was made already."""
+    steps, folder, device = config.steps, run.folder, pick_device()
     model = (new or first_model(config, folder)).to(device).train()
     t = config.train
     optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
@@ -123,7 +132,6 @@ def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | 
     about = {"cost": config.costs(), "convention": CONVENTION}
     about |= {"versions": versions(), "hardware": hardware(), "kernels": picked()}
     run.finish({**spent, **evaluate(config, model, shards, folder), **about})
-    return run
 
 
 def first_model(config: RunConfig, folder: Path) -> LM:
