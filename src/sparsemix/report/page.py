@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from sparsemix.report.figures import CSS
 from sparsemix.report.numbers import (
     DASH,
     Markup,
@@ -16,6 +17,7 @@ from sparsemix.report.numbers import (
     is_number,
     si,
 )
+from sparsemix.report.palette import DARK, LIGHT, declarations
 from sparsemix.report.plots import differences, learning_rates, loads, losses, passes, styles_of
 from sparsemix.report.tables import (
     comparison_table,
@@ -65,6 +67,9 @@ def render(title: str, byline: str, sections: Sequence[tuple[str, str, str]], cs
     return template.substitute(
         title=escape(title),
         css=css,
+        light=declarations(LIGHT),
+        dark=declarations(DARK),
+        figures=CSS.read_text(encoding="utf-8"),
         byline=escape(byline),
         first=shown[0][0],
         contents="\n".join(f'<li><a href="#{id}">{heading}</a></li>' for id, heading, _ in shown),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.report.figures import Bars, Chart, Line, Point, intervals, legend
+from sparsemix.report.figures import Bars, Chart, Dots, Line, Point, legend
 from sparsemix.report.numbers import DASH, PREFIXES, Markup, escape, fixed, is_number, prefix_power, si
 from sparsemix.report.tables import BASELINES, ranked
 
@@ -31,9 +31,9 @@ def differences(result: dict[str, Any]) -> Markup:
     ]
     if not rows:
         return Markup("")
-    svg = intervals("differences", "Difference from dense", "difference from dense (bits per byte)", rows)
+    dots = Dots("differences", "Difference from dense", "difference from dense (bits per byte)", rows)
     return figure(
-        svg, "Difference from dense with its 95\u00a0% confidence interval; left of zero is better than dense."
+        dots.svg(), "Difference from dense with its 95\u00a0% confidence interval; left of zero is better than dense."
     )
 
 
