@@ -1,0 +1,133 @@
+"""The runs of an arm at one budget, as points over sizes, with the curve through them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from sparsemix.report.fits.quadratic import Quadratic, Sized, fit_quadratic
+from sparsemix.report.records import Record
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Runs of one arm and budget by size, ascending in parameters; `bpb` is bits per byte of one nat per token."""
+
+    arm: str
+    budget: float
+    points: tuple[tuple[Record, ...], ...]
+    bpb: float
+
+    @cached_property
+    def fit(self) -> Quadratic | str:
+        """The quadratic, or why there is none."""
+        return fit_quadratic([_sized(point) for point in self.points])
+
+    @cached_property
+    def optimum(self) -> Quadratic | None:
+        """The quadratic if it says where the optimum is."""
+        return None if self.said else self.fit  # type: ignore[return-value]
+
+    @cached_property
+    def said(self) -> str | None:
+        """Why there is no optimum."""
+        if isinstance(self.fit, str):
+            return self.fit
+        if self.fit.coef[2] <= 0:
+            return "the fitted curve has no minimum: the losses do not turn upwards on both sides"
+        if self.fit.vertex_interval is None:
+            return "the curve is flat within its noise: more sizes, further apart, or more seeds would tell"
+        low, high = self.fit.sizes[0], self.fit.sizes[-1]
+        span = high - low
+        if not low - span / 2 <= self.fit.vertex <= high + span / 2:
+            return "the fitted optimum lies far outside of the sizes that were run"
+        return None
+
+    @property
+    def bracketed(self) -> bool:
+        return self.optimum is not None and self.optimum.bracketed
+
+    @cached_property
+    def seeded(self) -> tuple[Record, ...]:
+        """Runs of the size that has the most seeds; of equals the one nearest to the optimum, or of the least loss."""
+        vertex = self.optimum.vertex if self.optimum else None
+
+        def rank(point: tuple[Record, ...]) -> tuple[int, float]:
+            away = np.mean([r.nats for r in point]) if vertex is None else abs(np.log10(point[0].params) - vertex)
+            return len(point), -float(away)
+
+        return max(self.points, key=rank)
+
+    def at(self, x: float | np.ndarray, value: Callable[[Record], float]) -> Any:
+        """A positive quantity at log10 params x: between sizes, and beyond them, as a power law of the parameters."""
+        known = np.array([np.log10(point[0].params) for point in self.points])
+        logs = np.array([np.log(np.mean([value(r) for r in point])) for point in self.points])
+        if len(known) == 1:
+            return np.exp(logs[0]) + 0 * np.asarray(x)
+        i = np.clip(np.searchsorted(known, x) - 1, 0, len(known) - 2)
+        slope = (logs[i + 1] - logs[i]) / (known[i + 1] - known[i])
+        return np.exp(logs[i] + slope * (x - known[i]))
+
+    def forward_at(self, x: float | np.ndarray) -> Any:
+        return self.at(x, lambda r: r.forward_flops)
+
+    def as_data(self) -> dict[str, Any]:
+        """The entry of `curves`."""
+        fit = None if isinstance(self.fit, str) else self.fit
+        return {
+            "arm": self.arm,
+            "budget": self.budget,
+            "points": [_point(point) for point in self.points],
+            "quadratic": None if fit is None else dict(zip("abc", map(float, fit.coef), strict=True)),
+            "centre": None if fit is None else fit.centre,
+            "optimum": self._optimum(),
+            "bracketed": self.bracketed,
+            "said": self.said,
+        }
+
+    def _optimum(self) -> dict[str, Any] | None:
+        fit = self.optimum
+        if fit is None or fit.vertex_interval is None:
+            return None
+        nats, half = fit.minimum
+        ends = fit.vertex_interval
+        found = {"params": 10**fit.vertex, "params_ci": [10**x for x in ends], "nats": nats}
+        found |= {"forward_flops": float(self.forward_at(fit.vertex))}
+        found |= {"forward_flops_ci": [float(self.forward_at(x)) for x in ends]}
+        found |= {"nats_ci": [nats - half, nats + half], "bpb": nats * self.bpb}
+        return found | {"bpb_ci": [(nats - half) * self.bpb, (nats + half) * self.bpb]}
+
+
+def curves_of(records: Sequence[Record], arms: Sequence[str], bpb: float) -> list[Curve]:
+    """Every arm's curves, budgets ascending; records of another learning rate than the arm's are not among them."""
+    cells: dict[tuple[int, float], dict[int, dict[int, Record]]] = {}
+    for record in records:
+        sizes = cells.setdefault((arms.index(record.arm), record.budget), {})
+        # A run may be both a size of the grid and a seed of the optimum: it counts once.
+        sizes.setdefault(record.params, {}).setdefault(record.seed, record)
+    return [
+        Curve(
+            arms[arm], budget, tuple(tuple(seeds[s] for s in sorted(seeds)) for _, seeds in sorted(sizes.items())), bpb
+        )
+        for (arm, budget), sizes in sorted(cells.items())
+    ]
+
+
+def _sized(point: tuple[Record, ...]) -> Sized:
+    return Sized(float(np.log10(point[0].params)), tuple(r.seed for r in point), tuple(r.nats for r in point))
+
+
+def _point(point: tuple[Record, ...]) -> dict[str, Any]:
+    first = point[0]
+    return {
+        "params": first.params,
+        "active_params": first.active_params,
+        "forward_flops": first.forward_flops,
+        "width": first.settings["model"]["d_model"],
+        "nats": float(np.mean([r.nats for r in point])),
+        "bpb": float(np.mean([r.bpb for r in point])),
+        "seeds": [r.nats for r in point],
+        "wall_s": float(np.mean([r.wall_s for r in point])),
+    }

@@ -1,0 +1,185 @@
+"""What equal loss costs: FLOPs per forward pass, the budget and the time the baseline would need."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sparsemix.report.fits.curves import Curve
+from sparsemix.report.fits.gaps import Gap
+from sparsemix.report.stats import Interval
+
+# Budgets this many times beyond those that were run are extrapolated, and said to be.
+FAR_BUDGET = 3.0
+# An interval is given if at least this share of the draws has the quantity at all.
+REACHES = 0.975
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """A curve's optimum with draws of what the data leave open: vertex (log10 params), nats, and the curvature c."""
+
+    curve: Curve
+    vertex: float
+    nats: float
+    c: float
+    vertices: Float[np.ndarray, "R"]
+    levels: Float[np.ndarray, "R"]
+    curvatures: Float[np.ndarray, "R"]
+
+
+def optimum_of(curve: Curve, rng: np.random.Generator, resamples: int) -> Optimum | None:
+    """Draws of the optimum; of those that do not turn upwards the vertex is nan. None if there is no optimum."""
+    fit = curve.optimum
+    if fit is None:
+        return None
+    coefs = fit.draws(rng, resamples)
+    c = np.where(coefs[:, 2] > 0, coefs[:, 2], np.nan)
+    vertices = fit.centre - coefs[:, 1] / (2 * c)
+    if fit.at is None:
+        levels = coefs[:, 0] - coefs[:, 1] ** 2 / (4 * c)
+    else:
+        mean, se, df = fit.level
+        levels = mean + se * rng.standard_t(df, resamples) - c * (fit.at - vertices) ** 2
+    return Optimum(curve, fit.vertex, fit.minimum[0], float(fit.coef[2]), vertices, levels, c)
+
+
+def vertex_gap(arm: Optimum, base: Optimum, gap: Gap, rng: np.random.Generator) -> tuple[float, Float[np.ndarray, "R"]]:
+    """(nats of the arm's optimum minus the baseline's, draws of it): paired where the gap is, so that what the seeds
+    share cancels, and moved from the sizes with the seeds to the optima."""
+    if gap.seeds < 2 or not gap.difference.interval.seeds_seen:
+        return arm.nats - base.nats, arm.levels - base.levels
+    sides = [(side, np.log10(side.curve.seeded[0].params)) for side in (arm, base)]
+    above = [side.c * (x - side.vertex) ** 2 for side, x in sides]
+    drawn = [side.curvatures * (x - side.vertices) ** 2 for side, x in sides]
+    interval = gap.difference.interval
+    estimate = interval.estimate / arm.curve.bpb
+    draws = estimate + _drawn(interval, rng, len(arm.vertices)) / arm.curve.bpb
+    return estimate - above[0] + above[1], draws - drawn[0] + drawn[1]
+
+
+def forward_ratio(
+    arm: Optimum, base: Optimum, gap: tuple[float, Float[np.ndarray, "R"]]
+) -> tuple[float, float, list[float] | None] | None:
+    """(size, ratio, interval): the smallest model of the arm, log10 params, that reaches the baseline's optimal loss on
+    its curve, and its FLOPs per forward pass over the baseline's. None if it does not reach it or is smaller than half
+    of the smallest size that was run, where the curve is a guess."""
+    smallest = np.log10(arm.curve.points[0][0].params / 2)
+
+    def size(vertex: Any, c: Any, nats: Any) -> Any:
+        with np.errstate(invalid="ignore"):
+            return vertex - np.sqrt(-nats / c)
+
+    x = float(size(arm.vertex, arm.c, gap[0]))
+    if not x >= smallest:
+        return None
+    ratio = float(arm.curve.forward_at(x) / base.curve.forward_at(base.vertex))
+    xs = size(arm.vertices, arm.curvatures, gap[1])
+    told = np.isfinite(xs) & np.isfinite(base.vertices)
+    ratios = arm.curve.forward_at(xs[told]) / base.curve.forward_at(base.vertices[told])
+    return x, ratio, interval_of(ratios, len(xs))
+
+
+@dataclass(frozen=True)
+class Line:
+    """How the baseline's optimal loss and time fall and grow with its budget: `budget_for(nats, reference)` is by how
+    many times a budget must grow for `nats` in place of `reference`, drawn too."""
+
+    slope: float
+    slopes: Float[np.ndarray, "R"]
+    seconds: float
+    low: float
+    high: float
+
+
+def line_of(optima: Sequence[Optimum]) -> Line | None:
+    """ln L = p + q ln C through the baseline's optima (least squares), and the same for seconds; None below two
+    budgets or where the loss does not fall."""
+    if len(optima) < 2:
+        return None
+    budgets = np.log([o.curve.budget for o in optima])
+    slope = _slope(budgets, np.log([[o.nats] for o in optima]))[0]
+    with np.errstate(invalid="ignore"):
+        slopes = _slope(budgets, np.log(np.stack([o.levels for o in optima])))
+    wall = [[float(np.log(o.curve.at(o.vertex, lambda r: r.wall_s)))] for o in optima]
+    if slope >= 0:
+        return None
+    low, high = (float(f([o.curve.budget for o in optima])) for f in (np.min, np.max))
+    return Line(
+        float(slope), np.where(slopes < 0, slopes, np.nan), float(_slope(budgets, np.array(wall))[0]), low, high
+    )
+
+
+def multipliers(
+    arm: Optimum,
+    base: Optimum,
+    gap: tuple[float, Float[np.ndarray, "R"]],
+    line: Line,
+    by_law: Callable[[float, float], float] | None = None,
+) -> dict[str, Any]:
+    """flop_multiplier, wall_multiplier and their intervals; `budget`, which the baseline would need.
+
+    ln m = ln(L_arm / L_base) / q with q of the line; with a joint law of the baseline, `by_law(budget, nats)` is the
+    budget at which its optimal loss has changed by so many nats, and the line gives only the spread."""
+    ratio = 1 + gap[0] / base.nats
+    log_m = np.log(ratio) / line.slope
+    with np.errstate(invalid="ignore"):
+        draws = np.log(1 + gap[1] / base.levels) / line.slopes
+    if by_law is not None and np.isfinite(m := by_law(arm.curve.budget, gap[0])) and m > 0:
+        draws, log_m = draws + np.log(m) - log_m, np.log(m)
+    taken = float(arm.curve.at(arm.vertex, lambda r: r.wall_s))
+    own = float(base.curve.at(base.vertex, lambda r: r.wall_s))
+    told = draws[np.isfinite(draws)]
+    return {
+        "flop_multiplier": float(np.exp(log_m)),
+        "flop_multiplier_ci": interval_of(np.exp(told), len(draws)),
+        "wall_multiplier": float(own * np.exp(line.seconds * log_m) / taken),
+        "wall_multiplier_ci": interval_of(own * np.exp(line.seconds * told) / taken, len(draws)),
+        "budget": float(arm.curve.budget * np.exp(log_m)),
+    }
+
+
+def steps_ratio(arm: Curve, x: float, base: Optimum) -> float:
+    """Steps per second of the arm's model of log10 params x over those of the baseline's optimum."""
+    return float(arm.at(x, steps_per_s) / base.curve.at(base.vertex, steps_per_s))
+
+
+def steps_per_s(record: Any) -> float:
+    return record.tokens_per_s / record.settings["train"]["batch_tokens"]
+
+
+def exponent(arm: str, optima: Sequence[Optimum]) -> dict[str, Any]:
+    """The entry of `optimum_against_budget`: N* ~ C^a by least squares over the arm's optima; null below two."""
+    points = []
+    for optimum in optima:
+        low, high = optimum.curve.optimum.vertex_interval  # type: ignore[union-attr,misc]
+        points.append([optimum.curve.budget, 10**optimum.vertex, 10**low, 10**high])
+    entry: dict[str, Any] = {"arm": arm, "exponent": None, "exponent_ci": None, "points": points}
+    if len(optima) < 2:
+        return entry
+    budgets = np.log10([o.curve.budget for o in optima])
+    slopes = _slope(budgets, np.stack([o.vertices for o in optima]))
+    found = float(_slope(budgets, np.array([[o.vertex] for o in optima]))[0])
+    return entry | {"exponent": found, "exponent_ci": interval_of(slopes[np.isfinite(slopes)], len(slopes))}
+
+
+def interval_of(draws: Float[np.ndarray, "R"], of: int) -> list[float] | None:
+    """The middle 95 % of the draws, None where too few of `of` have the quantity."""
+    if len(draws) < REACHES * of:
+        return None
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _drawn(interval: Interval, rng: np.random.Generator, resamples: int) -> Float[np.ndarray, "R"]:
+    """Draws whose spread is that of the interval: each part by its own t."""
+    seeds = interval.se_seeds * rng.standard_t(interval.df_seeds, resamples)
+    return seeds + interval.se_docs * rng.standard_t(max(interval.df_docs, 1.0), resamples)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Least-squares slopes of the columns of y over x."""
+    away = x - x.mean()
+    return away @ (y - y.mean(axis=0)) / (away @ away)

@@ -1,0 +1,117 @@
+"""An isoFLOP study in numbers: curves, optima, laws, the quantities people quote, verdicts, and what to doubt.
+
+The dictionary that `analyse` gives is what the page, the console and the tables are made from; null means that the
+runs cannot tell. Methods and sources: docs/fits.md."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from sparsemix.config import ConfigError
+from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, warnings_of
+from sparsemix.report.fits.curves import curves_of
+from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
+from sparsemix.report.fits.gaps import BOTH
+from sparsemix.report.fits.quantities import Terms, draw_optima, quantities_of
+from sparsemix.report.records import Record, same_terms
+from sparsemix.report.stats import RESAMPLES
+
+FITTED = ("grid", "seed")
+
+
+def analyse(
+    records: Sequence[Record],
+    *,
+    baseline: str = "dense",
+    allow_repeats: bool = False,
+    command: str = "",
+    resamples: int = RESAMPLES,
+) -> dict[str, Any]:
+    """Everything a report says about the runs, as JSON-able data. Raises ConfigError."""
+    same_terms(list(records))
+    used = [r for r in records if r.role in FITTED]
+    if not used:
+        raise ConfigError("these runs hold no size of a grid (role grid or seed), so there is no curve to fit")
+    arms = sorted(dict.fromkeys(r.arm for r in used), key=lambda arm: arm != baseline)
+    curves = curves_of(used, arms, _bpb_of_a_nat(used))
+    optima = draw_optima(curves, resamples)
+    train_tokens = _train_tokens(used)
+    repeated = not allow_repeats and any((epochs_of(r, train_tokens) or 0) > NO_VERDICT for r in used)
+    tuned = frozenset(r.arm for r in records if r.role == "rate")
+    line = line_of([o for (arm, _), o in optima.items() if arm == baseline and o is not None])
+    quantities, said = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples))
+    documents = all(q["test"] in (None, BOTH) for q in quantities)
+    return {
+        "title": f"isoFLOP study: {', '.join(arms)}",
+        "command": command,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "convention": used[0].convention,
+        "corpus": _corpus(used[0], train_tokens),
+        "baseline": baseline,
+        "arms": arms,
+        "budgets": sorted({r.budget for r in used}),
+        "seeds": {arm: {c.budget: len(c.seeded) for c in curves if c.arm == arm} for arm in arms},
+        "runs": [_run(r, train_tokens) for r in records],
+        "curves": [curve.as_data() for curve in curves],
+        "optimum_against_budget": [
+            exponent(arm, [o for (a, _), o in optima.items() if a == arm and o]) for arm in arms
+        ],
+        "laws": [],
+        "granularity": [],
+        "quantities": quantities,
+        "warnings": warnings_of(used, curves, baseline, train_tokens, allow_repeats) + said,
+        "does_not_show": does_not_show(used, curves, tuned, laws=False, documents=documents),
+    }
+
+
+def _bpb_of_a_nat(records: Sequence[Record]) -> float:
+    """Bits per byte of one nat per token, the same for all runs that read the same test tokens. Raises ConfigError."""
+    ratios = [r.bpb / r.nats for r in records]
+    low, high = (records[int(f(ratios))] for f in (np.argmin, np.argmax))
+    if max(ratios) > min(ratios) * (1 + 1e-4):
+        raise ConfigError(
+            f"these runs cannot be compared: {low.folder} and {high.folder} were tested on different tokens; give them "
+            "the same train.test_tokens"
+        )
+    return float(np.median(ratios))
+
+
+def _train_tokens(records: Sequence[Record]) -> int | None:
+    """Tokens of the training split, from the study's prepared text where it still stands."""
+    for record in records:
+        for above in (record.folder.parent, record.folder.parent.parent):
+            path = above / "data" / "manifest.json"
+            if path.is_file():
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                if manifest.get("fingerprint") == record.settings["data"].get("fingerprint"):
+                    return int(manifest["tokens"]["train"])
+    return None
+
+
+def _corpus(record: Record, train_tokens: int | None) -> dict[str, Any]:
+    data = record.settings["data"]
+    return {
+        "text": list(data.get("text", [])),
+        "fingerprint": data.get("fingerprint"),
+        "train_tokens": train_tokens,
+        "vocab_size": record.settings["model"]["vocab_size"],
+    }
+
+
+def _run(record: Record, train_tokens: int | None) -> dict[str, Any]:
+    """The entry of `runs`."""
+    same = ("arm", "role", "budget", "seed", "params", "active_params", "forward_flops", "tokens", "nats", "bpb")
+    same += ("validation_bpb", "lookahead_bpb", "lr", "wall_s", "tokens_per_s", "peak_memory_bytes")
+    blocks = record.settings["model"]["blocks"]
+    return {name: getattr(record, name) for name in same} | {
+        "width": record.settings["model"]["d_model"],
+        "layers": len(blocks) if isinstance(blocks, list) else blocks["count"],
+        "epochs": epochs_of(record, train_tokens),
+        "folder": record.folder.name,
+        "curve": [list(point) for point in record.curve],
+        "routing": record.result.get("routing"),
+        "steps": record.result.get("steps", round(record.wall_s * steps_per_s(record))),
+    }
