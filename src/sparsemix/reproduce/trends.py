@@ -1,9 +1,12 @@
 """Claims as tests: paired over seeds and test documents, corrected for the number of claims of a command."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from sparsemix.report.records import Record
 from sparsemix.report.stats import LEVEL, Difference, difference, holm, smallest_visible
@@ -18,6 +21,36 @@ class Claim(NamedTuple):
     worse: Sequence[Record]
 
 
+class Test(NamedTuple):
+    """A claim before correction: whether the estimate lies as claimed, the p-value of the edge of what is claimed, and
+    the numbers. p_value None: it cannot be tested, and `said` is why. visible: of a number of claims, what could have
+    been seen."""
+
+    __test__ = False
+
+    words: str
+    as_claimed: bool
+    p_value: float | None
+    said: str
+    visible: Callable[[int], str] | None = None
+
+
+def judge(tests: Sequence[Test]) -> list[Trend]:
+    """The claims, corrected together: reproduced where the estimate lies as claimed at p <= 0.05 after Holm, not
+    reproduced where it lies otherwise, else not resolved, with the effect that would have been seen."""
+    adjusted = iter(holm(p_values := [test.p_value for test in tests if test.p_value is not None]))
+    trends = []
+    for test in tests:
+        p = None if test.p_value is None else next(adjusted)
+        said = test.said if p is None else f"{test.said}, p = {p:.2g}"
+        if p is not None and p <= LEVEL:
+            trends.append(Trend(test.words, "reproduced" if test.as_claimed else "not reproduced", said))
+        else:
+            seen = f"; {test.visible(len(p_values))}" if test.visible and p is not None else ""
+            trends.append(Trend(test.words, "not resolved at this scale", said + seen))
+    return trends
+
+
 def compare(runs: Sequence[Record], base: Sequence[Record]) -> Difference | None:
     """Bits per byte of `runs` minus `base`, paired over the seeds that both finished and over test documents; None
     without a common seed. Negative is better."""
@@ -30,23 +63,68 @@ def compare(runs: Sequence[Record], base: Sequence[Record]) -> Difference | None
     return difference(nats, base_nats, mine[seeds[0]].documents()[1])
 
 
+def ordering(claim: Claim) -> Test:
+    """That one loss is lower than the other."""
+    d = compare(claim.better, claim.worse)
+    if d is None or not d.interval.seeds_seen:
+        why = "no seed that both finished" if d is None else "one seed cannot tell a kind from its luck"
+        return Test(claim.words, False, None, why)
+    at = d.interval
+    said = f"{at.estimate:+.4f} bits per byte [{at.low:+.4f}, {at.high:+.4f}], {at.df_seeds + 1} seeds"
+    return Test(
+        claim.words,
+        at.estimate < 0,
+        d.p_value,
+        said,
+        lambda claims: f"could have seen {smallest_visible(at, claims):.2g}",
+    )
+
+
 def orderings(claims: Sequence[Claim]) -> list[Trend]:
-    """The claims, tested together: reproduced where the difference has the claimed sign at p <= 0.05 after Holm, not
-    reproduced where it has the other one, else not resolved, with the effect that would have been seen."""
-    found = [compare(claim.better, claim.worse) for claim in claims]
-    seen = [d for d in found if d is not None and d.interval.seeds_seen]
-    adjusted = iter(holm([d.p_value for d in seen]))
-    trends = []
-    for claim, d in zip(claims, found, strict=True):
-        if d is None or not d.interval.seeds_seen:
-            why = "no seed that both finished" if d is None else "one seed cannot tell a kind from its luck"
-            trends.append(Trend(claim.words, "not resolved at this scale", why))
-            continue
-        p, at = next(adjusted), d.interval
-        said = f"{at.estimate:+.4f} bits per byte [{at.low:+.4f}, {at.high:+.4f}], p = {p:.2g}, {at.df_seeds + 1} seeds"
-        if p > LEVEL:
-            visible = smallest_visible(at, len(seen))
-            trends.append(Trend(claim.words, "not resolved at this scale", f"{said}; could have seen {visible:.2g}"))
-        else:
-            trends.append(Trend(claim.words, "reproduced" if at.estimate < 0 else "not reproduced", said))
-    return trends
+    """Claims of order alone, judged together."""
+    return judge([ordering(claim) for claim in claims])
+
+
+def bounded(
+    words: str, values: Sequence[float], low: float = -math.inf, high: float = math.inf, unit: str = ""
+) -> Test:
+    """That the mean of a number that every seed gives (one value a seed) lies in [low, high], by a t-test against the
+    nearer bound."""
+    if len(values) < 2:
+        why = "one seed cannot tell a kind from its luck" if values else "nothing was measured"
+        return Test(words, False, None, why)
+    mean, se, df = fmean(values), stdev(values) / len(values) ** 0.5, len(values) - 1
+    half = -float(special.stdtrit(df, LEVEL / 2)) * se
+    said = f"{mean:.4g}{unit} [{mean - half:.4g}, {mean + half:.4g}], {len(values)} seeds"
+    distance = min(abs(mean - low), abs(mean - high))
+    # Seeds that agree to the last digit leave no doubt.
+    p = 2 * float(special.stdtr(df, -distance / se)) if se else 0.0
+    return Test(words, low <= mean <= high, p, said)
+
+
+def estimated(
+    words: str,
+    estimate: float | None,
+    interval: Sequence[float] | None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    unit: str = "",
+    missing: str = "there is no estimate",
+) -> Test:
+    """That a quantity with a 95 % interval lies in [low, high], by a normal test against the nearer bound; on a scale
+    of logarithms where the interval and bounds are positive. `missing`: why there may be none."""
+    if estimate is None or interval is None or not all(map(math.isfinite, interval)):
+        return Test(words, False, None, missing)
+    said = f"{estimate:.4g}{unit} [{interval[0]:.4g}, {interval[1]:.4g}]"
+    bounds = [bound for bound in (low, high) if math.isfinite(bound)]
+    log = min(estimate, *interval, *bounds) > 0
+    scale = math.log if log else float
+    se = (scale(interval[1]) - scale(interval[0])) / (2 * NormalDist().inv_cdf(1 - LEVEL / 2))
+    distance = min(abs(scale(estimate) - scale(bound)) for bound in bounds)
+    p = 2 * NormalDist().cdf(-distance / se) if se else 0.0
+    return Test(words, low <= estimate <= high, p, said)
+
+
+def exact(words: str, holds: bool, said: str) -> Trend:
+    """A claim that has no chance in it, such as that two runs are equal bit by bit."""
+    return Trend(words, "reproduced" if holds else "not reproduced", said)
