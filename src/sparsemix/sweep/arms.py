@@ -1,5 +1,6 @@
 """The runs that are compared: a dense backbone at a width, and what is put in its place."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sparsemix.config import ConfigError, apply_overrides, parse
@@ -14,13 +15,15 @@ class Arm(NamedTuple):
     """One side of a comparison: `kind` as `compare` takes it (`dense`, `moe`, `mod`, `mod+moe`, `moe@ternary`), then
     `changes`, dotted overrides of the result (`model.blocks.wrap.capacity=0.5`, `model.blocks.ffn.top_k=4`).
 
-    rate: times the rule's learning rate, from a sweep or a stated reason."""
+    rate: times the rule's learning rate, from a sweep or a stated reason. sized: from the dense feed-forward and
+    d_model the settings of what replaces it, in place of equal FLOPs (a paper's own sizes do not cost the same)."""
 
     name: str
     kind: str = "dense"
     changes: tuple[str, ...] = ()
     placement: str = "middle"
     rate: float = 1.0
+    sized: Callable[[DenseConfig, int], dict[str, Any]] | None = None
 
 
 def rate_by_rule(d_model: int) -> float:
@@ -59,7 +62,7 @@ def run_config(
     arm: Arm, raw: dict[str, Any], data: DataConfig, budget: float, seed: int = 0, lr: float | None = None
 ) -> RunConfig:
     """The run of an arm on a backbone's raw settings, sized to equal FLOPs per token with the dense feed-forward that
-    it replaces, at `lr` or the rule's rate times the arm's. Raises ConfigError."""
+    it replaces unless the arm says how, at `lr` or the rule's rate times the arm's. Raises ConfigError."""
     raw = apply_overrides(raw, [f"train.budget_flops={budget!r}"])
     wrapped, kind, precision = split_kind(arm.kind)
     model = raw["model"]
@@ -73,7 +76,8 @@ def run_config(
         # Staged MoDE has its experts inside the wrapped blocks.
         at = "every-2" if wrapped and arm.placement == "middle" else arm.placement
         ffn = parse(DenseConfig, pattern["each"]["ffn"])
-        pattern["ffn"] = {"at": at, **sized_ffn(kind, ffn, width, model["seq_len"])}
+        layer = {"kind": kind, **arm.sized(ffn, width)} if arm.sized else sized_ffn(kind, ffn, width, model["seq_len"])
+        pattern["ffn"] = {"at": at, **layer}
     raw["train"]["lr"] = lr if lr is not None else rate_by_rule(width) * arm.rate
     raw["seed"] = seed
     return parse(RunConfig, apply_overrides(raw, list(arm.changes)))
