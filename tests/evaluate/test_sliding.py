@@ -132,3 +132,14 @@ def test_evaluation_leaves_the_model_in_its_mode():
         score(model, documents((20,)), FIRST, 16, 5)
         assert model.training == training
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_look_ahead_losses_are_those_of_the_routing_of_training():
+    model, (ids,) = model_of("expert_choice"), documents((16,))
+    ahead, causal = (score(model, [ids], FIRST, 16, 8, causal=rule).nats[0] for rule in (False, True))
+    tokens = torch.from_numpy(np.append(FIRST, ids).astype(np.int64))
+    with torch.no_grad():
+        log_p = model.train()(tokens[None, :-1], Ctx(causal=False)).logits[0].log_softmax(-1)
+    assert ahead == pytest.approx(-float(log_p.gather(1, tokens[1:, None]).sum()), rel=1e-11)
+    # The control: here the rules route differently.
+    assert abs(ahead - causal) > 1e-6

@@ -85,8 +85,11 @@ def score(
     word_from: Sequence[int] = (),
     batch_tokens: int | None = None,
     on_windows: Callable[[int, int], None] | None = None,
+    causal: bool = True,
 ) -> Scores:
-    """Causal losses of documents given as token ids, each preceded by the token `first` and alone in its window.
+    """Causal losses of documents given as token ids, each preceded by the token `first` and alone in its window. With
+    `causal` False those under the routing of training, which may see a window's later tokens: no valid likelihood, and
+    what batch statistics say depends on the batch.
 
     word_from: the index of each document's first token of its last word, which is scored in the document's last window
     whichever window scored it as text. batch_tokens bounds a batch, by default so that its logits have at most 2^25
@@ -98,11 +101,11 @@ def score(
     empty = [np.zeros(len(ids)) for _ in range(3)]
     found = Scores(empty[0], np.array([len(own) for own in ids]), empty[1], empty[2].astype(bool))
     done = 0
-    with evaluating(model):
+    with evaluating(model, causal):
         while done < len(todo):
             rows = todo[done : done + max(1, limit // (todo[done].end - todo[done].begin))]
             batch = batch_of(rows, ids, first, model.embed.weight.device)
-            output = model(batch.tokens, Ctx(valid=batch.valid, causal=True))
+            output = model(batch.tokens, Ctx(valid=batch.valid, causal=causal))
             _add(found, batch, output, word_from)
             done += len(rows)
             if on_windows:
