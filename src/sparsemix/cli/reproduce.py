@@ -22,6 +22,10 @@ def reproduce(
     budget: Annotated[float | None, typer.Option(help="Training FLOPs a run, in place of the scale's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds, in place of the scale's.", min=1)] = None,
     override: Set = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the evaluation corpora, for tables of them.", envvar="SPARSEMIX_DATA"),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
     retries: Annotated[int, typer.Option(help="Times that a failed run is tried again.", min=0)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its FLOPs, and stop.")] = False,
@@ -50,11 +54,13 @@ def reproduce(
     say(f"{name}: {planned.entry.source}. {planned.entry.claim}")
     runs = len({cell.run for cell in planned.cells})
     say(f"{runs} runs, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
+    if data_dir is not None and not data_dir.is_dir():
+        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
     if not dry_run:
-        _run(planned, settings, out, workers, retries)
+        _run(planned, settings, out, workers, retries, data_dir)
 
 
-def _run(planned: Any, settings: Any, out: Path, workers: int | None, retries: int) -> None:
+def _run(planned: Any, settings: Any, out: Path, workers: int | None, retries: int, corpora: Path | None) -> None:
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
     from sparsemix.sweep.compare import share_cores
@@ -68,7 +74,7 @@ def _run(planned: Any, settings: Any, out: Path, workers: int | None, retries: i
             study.prepare(lab.data_config(planned.design, settings), progress)
         planned = lab.plan(planned.entry.name, settings, study.data)
         with pool(*share_cores(workers, len(planned.cells))) as launcher:
-            outcome, records = lab.run(planned, study, launcher, say, retries)
+            outcome, records = lab.run(planned, study, launcher, say, retries, corpora)
         folder = out / planned.entry.name
         write(planned, outcome, records, folder, shlex.join(["sparsemix", *sys.argv[1:]]))
     show(_tables(outcome))

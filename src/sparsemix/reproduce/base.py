@@ -44,7 +44,8 @@ SCALES = {
 class Design(NamedTuple):
     """The runs of a reproduction. recipe: the dense backbone's family (`peer-dense`); arms: what is compared, the
     baseline first; grid: every arm on a ladder of sizes at every budget (isoFLOP), else one size with all seeds;
-    sweep: each arm at the best learning rate of its own sweep. The rest overrules the scale where it is given."""
+    sweep: each arm at the best learning rate of its own sweep. The rest overrules the scale where it is given;
+    sizes_by_budget: the sizes of each budget, where they differ."""
 
     recipe: str
     arms: Sequence[Arm]
@@ -56,6 +57,7 @@ class Design(NamedTuple):
     sizes: tuple[int | str, ...] | None = None
     seeds: int | None = None
     overrides: tuple[str, ...] = ()
+    sizes_by_budget: tuple[tuple[int | str, ...], ...] | None = None
 
 
 class Trend(NamedTuple):
@@ -80,13 +82,15 @@ class Outcome(NamedTuple):
 @dataclass(frozen=True)
 class Lab:
     """What an outcome is made from: the scale, the study's folder, and the finished runs, by arm in the design's order
-    (by seed without a grid; role, budget and size tell them apart with one). `say` gets a line where work is long."""
+    (by seed without a grid; role, budget and size tell them apart with one). `say` gets a line where work is long.
+    corpora: the folder of evaluation texts, if one was named (docs/evaluation.md)."""
 
     scale: Scale
     out: Path
     runs: dict[str, list[Record]]
     say: Callable[[str], None]
     extra: dict[str, Any] = field(default_factory=dict)
+    corpora: Path | None = None
 
     @property
     def data(self) -> Path:

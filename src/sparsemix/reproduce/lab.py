@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -59,7 +60,7 @@ def plan(name: str, settings: ReproduceConfig, data: DataConfig | None = None) -
     design = _filled(made_by.design(scale), scale)
     data = data or data_config(design, settings)
     if design.grid:
-        cells = _isoflop().planned_cells(design.arms, _grid(design), data)
+        cells = [cell for grid in _grids(design) for cell in _isoflop().planned_cells(design.arms, grid, data)]
     else:
         raw = backbone(_recipe(design), design.overrides)
         cells = [
@@ -79,12 +80,19 @@ def data_config(design: Design, settings: ReproduceConfig) -> DataConfig:
 
 
 def run(
-    planned: Plan, study: Study, launcher: Any, say: Callable[[str], None], retries: int = 1
+    planned: Plan,
+    study: Study,
+    launcher: Any,
+    say: Callable[[str], None],
+    retries: int = 1,
+    corpora: Path | None = None,
 ) -> tuple[Outcome, list[Record]]:
-    """Train what is left of the plan; what is said of it, and the runs. Raises ConfigError and KeyboardInterrupt."""
+    """Train what is left of the plan; what is said of it, and the runs. corpora: the folder of evaluation texts, for
+    what asks for them. Raises ConfigError and KeyboardInterrupt."""
     design, scale = planned.design, planned.scale
     if design.grid:
-        records: list[Record | None] = list(_isoflop().run_grid(study, design.arms, _grid(design), launcher))
+        grids = [_isoflop().run_grid(study, design.arms, grid, launcher) for grid in _grids(design)]
+        records: list[Record | None] = [record for found in grids for record in found]
     elif design.sweep:
         records = list(_isoflop().run_seeds(study, design.arms, _grid(design), launcher))
     else:
@@ -95,7 +103,7 @@ def run(
             runs[record.arm].append(record)
     if empty := [arm for arm, found in runs.items() if not found]:
         raise ConfigError(f"{planned.entry.name}: no run of {', '.join(empty)} finished; the lines above say why")
-    lab = Lab(scale, study.out, runs, say)
+    lab = Lab(scale, study.out, runs, say, corpora=corpora)
     return planned.made_by.outcome(lab), lab.all()
 
 
@@ -119,10 +127,23 @@ def _recipe(design: Design) -> str:
     return f"{design.recipe}:{design.size}" if design.size else design.recipe
 
 
+def _grids(design: Design) -> list[Any]:
+    """One grid, or one for each budget where each has its own sizes."""
+    if design.sizes_by_budget is None:
+        return [_grid(design)]
+    budgets = design.budgets or ()
+    return [
+        _grid(design._replace(budgets=(budget,), sizes=sizes))
+        for budget, sizes in zip(budgets, design.sizes_by_budget, strict=True)
+    ]
+
+
 def _grid(design: Design) -> Any:
     budgets = design.budgets if design.grid else (design.budget,)
+    # Sizes by name take the place of the design's one size.
+    named = any(isinstance(size, str) for size in design.sizes or ())
     return _isoflop().Grid(
-        recipe=_recipe(design),
+        recipe=design.recipe if named else _recipe(design),
         overrides=design.overrides,
         budgets=budgets,
         sizes=design.sizes,
