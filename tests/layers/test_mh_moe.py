@@ -45,6 +45,29 @@ def test_multi_head_moe_is_its_loop_on_a_long_odd_sequence_with_an_idle_expert()
     assert_is_its_loop(layer.train(), x, contexts()["plain"])
 
 
+@pytest.mark.parametrize("precision", ["float", {"weights": "float", "sub_norm": True}], ids=["plain", "normed"])
+@pytest.mark.parametrize("left", [(), ("head",), ("merge",)], ids=["none", "head", "merge"])
+def test_head_and_merge_can_be_left_out(left, precision):
+    settings = BASE | {"head": "head" in left, "merge": "merge" in left, "bias": True, "precision": precision}
+    layer = build(settings)
+    names = {name.partition(".")[0] for name, _ in layer.named_parameters()} - {"inner", "merge_norm"}
+    assert names == set(left)
+    assert_is_its_loop(layer, tokens(), contexts()["padded"])
+    cost = layer.config.cost(D, 1)
+    assert cost.params == sum(p.numel() for p in layer.parameters())
+    assert cost.items["linear"] == 2 * D * D * len(left)
+
+
+def test_without_head_and_merge_it_is_the_layer_whose_both_are_identities():
+    full, bare = build(BASE), build(BASE | {"head": False, "merge": False})
+    bare.inner.load_state_dict(full.inner.state_dict())
+    with torch.no_grad():
+        full.head.weight.copy_(torch.eye(D))
+        full.merge.weight.copy_(torch.eye(D))
+    x = tokens()
+    torch.testing.assert_close(bare(x)[0], full(x)[0], rtol=0, atol=1e-12)
+
+
 def test_one_head_with_identity_head_and_merge_is_the_inner_layer():
     layer, x = build(BASE | {"num_heads": 1}), tokens().requires_grad_()
     with torch.no_grad():

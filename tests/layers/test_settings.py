@@ -81,6 +81,8 @@ OTHER = {
         "shared_d_ff": 3,
         "bias": True,
         "inner_residual": True,
+        "head": False,
+        "merge": False,
         "precision": "ternary",
     },
     "mod": {

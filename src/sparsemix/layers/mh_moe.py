@@ -17,7 +17,8 @@ from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 class MHMoEConfig(LayerConfig):
     """y = merge(inner(split(head(x)))), `inner` at width d_model / num_heads; plus an always-on feed-forward on whole
     tokens if shared_d_ff > 0. `precision` is that of head, merge (with the norm before it) and that feed-forward; the
-    inner layer has its own."""
+    inner layer has its own. Without `head` the token itself is split, without `merge` nothing mixes the heads again:
+    for ablations."""
 
     kind: Literal["mh_moe"] = "mh_moe"
     num_heads: int = Field(ge=1)
@@ -25,6 +26,8 @@ class MHMoEConfig(LayerConfig):
     shared_d_ff: int = Field(default=0, ge=0)
     bias: bool = False
     inner_residual: bool = False
+    head: bool = True
+    merge: bool = True
     precision: PrecisionConfig = FLOAT
 
     @property
@@ -40,8 +43,9 @@ class MHMoEConfig(LayerConfig):
         return d_model // self.num_heads
 
     def cost(self, d_model: int, seq_len: int) -> Cost:
-        projections = 2 * d_model * d_model
-        others = (2 * d_model if self.bias else 0) + (d_model if self.precision.normed else 0)
+        count = self.head + self.merge
+        projections = count * d_model * d_model
+        others = (count * d_model if self.bias else 0) + (d_model if self.merge and self.precision.normed else 0)
         inner = self.inner.cost(self.d_head(d_model), seq_len * self.num_heads)
         # A token's sub-tokens may pick different experts: at most num_heads times one sub-token's share.
         share = min(1.0, self.num_heads * inner.active_params / max(1, inner.params))
@@ -61,15 +65,19 @@ class MHMoE(Layer):
     Source: arXiv:2411.16205, eqs. 1-4. Its earlier form (arXiv:2404.15045, eq. 6) adds the sub-token to its expert
     output: `inner_residual`. Head and merge follow the earlier paper's initial gains, 1/sqrt(2) and 1. The shared
     expert sees whole tokens beside head and merge, with the activation of `inner`: the paper does not say, but only so
-    has it the same size in every model of its table 2."""
+    has it the same size in every model of its table 2. Its table 5 leaves out head, merge or both. The norm before the
+    merge goes with it."""
 
     def __init__(self, config: MHMoEConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
         d_head = config.d_head(d_model)
-        self.head = Linear(d_model, d_model, config.bias, gain=2**-0.5, precision=config.precision)
-        self.merge_norm = RMSNorm(d_model) if config.precision.normed else None
-        self.merge = Linear(d_model, d_model, config.bias, precision=config.precision)
+        self.head = self.merge_norm = self.merge = None
+        if config.head:
+            self.head = Linear(d_model, d_model, config.bias, gain=2**-0.5, precision=config.precision)
+        if config.merge:
+            self.merge_norm = RMSNorm(d_model) if config.precision.normed else None
+            self.merge = Linear(d_model, d_model, config.bias, precision=config.precision)
         self.inner = config.inner.build(d_head)
         self.shared = config.shared.build(d_model) if config.shared else None
 
@@ -77,12 +85,15 @@ class MHMoE(Layer):
         ctx = ctx or self.default_ctx()
         B, T, D = x.shape
         h = self.config.num_heads
-        parts = self.head(x).view(B, T * h, D // h)
+        parts = (x if self.head is None else self.head(x)).reshape(B, T * h, D // h)
         mixed, aux = self.inner(parts, ctx.split(h))
         if self.config.inner_residual:
             mixed = parts + mixed
-        mixed = mixed.reshape(B, T, D)
-        y = self.merge(mixed if self.merge_norm is None else self.merge_norm(mixed))
+        y = mixed.reshape(B, T, D)
+        if self.merge_norm is not None:
+            y = self.merge_norm(y)
+        if self.merge is not None:
+            y = self.merge(y)
         if self.shared is not None:
             y = y + self.shared(x, ctx)[0]
         return y, aux.under("inner")

@@ -154,7 +154,8 @@ def peer(layer, x, ctx):
 
 def mh_moe(layer, x, ctx):
     h = layer.config.num_heads
-    heads = {at: linear(layer.head, x[at]).chunk(h) for at in real_tokens(x, ctx)}
+    whole = {at: x[at] if layer.head is None else linear(layer.head, x[at]) for at in real_tokens(x, ctx)}
+    heads = {at: token.chunk(h) for at, token in whole.items()}
     blank = x.new_zeros(x.shape[0], x.shape[1] * h, x.shape[2] // h)
     parts = assemble(blank, {(b, t * h + j): heads[b, t][j] for b, t in heads for j in range(h)})
 
@@ -165,10 +166,9 @@ def mh_moe(layer, x, ctx):
     mixed, losses = loop(layer.inner, parts, inner_ctx)
     if layer.config.inner_residual:
         mixed = mixed + parts
-    merged = {
-        (b, t): linear(layer.merge, normed(gain(layer.merge_norm), torch.cat([mixed[b, t * h + j] for j in range(h)])))
-        for b, t in heads
-    }
+    merged = {(b, t): torch.cat([mixed[b, t * h + j] for j in range(h)]) for b, t in heads}
+    if layer.merge is not None:
+        merged = {at: linear(layer.merge, normed(gain(layer.merge_norm), token)) for at, token in merged.items()}
     y = assemble(x, merged)
     if layer.config.shared_d_ff:
         y = y + dense(layer.shared, x, ctx)[0]
