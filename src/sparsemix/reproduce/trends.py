@@ -21,6 +21,9 @@ class Claim(NamedTuple):
     worse: Sequence[Record]
 
 
+Terms = Sequence[tuple[float, Sequence[Record]]]
+
+
 class Test(NamedTuple):
     """A claim before correction: whether the estimate lies as claimed, the p-value of the edge of what is claimed, and
     the numbers. p_value None: it cannot be tested, and `said` is why. visible: of a number of claims, what could have
@@ -54,30 +57,47 @@ def judge(tests: Sequence[Test]) -> list[Trend]:
 def compare(runs: Sequence[Record], base: Sequence[Record]) -> Difference | None:
     """Bits per byte of `runs` minus `base`, paired over the seeds that both finished and over test documents; None
     without a common seed. Negative is better."""
-    mine, theirs = {r.seed: r for r in runs}, {r.seed: r for r in base}
-    seeds = sorted(mine.keys() & theirs.keys())
-    if not seeds:
-        return None
-    nats = np.stack([mine[seed].documents()[0] for seed in seeds])
-    base_nats = np.stack([theirs[seed].documents()[0] for seed in seeds])
-    return difference(nats, base_nats, mine[seeds[0]].documents()[1])
+    return weighted([(1.0, runs), (-1.0, base)])
 
 
 def ordering(claim: Claim) -> Test:
     """That one loss is lower than the other."""
-    d = compare(claim.better, claim.worse)
+    return contrast(claim.words, [(1.0, claim.better), (-1.0, claim.worse)])
+
+
+def weighted(terms: Terms) -> Difference | None:
+    """sum of weight * bits per byte over the terms, paired over the seeds that all of them finished and over test
+    documents; None without a common seed. Weights sum to 0, so that what they share cancels."""
+    runs = [{r.seed: r for r in records} for _, records in terms]
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in runs)))
+    if not seeds:
+        return None
+    num_bytes = runs[0][seeds[0]].documents()[1]
+    nats = np.zeros((len(seeds), len(num_bytes)))
+    for (weight, _), by_seed in zip(terms, runs, strict=True):
+        nats += weight * np.stack([by_seed[seed].documents()[0] for seed in seeds])
+    return difference(nats, np.zeros_like(nats), num_bytes)
+
+
+def contrast(words: str, terms: Terms, unit: str = "bits per byte") -> Test:
+    """That a weighted sum of losses is negative: an order of several arms, or one difference below another."""
+    d = weighted(terms)
     if d is None or not d.interval.seeds_seen:
-        why = "no seed that both finished" if d is None else "one seed cannot tell a kind from its luck"
-        return Test(claim.words, False, None, why)
+        why = "no seed that all of them finished" if d is None else "one seed cannot tell a kind from its luck"
+        return Test(words, False, None, why)
     at = d.interval
-    said = f"{at.estimate:+.4f} bits per byte [{at.low:+.4f}, {at.high:+.4f}], {at.df_seeds + 1} seeds"
+    said = f"{at.estimate:+.4f} {unit} [{at.low:+.4f}, {at.high:+.4f}], {at.df_seeds + 1} seeds"
     return Test(
-        claim.words,
-        at.estimate < 0,
-        d.p_value,
-        said,
-        lambda claims: f"could have seen {smallest_visible(at, claims):.2g}",
+        words, at.estimate < 0, d.p_value, said, lambda claims: f"could have seen {smallest_visible(at, claims):.2g}"
     )
+
+
+def ranking(words: str, worst_to_best: Sequence[Sequence[Record]]) -> Test:
+    """That loss falls along the arms: its least-squares slope over their places."""
+    places = np.arange(len(worst_to_best)) - (len(worst_to_best) - 1) / 2
+    weights = places / (places @ places)
+    terms = [(float(w), runs) for w, runs in zip(weights, worst_to_best, strict=True)]
+    return contrast(words, terms, "bits per byte a place")
 
 
 def orderings(claims: Sequence[Claim]) -> list[Trend]:
