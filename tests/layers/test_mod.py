@@ -149,6 +149,15 @@ def test_the_confusion_counts_predictor_against_top_k_over_real_tokens():
     assert confusion.tolist() == [int(cell.sum()) for cell in cells]
 
 
+def test_a_training_step_says_how_far_the_causal_rule_agrees_with_the_top_k():
+    layer = build(BASE)
+    said = layer(tokens(2, 23), Ctx())[1].stats
+    tp, fp, fn, tn = said["confusion"].tolist()
+    assert tp + fn == 2 * 12 and fp > 0 < fn
+    rates = [float(said[name]) for name in ("accuracy", "precision", "recall")]
+    assert rates == pytest.approx([(tp + tn) / (2 * 23), tp / (tp + fp), tp / (tp + fn)])
+
+
 def test_rows_without_a_routed_token_get_no_update_and_do_not_disturb_the_others():
     layer, x = build(BASE, train=False), tokens(3, 7)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from sparsemix.layers.router import Router
 from sparsemix.layers.threshold import RunningThreshold
 from sparsemix.layers.token_selection import (
     Annealing,
+    agreement,
     first_tokens,
     quota,
     row_quota,
@@ -261,6 +262,7 @@ class MoD(Layer):
             cells = [says & taken, says & ~taken, ~says & taken, ~says & ~taken]
             # True and false positives, then false and true negatives, against the top-k.
             stats["confusion"] = torch.stack([(cell & counts).sum() for cell in cells]).double()
+            stats |= agreement(stats["confusion"]) if self.training else {}
         if config.selector == "token_choice":
             wants = self.wants(scores, ctx)
             losses["balance"] = config.router_loss_weight * target_balance(scores, wants, ctx.valid, config.capacity)

@@ -102,3 +102,11 @@ def uniform(positions: Int[Tensor, "*B"], salt: Int[Tensor, ""]) -> Float[Tensor
     for multiplier, shift in ((0x7FEB352D, 16), (0x846CA68B, 15)):
         h = ((h ^ (h >> shift)) * multiplier) & low
     return (h ^ (h >> 16)).double() / 2.0**32
+
+
+def agreement(confusion: Float[Tensor, "4"]) -> dict[str, Tensor]:
+    """Accuracy, precision and recall of the causal rule against the top-k, for the log of a step; 0 where a rate has
+    nothing to count."""
+    tp, fp, fn, tn = confusion.unbind()
+    parts = {"accuracy": (tp + tn, tp + fp + fn + tn), "precision": (tp, tp + fp), "recall": (tp, tp + fn)}
+    return {name: part / whole.clamp_min(1) for name, (part, whole) in parts.items()}
