@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from made_records import ARMS, made_study
+
 from sparsemix.config import ConfigError
 from sparsemix.report.isoflop import analyse
 

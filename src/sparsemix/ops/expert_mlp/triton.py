@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsemix.ops.triton_activations import activated, slope
 from sparsemix.ops.grouped_mm.triton import (
     INTERPRETED,
     Tiles,
@@ -23,6 +22,7 @@ from sparsemix.ops.grouped_mm.triton import (
     tiling,
     weight_grad,
 )
+from sparsemix.ops.triton_activations import activated, slope
 
 
 @triton.jit
