@@ -8,9 +8,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from sparsemix.bench.tables import time
-from sparsemix.report.pictures import PALETTE
+from sparsemix.report.palette import LIGHT
 
-INK, MET, MISSED = PALETTE[0], PALETTE[3], PALETTE[2]
+INK, MET, MISSED = LIGHT["c0"], LIGHT["c3"], LIGHT["c2"]
 
 
 def svg(figure: Figure) -> bytes:
