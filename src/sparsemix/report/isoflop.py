@@ -15,6 +15,8 @@ from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, 
 from sparsemix.report.fits.curves import curves_of
 from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
 from sparsemix.report.fits.gaps import BOTH
+from sparsemix.report.fits.granularity import granularity_laws
+from sparsemix.report.fits.laws import budget_by_law, laws_of
 from sparsemix.report.fits.quantities import Terms, draw_optima, quantities_of
 from sparsemix.report.records import Record, same_terms
 from sparsemix.report.stats import RESAMPLES
@@ -42,7 +44,10 @@ def analyse(
     repeated = not allow_repeats and any((epochs_of(r, train_tokens) or 0) > NO_VERDICT for r in used)
     tuned = frozenset(r.arm for r in records if r.role == "rate")
     line = line_of([o for (arm, _), o in optima.items() if arm == baseline and o is not None])
-    quantities, said = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples))
+    laws, law_said = laws_of(curves, resamples)
+    base = [c for c in curves if c.arm == baseline]
+    by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)
+    quantities, said = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples, by_law))
     documents = all(q["test"] in (None, BOTH) for q in quantities)
     return {
         "title": f"isoFLOP study: {', '.join(arms)}",
@@ -59,11 +64,11 @@ def analyse(
         "optimum_against_budget": [
             exponent(arm, [o for (a, _), o in optima.items() if a == arm and o]) for arm in arms
         ],
-        "laws": [],
-        "granularity": [],
+        "laws": laws,
+        "granularity": granularity_laws(used, resamples),
         "quantities": quantities,
-        "warnings": warnings_of(used, curves, baseline, train_tokens, allow_repeats) + said,
-        "does_not_show": does_not_show(used, curves, tuned, laws=False, documents=documents),
+        "warnings": warnings_of(used, curves, baseline, train_tokens, allow_repeats) + law_said + said,
+        "does_not_show": does_not_show(used, curves, tuned, laws=bool(laws), documents=documents),
     }
 
 

@@ -127,8 +127,9 @@ def multipliers(
     log_m = np.log(ratio) / line.slope
     with np.errstate(invalid="ignore"):
         draws = np.log(1 + gap[1] / base.levels) / line.slopes
-    if by_law is not None and np.isfinite(m := by_law(arm.curve.budget, gap[0])) and m > 0:
-        draws, log_m = draws + np.log(m) - log_m, np.log(m)
+    if by_law is not None and np.isfinite(needed := by_law(arm.curve.budget, gap[0])):
+        there = np.log(needed / arm.curve.budget)
+        draws, log_m = draws + there - log_m, there
     taken = float(arm.curve.at(arm.vertex, lambda r: r.wall_s))
     own = float(base.curve.at(base.vertex, lambda r: r.wall_s))
     told = draws[np.isfinite(draws)]
