@@ -15,12 +15,12 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         f"{result['scope']}",
         *(f"**Warning:** {text}" for text in result["warnings"]),
-        _table(
+        markdown_table(
             ("kind", "bits/byte", "95 %", "perplexity", "vs dense", "95 %", "p (Holm)", "verdict"),
             [_loss_row(row) for row in rows]
             + [(name, fixed(result["baselines"][key], 4), *[""] * 5, "count model") for key, name in BASELINES.items()],
         ),
-        _table(
+        markdown_table(
             (
                 *("kind", "FLOPs/token", "causal evaluation", "active", "parameters", "bytes/token", "outside routed"),
                 *("tokens", "tokens/s", "peak memory", "time a run"),
@@ -41,7 +41,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
@@ -104,4 +105,6 @@ def _rates(sweep: dict[str, list[dict[str, float]]]) -> str:
         return ""
     found = {kind: {point["lr"]: point["validation_bpb"] for point in points} for kind, points in sweep.items()}
     head = ("validation bits/byte at rate", *(exponent(rate) for rate in rates))
-    return _table(head, [(kind, *(fixed(tried.get(rate), 4) for rate in rates)) for kind, tried in found.items()])
+    return markdown_table(
+        head, [(kind, *(fixed(tried.get(rate), 4) for rate in rates)) for kind, tried in found.items()]
+    )

@@ -224,7 +224,7 @@ def _reproduce(result: dict[str, Any]) -> Markup:
             run.get("seed"),
             exponent(run.get("lr")),
             fixed(run.get("bpb"), 4),
-            _link(run.get("folder")),
+            link(run.get("folder")),
         ]
         for row in result.get("rows") or []
         for run in row.get("runs") or []
@@ -240,5 +240,6 @@ def _reproduce(result: dict[str, Any]) -> Markup:
     )
 
 
-def _link(folder: Any) -> Markup | None:
+def link(folder: Any) -> Markup | None:
+    """A run's folder, as seen from the page; None if there is none."""
     return Markup(f'<a href="./{quote(str(folder))}/">{escape(folder)}</a>') if folder else None

@@ -47,20 +47,22 @@ def simple_page(
 
 
 def _body(section: Section, files: str) -> Markup:
-    drawn = [drawn_figure(shape, shape.title, files) for shape in section.figures]
+    drawn = [drawn_figure(shape, "", files) for shape in section.figures]
     figures = Markup(f'<div class="pair">{"".join(drawn)}</div>') if len(drawn) > 1 else "".join(drawn)
     return join(*map(paragraph, section.text), *(one.html() for one in section.tables), figures)
 
 
 def drawn_figure(shape: Shape, caption: str, files: str = "") -> Markup:
-    """The figure with its legend, its caption and links to its files in the folder `files`, if there is one."""
+    """The figure with title, legend and caption, and links to its files in the folder `files` if there is one."""
     key = legend(shape.lines) if isinstance(shape, Chart) and len(shape.lines) > 1 else Markup("")
-    links = "".join(
-        f' <a href="{escape(files)}/{shape.id}.{kind}" aria-label="{escape(shape.title)} as {kind.upper()}">'
+    links = " ".join(
+        f'<a href="{escape(files)}/{shape.id}.{kind}" aria-label="{escape(shape.title)} as {kind.upper()}">'
         f"{kind.upper()}</a>"
         for kind in (("svg", "png", "csv") if files else ())
     )
-    return figure(shape.svg(), Markup(f"{escape(caption)}{links}"), key)
+    title = Markup(f'<p class="figure-title">{escape(shape.title)}</p>')
+    said = Markup(f'{escape(caption)} <span class="files">{links}</span>') if files else caption
+    return figure(shape.svg(), said, Markup(title + key))
 
 
 def _is_word(cell: str) -> bool:

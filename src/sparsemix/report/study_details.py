@@ -1,0 +1,109 @@
+"""What a study's page says beyond its analysis, read from the runs' settings and results."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsemix.report.numbers import fixed
+from sparsemix.report.records import Record
+
+# They differ from run to run of one arm.
+OF_A_RUN = ("seed", "train.lr", "train.budget_flops")
+
+
+def details(records: Sequence[Record], out: Path) -> dict[str, Any]:
+    """For the runs in the order of `records`: `links` from `out` to their folders, `layers` (sizes, FLOPs, memory);
+    for all: `differences` of the arms' settings, `hardware`, `versions`; `inspections` and `texts` by link."""
+    links = [Path(os.path.relpath(record.folder, out)).as_posix() for record in records]
+    versions: dict[str, set[str]] = {}
+    for record in records:
+        for name, version in (record.result.get("versions") or {}).items():
+            versions.setdefault(name, set()).add(str(version))
+    return {
+        "links": links,
+        "layers": [layers(record) for record in records],
+        "differences": differences(records),
+        "hardware": sorted({str(record.result["hardware"]) for record in records if record.result.get("hardware")}),
+        "versions": {name: ", ".join(sorted(found)) for name, found in versions.items()},
+        "inspections": dict(_inspections(records, links)),
+        "texts": {link for record, link in zip(records, links, strict=True) if (record.folder / TEXT).is_file()},
+    }
+
+
+# Where `sparsemix inspect` and `sparsemix generate --show routing` write what they found in a run.
+INSPECTION, TEXT = "inspect/inspect.json", "generation.html"
+
+
+def _inspections(records: Sequence[Record], links: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for record, link in zip(records, links, strict=True):
+        path = record.folder / INSPECTION
+        if path.is_file():
+            runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            if len(runs) == 1:
+                yield link, runs[0]
+
+
+def layers(record: Record) -> dict[str, Any]:
+    """Sizes of the run's special feed-forward (its first plain one if all are plain), and what a token takes."""
+    found = [node for node in _nodes(record.settings["model"]["blocks"]) if "d_ff" in node or "num_experts" in node]
+    special = [node for node in found if node.get("kind") != "dense"] or found
+    node = special[0] if special else {}
+    return {
+        "d_ff": node.get("d_ff"),
+        "num_experts": node.get("num_experts"),
+        "forward_flops": record.forward_flops,
+        "activation_bytes": record.result.get("activation_bytes_per_token"),
+    }
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping of the settings, outer ones first."""
+    if isinstance(node, dict):
+        yield node
+    for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _nodes(part)
+
+
+def differences(records: Sequence[Record]) -> list[tuple[str, dict[str, str]]]:
+    """(setting, its value by arm) where arms differ, told by one run each: at the width that most arms have in common.
+    Equal differences of several blocks are one line."""
+    arms = list(dict.fromkeys(record.arm for record in records))
+    used = [record for record in records if record.role != "rate"] or list(records)
+    widths: dict[tuple[float, int], set[str]] = {}
+    for record in used:
+        widths.setdefault((record.budget, record.settings["model"]["d_model"]), set()).add(record.arm)
+    common = max(widths, key=lambda at: len(widths[at]))
+    told: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        own = [record for record in used if record.arm == arm]
+        here = [r for r in own if (r.budget, r.settings["model"]["d_model"]) == common] or own
+        told[arm] = dict(_flat(here[0].settings)) if here else {}
+    paths = dict.fromkeys(path for settings in told.values() for path in settings)
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for path in paths:
+        values = tuple(_said(told[arm], path) for arm in arms)
+        if len(set(values)) > 1 and path not in OF_A_RUN:
+            parts = path.split(".")
+            numbers = [part for part in parts if part.isdigit()]
+            name = ".".join("*" if part.isdigit() else part for part in parts)
+            groups.setdefault((name, values), []).extend(numbers[:1])
+    return [
+        (name.replace("*", ",".join(dict.fromkeys(numbers)), 1), dict(zip(arms, values, strict=True)))
+        for (name, values), numbers in groups.items()
+    ]
+
+
+def _said(settings: dict[str, Any], path: str) -> str:
+    value = settings.get(path, "–")
+    return fixed(value, 0) if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every setting."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    if not isinstance(node, dict | list):
+        yield path, node
+    for name, part in items:
+        yield from _flat(part, f"{path}.{name}" if path else str(name))

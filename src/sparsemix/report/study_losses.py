@@ -1,0 +1,78 @@
+"""Losses of an isoFLOP study as training went on: against seconds, and against the FLOPs spent."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from sparsemix.report.figures import Chart, Line
+from sparsemix.report.numbers import exponent, is_number
+from sparsemix.report.plots import mean_line
+from sparsemix.report.study_plots import Analysis, Captioned, flops, styles
+
+
+def against_time(analysis: Analysis) -> list[Captioned]:
+    """Validation loss against seconds of the runs next to each optimum, a chart a budget."""
+    drawn, style = [], styles(analysis)
+    for budget in analysis["budgets"]:
+        lines = []
+        for arm in analysis["arms"]:
+            runs = runs_at_optimum(analysis, arm, budget)
+            curves = [sorted((wall, bpb) for _, wall, bpb in run["curve"] if is_number(bpb)) for run in runs]
+            if line := mean_line(arm, style[arm], curves):
+                lines.append(line)
+        if lines:
+            most = max(line.points[-1][0] for line in lines)
+            scale, unit = (3600.0, "h") if most > 7200 else (60.0, "min") if most > 300 else (1.0, "s")
+            chart = Chart(
+                f"time-{budget:.3g}".replace("+", ""), f"Loss against time at {flops(budget)}",
+                f"wall-clock time ({unit})", "validation bits per byte", lines, x_scale=scale,
+            )  # fmt: skip
+            text = (
+                f"{flops(budget)}: the runs of the size nearest to each optimum, mean over seeds (thin: single runs)."
+            )
+            drawn.append(Captioned(chart, text))
+    return drawn
+
+
+def runs_at_optimum(analysis: Analysis, arm: str, budget: float) -> list[dict[str, Any]]:
+    """The fitted runs of the grid size nearest to the arm's optimum, or to its lowest loss where none was found."""
+    curve = next((c for c in analysis["curves"] if (c["arm"], c["budget"]) == (arm, budget)), None)
+    if not curve or not curve["points"]:
+        return []
+    best = curve.get("optimum")
+    if best:
+        point = min(curve["points"], key=lambda p: abs(np.log(p["params"] / best["params"])))
+    else:
+        point = min(curve["points"], key=lambda p: p["nats"])
+    runs = [r for r in analysis["runs"] if (r["arm"], r["budget"], r["params"]) == (arm, budget, point["params"])]
+    return [r for r in runs if r["role"] != "rate"]
+
+
+def envelope(analysis: Analysis) -> Captioned | None:
+    """The lowest validation loss that any run of an arm reached by so many training FLOPs."""
+    lines, style = [], styles(analysis)
+    for arm in analysis["arms"]:
+        seen: dict[float, list[float]] = defaultdict(list)
+        for run in analysis["runs"]:
+            for spent, _, bpb in run["curve"] if run["arm"] == arm and run["role"] != "rate" else ():
+                if is_number(bpb) and spent > 0:
+                    seen[spent].append(bpb)
+        points, lowest = [], float("inf")
+        for spent in sorted(seen):
+            if min(seen[spent]) < lowest:
+                lowest = min(seen[spent])
+                points.append((spent, lowest))
+        if points:
+            lines.append(Line(arm, style[arm], points))
+    if not lines:
+        return None
+    chart = Chart(
+        "envelope", "Loss against compute", "training FLOPs spent", "validation bits per byte", lines, log_x=True,
+        x_text=exponent,
+    )  # fmt: skip
+    text = (
+        "The lowest validation loss of any run by then. Within a run the learning rate is still high, so only ends "
+        "of runs are what so many FLOPs can reach."
+    )
+    return Captioned(chart, text)

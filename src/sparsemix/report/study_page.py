@@ -1,0 +1,253 @@
+"""One self-contained page of an isoFLOP study, with every figure as SVG, PNG and CSV beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsemix.report import study_layers, study_losses, study_plots, study_tables
+from sparsemix.report.figure_files import write_figure
+from sparsemix.report.numbers import DASH, Markup, escape, fixed, interval, is_number, si
+from sparsemix.report.page import join, link, listed, paragraph, render, warned
+from sparsemix.report.records import Record
+from sparsemix.report.simple_page import drawn_figure
+from sparsemix.report.study_details import TEXT, details
+from sparsemix.report.study_plots import Analysis, Captioned, flops
+from sparsemix.report.tables import experts_table, leak_table, predictor_table, table
+from sparsemix.run import write_atomic
+
+FIGURES = "figures"
+
+
+def write_study(analysis: Analysis, out: Path, records: Sequence[Record] = ()) -> Path:
+    """Write `out`/report.html and its figures below `out`/figures; returns the page's path. `records` are the runs that
+    were analysed, in their order: without them the page has no links, no settings and no costs of layers."""
+    page = Page(analysis, details(records, out) if records else None)
+    text = page.html()
+    out.mkdir(parents=True, exist_ok=True)
+    for shape in page.shapes:
+        write_figure(shape, out / FIGURES)
+    write_atomic(out / "report.html", text)
+    return out / "report.html"
+
+
+class Page:
+    """The page while it is made. `html` fills `shapes` with the figures that it shows."""
+
+    def __init__(self, analysis: Analysis, about: dict[str, Any] | None) -> None:
+        self.about = about
+        links = about["links"] if about else []
+        runs = [
+            {**run, "link": at}
+            for run, at in zip(analysis["runs"], links or [None] * len(analysis["runs"]), strict=True)
+        ]
+        self.analysis = {**analysis, "runs": runs}
+        self.shapes: list[Any] = []
+
+    def html(self) -> str:
+        a = self.analysis
+        sections = [
+            ("summary", "Summary", self._summary()),
+            ("curves", "IsoFLOP curves", self._curves()),
+            ("optima", "Optima and equal loss", self._optima()),
+            ("relative", f"Relative to {escape(a['baseline'])}", self._pair(study_plots.overlays(a))),
+            ("compute", "Loss against compute and time", self._compute()),
+            ("cost", "FLOPs and memory of the layers", self._cost()),
+            ("routing", "Routing", self._routing()),
+            ("settings", "What was held equal, and what differs", self._settings()),
+            ("limits", "What this does not show", listed(a["does_not_show"])),
+            ("data", "Data", self._data()),
+            ("reproduce", "Reproduce", self._reproduce()),
+            ("runs", "Runs", self._runs()),
+        ]
+        budgets = ", ".join(map(flops, a["budgets"]))
+        seen = [*(self.about["hardware"] if self.about else ()), a["created"]]
+        css = Path(__file__).with_name("study.css").read_text(encoding="utf-8") + _switch_rules(a)
+        return render(a["title"], " · ".join([f"{budgets} per run", *seen]), sections, css)
+
+    def _one(self, drawn: Captioned) -> Markup:
+        self.shapes.append(drawn.shape)
+        return drawn_figure(drawn.shape, drawn.caption, FIGURES)
+
+    def _pair(self, drawn: Sequence[Captioned], css: str = "") -> Markup:
+        figures = [self._one(one) for one in drawn]
+        return Markup(f'<div class="pair{css}">{"".join(figures)}</div>') if len(figures) > 1 else join(*figures)
+
+    def _summary(self) -> Markup:
+        a, base = self.analysis, self.analysis["baseline"]
+        lines = [
+            Markup(
+                f"<b>{escape(q['arm'])}</b> at {flops(q['budget'])}: {fixed(q.get('gap_nats'), 4, True)} "
+                f"{interval(q.get('gap_nats_ci'), 4, True)} nats: {escape(q.get('verdict'))}"
+            )
+            for q in a["quantities"]
+            if q["arm"] != base
+        ]
+        note = (
+            f"Loss at the optimum minus {base}'s at the same budget, 95\u00a0% interval, verdict; negative is better."
+        )
+        return join(
+            paragraph(_headline(a), "headline"),
+            listed(lines, "verdicts") if lines else "",
+            paragraph(note, "note") if lines else "",
+            warned(a["warnings"]),
+        )
+
+    def _curves(self) -> Markup:
+        a = self.analysis
+        sizes = study_plots.sizes_known(a)
+        parts: list[str] = [
+            paragraph(
+                "Each mark is a run, each colour a budget. A star is the optimum of a parabola in the logarithm of the "
+                "parameters, with its 95\u00a0% interval; on other measures of size the same parabola is drawn."
+            ),
+            _switch(sizes) if len(sizes) > 1 else "",
+        ]
+        parts += [self._pair(study_plots.isoflop(a, size), f" by by-{size.key}") for size in sizes]
+        against = study_plots.optimum_against_budget(a)
+        return join(
+            *parts, Markup("<h3>Optimum against budget</h3>") if against else "", self._one(against) if against else ""
+        )
+
+    def _optima(self) -> Markup:
+        dots = study_plots.gaps(self.analysis)
+        tables = [spec.html() for spec in study_tables.result_tables(self.analysis)]
+        return join(self._one(dots) if dots else "", *tables)
+
+    def _compute(self) -> Markup:
+        envelope = study_losses.envelope(self.analysis)
+        return join(self._one(envelope) if envelope else "", self._pair(study_losses.against_time(self.analysis)))
+
+    def _cost(self) -> Markup:
+        if not self.about:
+            return paragraph(
+                "Not known: this page was made without the folders of its runs. `sparsemix report` reads them."
+            )
+        layers = self.about["layers"]
+        drawn = study_layers.costs(self.analysis, layers)
+        same = study_layers.constant(self.analysis, layers)
+        if not any(of["activation_bytes"] for of in layers):
+            same.append("Activation memory was not measured by these runs.")
+        return join(self._pair(drawn), *map(paragraph, same))
+
+    def _routing(self) -> Markup:
+        a, style = self.analysis, study_plots.styles(self.analysis)
+        shown = {
+            arm: runs[0]
+            for arm in a["arms"]
+            if (
+                runs := next(
+                    filter(None, (study_losses.runs_at_optimum(a, arm, b) for b in reversed(a["budgets"]))), []
+                )
+            )
+        }
+        rows = [study_layers.routing_row(run) for run in shown.values()]
+        routed = [row for row in rows if any(row["routing"].get(k) for k in ("passes", "predictor", "experts"))]
+        if not routed:
+            return paragraph("No run of this study routes.")
+        parts: list[str] = [
+            paragraph("Of each arm the run nearest to its optimum at the largest budget."),
+            leak_table(rows),
+        ]
+        for row in routed:
+            arm = row["kind"]
+            tables = [predictor_table(row)] if row["routing"].get("predictor") else []
+            tables += [experts_table(row)] if row["routing"].get("experts") else []
+            figures = [self._one(drawn) for drawn in study_layers.routing(arm, style[arm], row)]
+            parts += [Markup(f"<h3>{escape(arm)}</h3>"), Markup(f'<div class="pair">{join(*figures, *tables)}</div>')]
+            parts += self._looked_into(arm, row["link"])
+        return join(*parts)
+
+    def _looked_into(self, arm: str, run: str | None) -> list[str]:
+        """What `inspect` and `generate` found in the run, or how to have it."""
+        if not self.about or run is None:
+            return []
+        found = self.about["inspections"].get(run)
+        parts: list[str] = [self._pair(study_layers.inspected(arm, found))] if found else []
+        missing = [] if found else [("gates, router weights and activation", f"sparsemix inspect {run}")]
+        if run in self.about["texts"]:
+            page = f'<a href="./{escape(run)}/{TEXT}">which blocks and experts took each token of a text</a>'
+            parts.append(Markup(f"<p>Token by token: {page}.</p>"))
+        else:
+            missing.append(
+                ("which blocks and experts took each token", f'sparsemix generate {run} --prompt "..." --show routing')
+            )
+        commands = [Markup(f"{escape(what)}: <code>{escape(command)}</code>") for what, command in missing]
+        return (
+            [
+                *parts,
+                paragraph("Not measured yet; run these in this folder, then report again:", "note"),
+                listed(commands, "note"),
+            ]
+            if missing
+            else parts
+        )
+
+    def _settings(self) -> Markup:
+        parts: list[str] = [study_tables.rates(self.analysis).html()]
+        if self.about:
+            arms = self.analysis["arms"]
+            rows = [[name, *(values.get(arm) for arm in arms)] for name, values in self.about["differences"]]
+            caption = (
+                "Settings that differ between the arms, told at the width that most arms have in common. All others "
+                "are equal, but for seed, learning rate and budget, which the table above has."
+            )
+            parts.append(table(caption, ["setting", *arms], rows, text=range(1, len(arms) + 1)))
+        return join(*parts)
+
+    def _data(self) -> Markup:
+        corpus = self.analysis["corpus"]
+        facts = [
+            ["text", ", ".join(corpus.get("text") or []) or None],
+            ["training tokens", si(corpus.get("train_tokens"))],
+            ["vocabulary", fixed(corpus.get("vocab_size"), 0)],
+            ["fingerprint", Markup(f"<code>{escape(corpus.get('fingerprint'))}</code>")],
+        ]
+        return table("The corpus.", ["what", "value"], facts, text=[1])
+
+    def _reproduce(self) -> Markup:
+        a = self.analysis
+        machine = [["hardware", at] for at in self.about["hardware"]] if self.about else []
+        versions = list(self.about["versions"].items()) if self.about else []
+        return join(
+            Markup(f"<pre><code>{escape(a['command'])}</code></pre>") if a["command"] else "",
+            paragraph(f"How FLOPs were counted: {a['convention']}."),
+            table(
+                "Machine and versions.", ["what", "value"], [*machine, *versions, ["created", a["created"]]], text=[1]
+            ),
+        )
+
+    def _runs(self) -> Markup:
+        spec, runs = study_tables.runs(self.analysis), self.analysis["runs"]
+        rows = [[*row[:-1], link(run["link"]) or row[-1]] for row, run in zip(spec.rows, runs, strict=True)]
+        return table(spec.caption, spec.columns, rows, text=spec.text)
+
+
+def _headline(analysis: Analysis) -> str:
+    base, budget = analysis["baseline"], analysis["budgets"][-1]
+    found = [q for q in analysis["quantities"] if q["budget"] == budget and is_number(q.get("nats"))]
+    if not found:
+        return f"At {flops(budget)} no curve has an optimum, so nothing is compared ({DASH})."
+    best = min(found, key=lambda q: q["nats"])
+    dense = next((q for q in found if q["arm"] == base and q is not best), None)
+    against = f", against {fixed(dense['nats'], 4)} for {base}" if dense else ""
+    return (
+        f"At {flops(budget)} of training, {best['arm']} has the lowest loss at its optimal size: "
+        f"{fixed(best['nats'], 4)} nats per token ({fixed(best.get('bpb'), 4)} bits per byte){against}."
+    )
+
+
+def _switch(sizes: Sequence[study_plots.Size]) -> Markup:
+    """Radio buttons that choose the measure of size, without a script."""
+    on = ' checked=""'
+    labels = "".join(
+        f'<label><input type="radio" name="size" id="size-{size.key}"{"" if i else on} />{size.label}</label>'
+        for i, size in enumerate(sizes)
+    )
+    return Markup(f'<fieldset class="switch"><legend>Size measured in</legend>{labels}</fieldset>')
+
+
+def _switch_rules(analysis: Analysis) -> str:
+    sizes = study_plots.sizes_known(analysis)
+    return "".join(
+        f"main:has(#size-{size.key}:checked) .by:not(.by-{size.key}) {{ display: none; }}\n" for size in sizes
+    )
