@@ -44,7 +44,7 @@ def _chart(axes: Axes, chart: Chart) -> None:
     for line in chart.lines:
         _line(axes, line)
     for name, y in chart.references:
-        axes.axhline(y, color="0.5", lw=0.8, ls=":", label=name)
+        axes.axhline(y, color="0.5", lw=0.8, ls=":", label=name or None)
     for _, x in chart.x_references:
         axes.axvline(x, color="0.5", lw=0.8, ls=":")
     axes.set_xscale("log" if chart.log_x else "linear")
@@ -63,7 +63,7 @@ def _chart(axes: Axes, chart: Chart) -> None:
         axes.set_yticks(y_axis.ticks())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: (chart.y_text or "{:g}".format)(y)))
         axes.yaxis.set_minor_locator(NullLocator())
-    if len(chart.lines) > 1 or chart.references:
+    if len(chart.lines) > 1 or any(name for name, _ in chart.references):
         axes.legend(frameon=False, fontsize="small")
 
 

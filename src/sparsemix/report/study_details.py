@@ -101,7 +101,11 @@ def _said(settings: dict[str, Any], path: str) -> str:
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every setting."""
+    """(dotted path, value) of every setting. What Mixture-of-Depths wraps keeps the path it would have without, so that
+    only the wrapper's own settings differ."""
+    if isinstance(node, dict) and node.get("kind") == "mod" and isinstance(node.get("inner"), dict):
+        own = {name: value for name, value in node.items() if name not in ("kind", "inner")}
+        node = {**node["inner"], "mod": own or "yes"}
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     if not isinstance(node, dict | list):
         yield path, node

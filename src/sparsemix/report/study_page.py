@@ -150,10 +150,10 @@ class Page:
         ]
         for row in routed:
             arm = row["kind"]
-            tables = [predictor_table(row)] if row["routing"].get("predictor") else []
-            tables += [experts_table(row)] if row["routing"].get("experts") else []
+            tables = [experts_table(row)] if row["routing"].get("experts") else []
             figures = [self._one(drawn) for drawn in study_layers.routing(arm, style[arm], row)]
             parts += [Markup(f"<h3>{escape(arm)}</h3>"), Markup(f'<div class="pair">{join(*figures, *tables)}</div>')]
+            parts += [predictor_table(row)] if row["routing"].get("predictor") else []
             parts += self._looked_into(arm, row["link"])
         return join(*parts)
 

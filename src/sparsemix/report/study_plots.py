@@ -170,11 +170,11 @@ def overlays(analysis: Analysis) -> list[Captioned]:
         chart = Chart(
             f"overlay-{budget:.3g}".replace("+", ""), f"Relative loss at {flops(budget)}",
             f"forward FLOPs per token over those of {base}'s optimum", f"loss over {base}'s optimal loss", lines,
-            [(f"{base}'s optimum", 1.0)], log_x=True, x_text=lambda x: f"{x:.2g}", x_references=[("its FLOPs", 1.0)],
+            [("", 1.0)], log_x=True, x_text=lambda x: f"{x:.2g}", x_references=[("", 1.0)],
         )  # fmt: skip
         text = (
-            f"{flops(budget)}: means of the seeds, a point a size; stars are fitted optima. Below the line: better "
-            f"than {base} at its best."
+            f"{flops(budget)}: means of the seeds, a point a size; stars are fitted optima. Dotted: {base}'s optimum; "
+            "what lies below is better."
         )
         drawn.append(Captioned(chart, text))
     return drawn

@@ -72,7 +72,7 @@ class Line:
 @dataclass(frozen=True)
 class Chart:
     """A line chart over `lines`. `x_scale` divides what the x axis prints; `references` are horizontal lines,
-    `x_references` vertical ones. A reference far outside the lines would flatten them, so it is left out and listed by
+    `x_references` vertical ones; without a name they have no label. A reference far outside the lines would flatten them, so it is left out and listed by
     `outside`. `y_span` is the least that the y axis shows, for charts that are to be compared; `x_text` and `y_text`
     print values of logarithmic axes."""
 
@@ -126,7 +126,7 @@ class Chart:
         for _, x in self.x_references:
             parts.append(f'<path class="reference" d="M{x_axis(x):.1f},{TOP}V{HEIGHT - BOTTOM}"/>')
         parts += [f'<g class="{line.css}">{self._line(line, x_axis, y_axis)}</g>' for line in self.lines]
-        for name, y in self._inside():
+        for name, y in filter(lambda reference: reference[0], self._inside()):
             label = f"{escape(name)} {fixed(y, 2)}"
             parts.append(
                 f'<text class="halo" x="{WIDTH - RIGHT - 2}" y="{y_axis(y) - 5:.1f}" text-anchor="end">{label}</text>'
@@ -185,7 +185,7 @@ class Chart:
             if line.points
         ]
         stars = [self._star(line.name, line.star) for line in self.lines if line.star]
-        references = [f"{name} at {fixed(y, 3)}" for name, y in self.references]
+        references = [f"{name or 'a line'} at {fixed(y, 3)}" for name, y in self.references]
         return f"{self.y_label} against {self.x_label}. " + "; ".join(ends + stars + references) + "."
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
