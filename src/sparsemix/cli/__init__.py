@@ -6,7 +6,7 @@ import sys
 import typer
 
 from sparsemix.bench.command import bench
-from sparsemix.cli.compare import compare, report
+from sparsemix.cli.compare import compare
 from sparsemix.cli.convert import convert
 from sparsemix.cli.eval import evaluate
 from sparsemix.cli.export import export
@@ -14,6 +14,7 @@ from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
 from sparsemix.cli.listings import doctor, kinds, parity, recipes
 from sparsemix.cli.output import fail
+from sparsemix.cli.report import report
 from sparsemix.cli.reproduce import reproduce
 from sparsemix.cli.train import train
 from sparsemix.errors import ConfigError, TrainingError

@@ -1,4 +1,4 @@
-"""`sparsemix compare` and `sparsemix report`. Heavy imports are inside: the command line answers at once."""
+"""`sparsemix compare`. Heavy imports are inside: the command line answers at once."""
 
 import shlex
 import sys
@@ -9,7 +9,6 @@ import typer
 
 from sparsemix.cli.options import Set, Text
 from sparsemix.cli.output import interruptible, say, show
-from sparsemix.errors import ConfigError
 
 
 def compare(
@@ -60,23 +59,3 @@ def _report(comparison: Any, runs: Any) -> None:
     write_report(result, comparison.out / "report.html")
     show(tables(result))
     print(f"report: {comparison.out / 'report.html'}")
-
-
-def report(
-    folder: Annotated[Path, typer.Argument(help="A comparison's folder.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Also print the tables as Markdown.")] = False,
-) -> None:
-    """Write report.html anew from a comparison's result.json."""
-    import json
-
-    from sparsemix.report.markdown import to_markdown
-    from sparsemix.report.page import write_report
-
-    path = folder / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "rows" not in result:
-        raise ConfigError(f"{folder} holds no finished comparison; run `sparsemix compare --out {folder}` first")
-    write_report(result, folder / "report.html")
-    if markdown:
-        print(to_markdown(result))
-    print(f"report: {folder / 'report.html'}", file=sys.stderr if markdown else sys.stdout)

@@ -1,5 +1,6 @@
 """One self-contained page of an isoFLOP study, with every figure as SVG, PNG and CSV beside it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ FIGURES = "figures"
 
 
 def write_study(analysis: Analysis, out: Path, records: Sequence[Record] = ()) -> Path:
-    """Write `out`/report.html and its figures below `out`/figures; returns the page's path. `records` are the runs that
+    """Write `out`/report.html, its figures below `out`/figures, and the analysis itself as `out`/analysis.json; returns
+    the page's path. `records` are the runs that
     were analysed, in their order: without them the page has no links, no settings and no costs of layers."""
     page = Page(analysis, details(records, out) if records else None)
     text = page.html()
     out.mkdir(parents=True, exist_ok=True)
     for shape in page.shapes:
         write_figure(shape, out / FIGURES)
+    write_atomic(out / "analysis.json", json.dumps(analysis, indent=1))
     write_atomic(out / "report.html", text)
     return out / "report.html"
 

@@ -72,9 +72,9 @@ class Line:
 @dataclass(frozen=True)
 class Chart:
     """A line chart over `lines`. `x_scale` divides what the x axis prints; `references` are horizontal lines,
-    `x_references` vertical ones; without a name they have no label. A reference far outside the lines would flatten them, so it is left out and listed by
-    `outside`. `y_span` is the least that the y axis shows, for charts that are to be compared; `x_text` and `y_text`
-    print values of logarithmic axes."""
+    `x_references` vertical ones; without a name they have no label. A reference far outside the lines would flatten
+    them, so it is left out and listed by `outside`. `y_span` is the least that the y axis shows, for charts that are to
+    be compared; `x_text` and `y_text` print values of logarithmic axes."""
 
     id: str
     title: str
