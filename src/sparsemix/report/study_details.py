@@ -69,8 +69,8 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
 def differences(records: Sequence[Record]) -> list[tuple[str, dict[str, str]]]:
     """(setting, its value by arm) where arms differ, told by one run each: at the width that most arms have in common.
     Equal differences of several blocks are one line."""
-    arms = list(dict.fromkeys(record.arm for record in records))
     used = [record for record in records if record.role != "rate"] or list(records)
+    arms = list(dict.fromkeys(record.arm for record in used))
     widths: dict[tuple[float, int], set[str]] = {}
     for record in used:
         widths.setdefault((record.budget, record.settings["model"]["d_model"]), set()).add(record.arm)
@@ -78,8 +78,8 @@ def differences(records: Sequence[Record]) -> list[tuple[str, dict[str, str]]]:
     told: dict[str, dict[str, Any]] = {}
     for arm in arms:
         own = [record for record in used if record.arm == arm]
-        here = [r for r in own if (r.budget, r.settings["model"]["d_model"]) == common] or own
-        told[arm] = dict(_flat(here[0].settings)) if here else {}
+        nearest = min(own, key=lambda r: (abs(r.settings["model"]["d_model"] - common[1]), r.budget != common[0]))
+        told[arm] = dict(_flat(nearest.settings))
     paths = dict.fromkeys(path for settings in told.values() for path in settings)
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for path in paths:

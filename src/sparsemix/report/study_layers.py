@@ -41,16 +41,16 @@ def costs(analysis: Analysis, layers: list[dict[str, Any]]) -> list[Captioned]:
     return drawn
 
 
-def constant(analysis: Analysis, layers: list[dict[str, Any]]) -> list[str]:
-    """The sizes in which the runs of an arm do not differ, in words."""
+def constant(analysis: Analysis, layers: list[dict[str, Any]]) -> str:
+    """The sizes in which the runs of an arm do not differ, in words; empty if there are none."""
     said = []
     for size, _ in SIZES:
         for arm in analysis["arms"]:
             pairs = zip(analysis["runs"], layers, strict=True)
             values = {of[size] for run, of in pairs if run["arm"] == arm and is_number(of[size])}
             if len(values) == 1:
-                said.append(f"{size} is {values.pop()} in every run of {arm}, so it has no line there.")
-    return said
+                said.append(f"{size} of {arm} ({values.pop()})")
+    return f"Not drawn, as all runs have the same: {', '.join(said)}." if said else ""
 
 
 def _caption(cost: str, size: str) -> str:

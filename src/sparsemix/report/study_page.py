@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsemix.report import study_layers, study_losses, study_plots, study_tables
 from sparsemix.report.figure_files import write_figure
-from sparsemix.report.numbers import DASH, Markup, escape, fixed, interval, is_number, si
+from sparsemix.report.numbers import Markup, escape, fixed, interval, is_number, si
 from sparsemix.report.page import join, link, listed, paragraph, render, warned
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import drawn_figure
@@ -72,8 +72,7 @@ class Page:
         return drawn_figure(drawn.shape, drawn.caption, FIGURES)
 
     def _pair(self, drawn: Sequence[Captioned], css: str = "") -> Markup:
-        figures = [self._one(one) for one in drawn]
-        return Markup(f'<div class="pair{css}">{"".join(figures)}</div>') if len(figures) > 1 else join(*figures)
+        return _beside([self._one(one) for one in drawn], css)
 
     def _summary(self) -> Markup:
         a, base = self.analysis, self.analysis["baseline"]
@@ -86,7 +85,8 @@ class Page:
             if q["arm"] != base
         ]
         note = (
-            f"Loss at the optimum minus {base}'s at the same budget, 95\u00a0% interval, verdict; negative is better."
+            f"Loss next to the optimum minus {base}'s at the same budget, 95\u00a0% interval, verdict; negative is "
+            "better."
         )
         return join(
             paragraph(_headline(a), "headline"),
@@ -127,10 +127,10 @@ class Page:
             )
         layers = self.about["layers"]
         drawn = study_layers.costs(self.analysis, layers)
-        same = study_layers.constant(self.analysis, layers)
+        said = [study_layers.constant(self.analysis, layers)]
         if not any(of["activation_bytes"] for of in layers):
-            same.append("Activation memory was not measured by these runs.")
-        return join(self._pair(drawn), *map(paragraph, same))
+            said.append("Activation memory was not measured by these runs.")
+        return join(self._pair(drawn), *map(paragraph, filter(None, said)))
 
     def _routing(self) -> Markup:
         a, style = self.analysis, study_plots.styles(self.analysis)
@@ -154,8 +154,8 @@ class Page:
         for row in routed:
             arm = row["kind"]
             tables = [experts_table(row)] if row["routing"].get("experts") else []
-            figures = [self._one(drawn) for drawn in study_layers.routing(arm, style[arm], row)]
-            parts += [Markup(f"<h3>{escape(arm)}</h3>"), Markup(f'<div class="pair">{join(*figures, *tables)}</div>')]
+            shown = [*(self._one(drawn) for drawn in study_layers.routing(arm, style[arm], row)), *tables]
+            parts += [Markup(f"<h3>{escape(arm)}</h3>"), _beside(shown)]
             parts += [predictor_table(row)] if row["routing"].get("predictor") else []
             parts += self._looked_into(arm, row["link"])
         return join(*parts)
@@ -225,11 +225,17 @@ class Page:
         return table(spec.caption, spec.columns, rows, text=spec.text)
 
 
+def _beside(parts: Sequence[str], css: str = "") -> Markup:
+    """Parts in columns where there is room; one alone takes a figure's usual width."""
+    kind = "pair" if len(parts) > 1 else "single"
+    return Markup(f'<div class="{kind}{css}">{"".join(parts)}</div>') if parts else Markup("")
+
+
 def _headline(analysis: Analysis) -> str:
     base, budget = analysis["baseline"], analysis["budgets"][-1]
     found = [q for q in analysis["quantities"] if q["budget"] == budget and is_number(q.get("nats"))]
     if not found:
-        return f"At {flops(budget)} no curve has an optimum, so nothing is compared ({DASH})."
+        return f"At {flops(budget)} of training no arm's sizes bracket an optimum, so none is known at its best."
     best = min(found, key=lambda q: q["nats"])
     dense = next((q for q in found if q["arm"] == base and q is not best), None)
     against = f", against {fixed(dense['nats'], 4)} for {base}" if dense else ""

@@ -196,8 +196,10 @@ def gaps(analysis: Analysis) -> Captioned | None:
     if not rows:
         return None
     base = analysis["baseline"]
-    dots = Dots("gaps", f"Loss at the optimum, less {base}'s", f"nats per token, less {base}'s", rows)
-    return Captioned(dots, f"Loss at the optimum minus {base}'s, with 95\u00a0% intervals; left of zero is better.")
+    dots = Dots("gaps", f"Loss next to the optimum, less {base}'s", f"nats per token, less {base}'s", rows)
+    return Captioned(
+        dots, f"Loss of the size next to the optimum minus {base}'s, with 95\u00a0% intervals; left is better."
+    )
 
 
 def slug(arm: str) -> str:

@@ -49,8 +49,8 @@ def gaps(analysis: Analysis) -> Spec:
     ]  # fmt: skip
     tests = ", ".join(dict.fromkeys(q["test"] for q in analysis["quantities"] if q.get("test")))
     caption = (
-        f"Loss at the optimum minus {analysis['baseline']}'s at the same budget; negative is better. Test: "
-        f"{tests or DASH}; p-values after Holm over all rows. Visible: the smallest difference that this many seeds "
+        f"Loss of the size next to the optimum minus {analysis['baseline']}'s at the same budget; negative is better. "
+        f"Test: {tests or DASH}; p-values after Holm over all rows. Visible: the smallest difference that the seeds "
         "show with a power of 80\u00a0%, in nats."
     )
     columns = ["arm", "budget", "nats per token", "percent", "bits per byte", "p (Holm)", "verdict", "visible"]
