@@ -1,0 +1,140 @@
+"""An isoFLOP study: several sizes of every arm at every budget, and more seeds at each optimum."""
+
+from collections.abc import Callable, Sequence
+from math import inf, isfinite, log
+from typing import NamedTuple
+
+from sparsemix.report.records import Record
+from sparsemix.sweep import rates
+from sparsemix.sweep.arms import Arm
+from sparsemix.sweep.grid import Grid, Ladders
+from sparsemix.sweep.ladder import TOKENS_PER_MAC, Bottom, Rung, bottom, extension, predicted, ratio_of
+from sparsemix.sweep.local import Pool
+from sparsemix.sweep.study import Cell, Study
+
+__all__ = ["Grid", "Optimum", "measured_ratio", "run_grid"]
+
+# Sizes that are added to a ladder before its optimum is called out of reach.
+MAX_EXTRA = 5
+
+
+class Optimum(NamedTuple):
+    """Where an arm's least validation loss at a budget is, and the trained size next to it."""
+
+    bottom: Bottom
+    rung: Rung
+
+
+def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> list[Record]:
+    """Every run of the grid that ends: seed 0 at the sizes of each arm and budget, more sizes until the optimum by
+    validation loss is bracketed, then the other seeds there. Records of role `rate`, `grid`, `seed`, in that order.
+
+    The study's text must be prepared. Budgets go from small to large: where an optimum was found it moves the sizes of
+    the next budget. A run that fails is said and left out. Raises ConfigError, and KeyboardInterrupt with all saved."""
+    records: list[Record] = []
+
+    def train(cells: Sequence[Cell], title: str) -> list[Record | None]:
+        found = study.train(cells, launcher, title, grid.retries)
+        records.extend(record for record in found if record is not None)
+        return found
+
+    ladders = Ladders(arms, grid, study.data)
+    if grid.rates == "sweep":
+        arms = _swept(study, arms, ladders, train)
+    optima: dict[tuple[Arm, float], Optimum] = {}
+    for budget in sorted(grid.budgets):
+        for arm, optimum in _bracketed(study, arms, ladders, budget, records, train).items():
+            optima[arm, budget] = optimum
+    others = [
+        Cell(arm.name, grid.config(arm, optimum.rung.size, study.data, budget, seed), "seed")
+        for (arm, budget), optimum in optima.items()
+        for seed in range(1, grid.seeds)
+    ]
+    train(others, "seeds")
+    return records
+
+
+Train = Callable[[Sequence[Cell], str], list[Record | None]]
+
+
+def _swept(study: Study, arms: Sequence[Arm], ladders: Ladders, train: Train) -> list[Arm]:
+    """The arms with their best rate on validation at the predicted optimum of the smallest budget, as a multiple of
+    the rule's, which then serves every size."""
+    budget = min(ladders.grid.budgets)
+    configs = {a.name: ladders.grid.config(a, ladders.middle(a, budget).size, study.data, budget) for a in arms}
+
+    def losses(pairs: Sequence[tuple[str, float]]) -> list[float]:
+        cells = []
+        for name, rate in pairs:
+            config = configs[name]
+            cells.append(Cell(name, config.replace(train=config.train.replace(lr=rate)), "rate"))
+        return [inf if record is None else record.validation_bpb for record in train(cells, "learning rates")]
+
+    tried = rates.sweep({name: config.train.lr for name, config in configs.items()}, losses)
+    found = []
+    for arm in arms:
+        study.say(f"{arm.name}: learning rate {rates.described(tried[arm.name])}, at the smallest budget")
+        best = rates.best(tried[arm.name])
+        factor = best / configs[arm.name].train.lr if isfinite(tried[arm.name][best]) else 1.0
+        found.append(arm._replace(rate=arm.rate * factor))
+    return found
+
+
+def _bracketed(
+    study: Study, arms: Sequence[Arm], ladders: Ladders, budget: float, before: Sequence[Record], train: Train
+) -> dict[Arm, Optimum]:
+    """The optimum of every arm that has a run, after its ladder was extended as far as that helps."""
+    ratios = {arm: measured_ratio(before, arm.name, budget) for arm in arms}
+    todo = {arm: ladders.first(arm, budget, ratios[arm]) for arm in arms}
+    limits = {arm: len(rungs) + MAX_EXTRA for arm, rungs in todo.items()}
+    tried: dict[Arm, dict[Rung, float]] = {arm: {} for arm in arms}
+    while todo:
+        pairs = [(arm, rung) for arm, rungs in todo.items() for rung in rungs]
+        cells = [Cell(arm.name, ladders.grid.config(arm, rung.size, study.data, budget)) for arm, rung in pairs]
+        for (arm, rung), record in zip(pairs, train(cells, f"{budget:.3g} FLOPs"), strict=True):
+            tried[arm][rung] = inf if record is None else record.validation_bpb
+        todo = {}
+        for arm in arms:
+            side = _bottom(tried[arm]).side
+            if side and ladders.grid.extend and len(tried[arm]) < limits[arm]:
+                beyond = extension(ladders.rungs[arm.name], list(tried[arm]), budget, side)
+                todo |= {arm: [beyond]} if beyond else {}
+    optima = {}
+    for arm, losses in tried.items():
+        if not any(map(isfinite, losses.values())):
+            study.say(f"{arm.name} at {budget:.3g} FLOPs: no run ended, so there is no optimum")
+            continue
+        found = _bottom(losses)
+        ended = [rung for rung, loss in losses.items() if isfinite(loss)]
+        near = min(ended, key=lambda r: abs(log(r.forward_flops / found.forward_flops)))
+        optima[arm] = Optimum(found, near)
+        _say_optimum(study, arm, budget, optima[arm], predicted(budget, ratios[arm]))
+    return optima
+
+
+def _bottom(losses: dict[Rung, float]) -> Bottom:
+    ended = {rung.forward_flops: loss for rung, loss in losses.items() if isfinite(loss)}
+    return bottom(ended) if ended else Bottom(0.0, 0)
+
+
+def _say_optimum(study: Study, arm: Arm, budget: float, optimum: Optimum, prediction: float) -> None:
+    at, side = optimum.bottom
+    where = f"optimum near {at:.3g} FLOPs a token (predicted {prediction:.3g}), nearest size {optimum.rung.size}"
+    if side:
+        missing = "smaller" if side < 0 else "larger"
+        where = f"best at size {optimum.rung.size}, but the optimum is not bracketed: no {missing} size was tried"
+    study.say(f"{arm.name} at {budget:.3g} FLOPs: {where}")
+
+
+def measured_ratio(records: Sequence[Record], arm: str, budget: float) -> float:
+    """Tokens per multiply-add at the arm's optimum at the largest budget below `budget` where runs bracket it, or the
+    usual one."""
+    for smaller in sorted({r.budget for r in records if r.budget < budget}, reverse=True):
+        # Of the runs of one size the first is seed 0's.
+        losses: dict[float, float] = {}
+        for r in records:
+            if r.arm == arm and r.budget == smaller and r.role == "grid":
+                losses.setdefault(r.forward_flops, r.validation_bpb)
+        if losses and (found := bottom(losses)).side == 0:
+            return ratio_of(smaller, found.forward_flops)
+    return TOKENS_PER_MAC
