@@ -12,6 +12,7 @@ from sparsemix.cli.eval import evaluate
 from sparsemix.cli.export import export
 from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
+from sparsemix.cli.isoflop import isoflop
 from sparsemix.cli.listings import doctor, kinds, parity, recipes
 from sparsemix.cli.output import fail
 from sparsemix.cli.report import report
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 
 # In the order of --help.
-for command in (compare, reproduce, train, generate, inspect, report):
+for command in (compare, isoflop, reproduce, train, generate, inspect, report):
     app.command()(command)
 app.command("eval")(evaluate)
 for command in (convert, export, recipes, kinds, parity, bench, doctor):

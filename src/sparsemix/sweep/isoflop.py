@@ -1,18 +1,19 @@
 """An isoFLOP study: several sizes of every arm at every budget, and more seeds at each optimum."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite, log
 from typing import NamedTuple
 
+from sparsemix.data import DataConfig
 from sparsemix.report.records import Record
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm
 from sparsemix.sweep.grid import Grid, Ladders
-from sparsemix.sweep.ladder import TOKENS_PER_MAC, Bottom, Rung, bottom, extension, predicted, ratio_of
+from sparsemix.sweep.ladder import TOKENS_PER_MAC, Bottom, Rung, Size, bottom, extension, predicted, ratio_of
 from sparsemix.sweep.local import Pool
 from sparsemix.sweep.study import Cell, Study
 
-__all__ = ["Grid", "Optimum", "measured_ratio", "run_grid"]
+__all__ = ["Grid", "Optimum", "measured_ratio", "planned_cells", "run_grid", "run_seeds"]
 
 # Sizes that are added to a ladder before its optimum is called out of reach.
 MAX_EXTRA = 5
@@ -32,15 +33,11 @@ def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> l
     The study's text must be prepared. Budgets go from small to large: where an optimum was found it moves the sizes of
     the next budget. A run that fails is said and left out. Raises ConfigError, and KeyboardInterrupt with all saved."""
     records: list[Record] = []
-
-    def train(cells: Sequence[Cell], title: str) -> list[Record | None]:
-        found = study.train(cells, launcher, title, grid.retries)
-        records.extend(record for record in found if record is not None)
-        return found
-
+    train = _collecting(study, launcher, grid.retries, records)
     ladders = Ladders(arms, grid, study.data)
     if grid.rates == "sweep":
-        arms = _swept(study, arms, ladders, train)
+        smallest = min(grid.budgets)
+        arms = _swept(study, arms, grid, {arm: ladders.middle(arm, smallest).size for arm in arms}, train)
     optima: dict[tuple[Arm, float], Optimum] = {}
     for budget in sorted(grid.budgets):
         for arm, optimum in _bracketed(study, arms, ladders, budget, records, train).items():
@@ -54,14 +51,57 @@ def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> l
     return records
 
 
+def run_seeds(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> list[Record]:
+    """Every run that ends of every arm and budget at the recipe's own size, with all seeds; rates as the grid says.
+    Seed 0 has the role `grid`. Raises as `run_grid` does."""
+    records: list[Record] = []
+    train = _collecting(study, launcher, grid.retries, records)
+    if grid.rates == "sweep":
+        arms = _swept(study, arms, grid, dict.fromkeys(arms), train)
+    cells = [
+        Cell(arm.name, grid.config(arm, None, study.data, budget, seed), "seed" if seed else "grid")
+        for budget in sorted(grid.budgets)
+        for seed in range(grid.seeds)
+        for arm in arms
+    ]
+    train(cells, "training")
+    return records
+
+
+def planned_cells(arms: Sequence[Arm], grid: Grid, data: DataConfig) -> list[Cell]:
+    """The runs that `run_grid` makes if every prediction holds, but for those that try learning rates; by cost alone.
+    Raises ConfigError."""
+    ladders = Ladders(arms, grid, data)
+    cells = []
+    for budget in sorted(grid.budgets):
+        for arm in arms:
+            cells += [Cell(arm.name, grid.config(arm, r.size, data, budget)) for r in ladders.first(arm, budget)]
+            size = ladders.middle(arm, budget).size
+            cells += [
+                Cell(arm.name, grid.config(arm, size, data, budget, seed), "seed") for seed in range(1, grid.seeds)
+            ]
+    return cells
+
+
 Train = Callable[[Sequence[Cell], str], list[Record | None]]
 
 
-def _swept(study: Study, arms: Sequence[Arm], ladders: Ladders, train: Train) -> list[Arm]:
-    """The arms with their best rate on validation at the predicted optimum of the smallest budget, as a multiple of
-    the rule's, which then serves every size."""
-    budget = min(ladders.grid.budgets)
-    configs = {a.name: ladders.grid.config(a, ladders.middle(a, budget).size, study.data, budget) for a in arms}
+def _collecting(study: Study, launcher: Pool, retries: int, records: list[Record]) -> Train:
+    """Study.train, which also adds what ends to `records`."""
+
+    def train(cells: Sequence[Cell], title: str) -> list[Record | None]:
+        found = study.train(cells, launcher, title, retries)
+        records.extend(record for record in found if record is not None)
+        return found
+
+    return train
+
+
+def _swept(study: Study, arms: Sequence[Arm], grid: Grid, sizes: Mapping[Arm, Size | None], train: Train) -> list[Arm]:
+    """The arms with their best rate on validation at a size and the smallest budget, as a multiple of the rule's,
+    which then serves every size."""
+    budget = min(grid.budgets)
+    configs = {arm.name: grid.config(arm, sizes[arm], study.data, budget) for arm in arms}
 
     def losses(pairs: Sequence[tuple[str, float]]) -> list[float]:
         cells = []

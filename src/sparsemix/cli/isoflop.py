@@ -1,0 +1,90 @@
+"""`sparsemix isoflop`. Heavy imports are inside: the command line answers at once."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsemix.cli.options import Set, Text
+from sparsemix.cli.output import interruptible, say, show
+from sparsemix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparsemix.report.records import Record
+
+
+def isoflop(
+    out: Annotated[Path, typer.Option(help="Folder of this study; the same command resumes it.")],
+    budgets: Annotated[str, typer.Option(help="Training FLOPs of a run, one budget or several: 1e12,3e12.")],
+    text: Text = None,
+    kinds: Annotated[
+        str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
+    ] = "dense,moe,peer,mod",
+    sizes: Annotated[
+        str, typer.Option(help="auto (five around the predicted optimum), widths (48,64,80), or names of a recipe's.")
+    ] = "auto",
+    seeds: Annotated[int, typer.Option(help="Seeds at each kind's optimum; other sizes have one.")] = 5,
+    lr: Annotated[str, typer.Option(help="A rate, `rule` (by width), or `sweep` (per kind, on validation).")] = "rule",
+    placement: Annotated[str, typer.Option(help="Where routed feed-forwards go: middle, every-2, every.")] = "middle",
+    recipe: Annotated[str, typer.Option(help="The dense backbone: a packaged recipe or a YAML file.")] = "tiny",
+    override: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+    retries: Annotated[int, typer.Option(help="Times that a run which failed is tried again.", min=0)] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
+    allow_repeats: Annotated[
+        bool, typer.Option("--allow-repeats", help="Give verdicts even where the text is read more than 4 times.")
+    ] = False,
+) -> None:
+    """Find each kind's best size at a FLOP budget and compare the kinds there."""
+    from sparsemix.config import parse
+    from sparsemix.sweep.estimate import table
+    from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
+    from sparsemix.sweep.local import pool
+    from sparsemix.sweep.watch import Stages
+
+    settings = {
+        "budgets": tuple(_number(word) for word in _words(budgets)),
+        "text": tuple(text or ("stdlib",)),
+        "kinds": _words(kinds),
+        "sizes": None if sizes == "auto" else tuple(int(w) if w.isdecimal() else w for w in _words(sizes)),
+        "seeds": seeds,
+        "lr": lr,
+        "placement": placement,
+        "recipe": recipe,
+        "overrides": tuple(override or ()),
+    }
+    with interruptible():
+        study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
+        with Stages("data", say) as progress:
+            study.prepare(progress)
+        with pool(workers or 2, 1) as launcher:
+            show(table(study.plan(launcher), study.ladders, workers or 2))
+            if dry_run:
+                return
+            records = study.run(launcher)
+        _report(records, out, allow_repeats, study.study.failed)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ConfigError(f"budgets={word} must be FLOPs, such as 1e12 or 1e12,3e12") from None
+
+
+def _report(records: "list[Record]", out: Path, allow_repeats: bool, failed: dict[str, str]) -> None:
+    import json
+
+    from sparsemix.report.isoflop import analyse
+    from sparsemix.run import write_atomic
+
+    if not records:
+        raise ConfigError(f"{out}: no run ended; the lines above say why")
+    analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
+    write_atomic(out / "result.json", json.dumps(analysis, indent=1))

@@ -1,0 +1,55 @@
+"""The text that runs are compared on: its settings, prepared once, checked and described."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsemix.config import ConfigError, parse
+from sparsemix.data import DataConfig, Shards
+from sparsemix.recipes import settings_of
+from sparsemix.settings import RunConfig
+
+
+def data_config(recipe: str, overrides: tuple[str, ...], text: tuple[str, ...]) -> DataConfig:
+    """The text, read with a recipe's vocabulary and its other data settings. Raises ConfigError."""
+    raw = settings_of(recipe, overrides)
+    vocab_size = raw.get("model", {}).get("vocab_size", 1024)
+    return parse(DataConfig, {"vocab_size": vocab_size, **raw.get("data", {}), "text": text})
+
+
+def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Shards:
+    """The shards that `prepare` writes below `out`; a text too short for `config` leaves no folder that was not there.
+    Raises ConfigError."""
+    existed = out.exists()
+    shards = prepare()
+    try:
+        shards.num_windows(config.model.seq_len)
+        if (count := len(shards.eval_documents("test", config.train.test_tokens)[0])) < 2:
+            raise ConfigError(
+                f"text={', '.join(config.data.text)} leaves {count} test document; intervals need at least 2: "
+                "give more documents, or a larger share: --set data.test_fraction=0.3"
+            )
+    except ConfigError:
+        if not existed:
+            shutil.rmtree(out)
+        raise
+    return shards
+
+
+def described(shards: Shards, text: tuple[str, ...]) -> str:
+    """What was read, in a line."""
+    manifest = shards.manifest
+    split = manifest["bytes"]
+    return (
+        f"text: {', '.join(text)}; {manifest['bytes_total'] / 1e6:.1f} MB in "
+        f"{sum(manifest['documents'].values())} documents (train {split['train'] / 1e6:.1f}, validation "
+        f"{split['validation'] / 1e6:.1f}, test {split['test'] / 1e6:.1f} MB), "
+        f"{manifest['duplicates_dropped']} near-duplicates dropped, SHA-256 {manifest['fingerprint'][:16]}"
+    )
+
+
+def evaluated_tokens(config: RunConfig, shards: Shards) -> int:
+    """Tokens that a run evaluates from its start to its end."""
+    train = config.train
+    covered = int(shards.starts("test")[len(shards.eval_documents("test", train.test_tokens)[0])])
+    return (train.evals + 1) * train.eval_tokens + covered * (2 if config.model.looks_ahead else 1)
