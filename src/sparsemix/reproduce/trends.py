@@ -94,10 +94,15 @@ def contrast(words: str, terms: Terms, unit: str = "bits per byte") -> Test:
 
 def ranking(words: str, worst_to_best: Sequence[Sequence[Record]]) -> Test:
     """That loss falls along the arms: its least-squares slope over their places."""
-    places = np.arange(len(worst_to_best)) - (len(worst_to_best) - 1) / 2
-    weights = places / (places @ places)
-    terms = [(float(w), runs) for w, runs in zip(weights, worst_to_best, strict=True)]
-    return contrast(words, terms, "bits per byte a place")
+    return slope(words, list(enumerate(worst_to_best)), "bits per byte a place")
+
+
+def slope(words: str, arms: Sequence[tuple[float, Sequence[Record]]], unit: str) -> Test:
+    """That loss falls along x of (x, runs), by its least-squares slope, whose unit this is."""
+    away = np.array([x for x, _ in arms])
+    away = away - away.mean()
+    weights = away / (away @ away)
+    return contrast(words, [(float(w), runs) for w, (_, runs) in zip(weights, arms, strict=True)], unit)
 
 
 def orderings(claims: Sequence[Claim]) -> list[Trend]:
@@ -106,19 +111,24 @@ def orderings(claims: Sequence[Claim]) -> list[Trend]:
 
 
 def bounded(
-    words: str, values: Sequence[float], low: float = -math.inf, high: float = math.inf, unit: str = ""
+    words: str,
+    values: Sequence[float],
+    low: float = -math.inf,
+    high: float = math.inf,
+    unit: str = "",
+    per: str = "seeds",
 ) -> Test:
     """That the mean of a number that every seed gives (one value a seed) lies in [low, high], by a t-test against the
-    nearer bound."""
+    nearer bound. per: what gave the values, if not seeds."""
     if len(values) < 2:
         why = "one seed cannot tell a kind from its luck" if values else "nothing was measured"
         return Test(words, False, None, why)
     mean, se, df = fmean(values), stdev(values) / len(values) ** 0.5, len(values) - 1
     half = -float(special.stdtrit(df, LEVEL / 2)) * se
-    said = f"{mean:.4g}{unit} [{mean - half:.4g}, {mean + half:.4g}], {len(values)} seeds"
+    said = f"{mean:.4g}{unit} [{mean - half:.4g}, {mean + half:.4g}], {len(values)} {per}"
     distance = min(abs(mean - low), abs(mean - high))
-    # Seeds that agree to the last digit leave no doubt.
-    p = 2 * float(special.stdtr(df, -distance / se)) if se else 0.0
+    # Seeds that agree to the last digit leave no doubt, unless it is the bound that they agree on.
+    p = 2 * float(special.stdtr(df, -distance / se)) if se else float(not distance)
     return Test(words, low <= mean <= high, p, said)
 
 
