@@ -45,7 +45,7 @@ class Design(NamedTuple):
     """The runs of a reproduction. recipe: the dense backbone's family (`peer-dense`); arms: what is compared, the
     baseline first; grid: every arm on a ladder of sizes at every budget (isoFLOP), else one size with all seeds;
     sweep: each arm at the best learning rate of its own sweep. The rest overrules the scale where it is given;
-    sizes_by_budget: the sizes of each budget, where they differ."""
+    sizes_by_budget: the sizes of each budget, where they differ; extend: add sizes until optima are bracketed."""
 
     recipe: str
     arms: Sequence[Arm]
@@ -58,6 +58,7 @@ class Design(NamedTuple):
     seeds: int | None = None
     overrides: tuple[str, ...] = ()
     sizes_by_budget: tuple[tuple[int | str, ...], ...] | None = None
+    extend: bool = True
 
 
 class Trend(NamedTuple):

@@ -148,6 +148,7 @@ def _grid(design: Design) -> Any:
         budgets=budgets,
         sizes=design.sizes,
         seeds=design.seeds,
+        extend=design.extend,
         rates="sweep" if design.sweep else "rule",
     )
 
