@@ -68,8 +68,8 @@ def growth(cases: Sequence[dict[str, Any]]) -> bytes:
         seconds = [row["min_s"] for row in rows.values()]
         formula = [row["formula"] for row in rows.values()]
         wanted = [seconds[0] * f / formula[0] for f in formula] if rows else []
-        axes.plot(sizes, wanted, "--", color=PALETTE[7], label="its formula")
-        axes.plot(sizes, seconds, "o-", color=PALETTE[1], label="measured")
+        axes.plot(sizes, wanted, "--", color=LIGHT["c7"], label="its formula")
+        axes.plot(sizes, seconds, "o-", color=LIGHT["c1"], label="measured")
         axes.set(title=case["name"], xscale="log", yscale="log")
         axes.set_xticks(sizes, list(rows))
         # A label that would cover the one below it is left out.
