@@ -2,7 +2,10 @@
 
 import contextlib
 
+import pytest
 import torch
+
+from sparsemix.ops import native
 
 
 def assert_same(op, reference, *inputs, expanded=False):
@@ -57,3 +60,10 @@ def assert_errs_at_most_twice(op, theirs, reference, *inputs, direction):
         mine = with_gradients(op, inputs, direction)
     for got, other, want in zip(mine, with_gradients(theirs, inputs, direction), exact, strict=True):
         assert (got - want).norm() <= 2 * (other - want).norm() + 1e-6 * want.norm()
+
+
+def usable(isa, monkeypatch):
+    """Kernels are built for this instruction set, or the test is skipped."""
+    if isa not in list(native.ISAS)[: list(native.ISAS).index(native.machine_isa()) + 1]:
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("SPARSEMIX_ISA", isa)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from compare import poisoned, randn
+from compare import poisoned, randn, usable
 from torch.library import opcheck
 
 from sparsemix.ops.expert_mlp import expert_mlp
@@ -101,6 +101,29 @@ def test_low_precision_errs_no_more_than_plain_products(case, act, impl):
         assert mine <= 2 * theirs + 1e-6
 
 
+# Past the tiles, panels and blocks of every build: odd sums, odd rows, more rows than are packed at a time, one row.
+LOW_CASES = {
+    "odd_everything": ([33, 1, 0, 15], 67, 35),
+    "all_on_the_first": ([601, 0], 33, 15),
+    "many_and_one": ([1, 1101], 19, 37),
+    "wide": ([5, 0, 31], 290, 301),
+    "one_row_each": ([1, 0, 1, 1, 1, 1], 35, 65),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("case", LOW_CASES.values(), ids=LOW_CASES)
+def test_low_precision_of_every_instruction_set_errs_no_more_than_plain_products(case, gated, isa, monkeypatch):
+    usable(isa, monkeypatch)
+    operands = make(*case, gated=gated, none=2, N=sum(case[0]) // 2 + 3)
+    exact, plain = (run(reference, operands, dtype, "silu") for dtype in (torch.double, torch.bfloat16))
+    with poisoned():
+        found = run(expert_mlp, operands, torch.bfloat16, "silu", "native")
+    errors = zip(norms_of_errors(found, exact), norms_of_errors(plain, exact), strict=True)
+    assert all(mine <= 2 * theirs + 1e-6 for mine, theirs in errors)
+
+
 def test_picks_of_no_expert_add_nothing_cost_nothing_and_take_no_gradient():
     operands = make([2, 0, 3], 8, 4, none=4)
     short = [operands[0], operands[1][:5], operands[2][:5], *operands[3:]]
@@ -122,15 +145,22 @@ def test_large_inputs_saturate_as_torch_does(impl):
             torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-3)
 
 
-def test_threads_change_nothing_and_instruction_sets_only_rounding(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype):
+    operands = make([70, 0, 33, 600], 24, 20)
+    one = run(expert_mlp, operands, dtype, "silu", "native")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        try:
+            more = run(expert_mlp, operands, dtype, "silu", "native")
+        finally:
+            torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(one, more, strict=True))
+
+
+def test_instruction_sets_change_only_rounding(monkeypatch):
     operands = make([70, 0, 33, 200], 24, 20)
     one = run(expert_mlp, operands, torch.float32, "silu", "native")
-    torch.set_num_threads(2)
-    try:
-        two = run(expert_mlp, operands, torch.float32, "silu", "native")
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     monkeypatch.setenv("SPARSEMIX_ISA", next(iter(ISAS)))
     for got, want in zip(run(expert_mlp, operands, torch.float32, "silu", "native"), one, strict=True):
         torch.testing.assert_close(got, want)

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from compare import assert_same, randn
+from compare import assert_same, poisoned, randn, usable
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from sparsemix.ops import native
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.grouped_mm import grouped_mm
 from sparsemix.ops.grouped_mm.reference import grouped_mm as reference
@@ -86,6 +87,51 @@ def test_low_precision_errs_no_more_than_plain_products_whichever_kernel_runs(co
         mine, theirs = ((x.detach().double() - want.detach()).norm() for x in (got, other))
         assert float(mine) <= 2 * float(theirs) + 1e-6
     assert out[counts.sum() :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize(
+    ("counts", "D", "F"),
+    [
+        ([33, 1, 0, 15], 67, 35),
+        ([601, 0], 33, 15),
+        ([1, 1101], 19, 37),
+        ([5, 0, 31], 290, 301),
+        ([1, 0, 1, 1, 1, 1], 35, 65),
+    ],
+    ids=["odd_everything", "all_on_the_first", "many_and_one", "wide", "one_row_each"],
+)
+def test_low_precision_of_every_instruction_set_errs_no_more_than_plain_products(counts, D, F, isa, monkeypatch):
+    usable(isa, monkeypatch)
+    rows, weight, grad = randn(sum(counts) + 2, D), randn(len(counts), F, D), randn(sum(counts) + 2, F)
+    counts, found = torch.tensor(counts), []
+    kinds = ((grouped_mm, torch.bfloat16, ("native",)), (reference, torch.bfloat16, ()), (reference, torch.double, ()))
+    for op, dtype, settings in kinds:
+        # The same numbers in all: how operands are rounded is not in question.
+        moving = [x.bfloat16().to(dtype).requires_grad_() for x in (rows, weight)]
+        with poisoned():
+            y = op(*moving, counts, *settings)
+            found.append([y, *torch.autograd.grad(y, moving, grad.bfloat16().to(dtype))])
+    for got, other, want in zip(*found, strict=True):
+        mine, theirs = ((x.detach().double() - want.detach()).norm() for x in (got, other))
+        assert float(mine) <= 2 * float(theirs) + 1e-6
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_what_is_no_number_stays_in_its_row(isa, monkeypatch):
+    # 5 and 3 are odd: neighbours in memory must not be taken for the other half of a pair.
+    usable(isa, monkeypatch)
+    rows, weight = randn(7, 5).bfloat16(), randn(2, 3, 5).bfloat16()
+    rows[3] = torch.nan
+    others, counts = [0, 1, 2, 4, 5, 6], torch.tensor([3, 4])
+    out = grouped_mm(rows, weight, counts, "native")
+    assert out[3].isnan().all()
+    assert out[others].isfinite().all()
+    back = grouped_mm(out, weight.mT, counts, "native")
+    assert back[others].isfinite().all()
+    grads = torch.ops.sparsemix.grouped_mm_weight_grad(out, rows, counts, "native")
+    assert grads[0].isfinite().all()
+    assert grads[1].isnan().all()
 
 
 def test_grouped_product_is_the_per_row_product():

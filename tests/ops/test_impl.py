@@ -31,13 +31,6 @@ def test_auto_falls_back_where_dtype_or_operands_do_not_fit(compiled):
     assert Kernels("an_op").pick("auto", X) == "torch"
 
 
-def test_auto_leaves_what_torch_does_better_but_a_wish_does_not(compiled, monkeypatch):
-    assert compiled.pick("auto", X, leave=True) == "torch"
-    assert compiled.pick("native", X, leave=True) == "native"
-    monkeypatch.setenv("SPARSEMIX_IMPL", "native")
-    assert compiled.pick("auto", X, leave=True) == "native"
-
-
 def test_an_explicit_wish_never_falls_back(compiled, monkeypatch):
     assert compiled.pick("reference", X.double()) == "reference"
     with pytest.raises(ConfigError, match="an_op: impl=native cannot run here: too many rows; use impl=auto"):

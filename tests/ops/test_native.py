@@ -65,6 +65,17 @@ def test_another_content_is_another_library(source):
 
 
 @needs_compiler
+def test_another_header_beside_the_source_is_another_library(source):
+    assert native.unusable(source) is None
+    first = libraries(source)
+    (source.parent / "more.h").write_text("int more;")
+    again = source.parent / "again.c"
+    again.write_text(TWICE)
+    assert native.unusable(again) is None
+    assert set(first) < set(libraries(source))
+
+
+@needs_compiler
 def test_every_instruction_set_of_this_machine_gives_the_same(source, monkeypatch):
     x = torch.cat([torch.randn(60), torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1e-40])])
     usable = list(native.ISAS)[: list(native.ISAS).index(native.machine_isa()) + 1]

@@ -15,6 +15,14 @@ static inline void huge_pages(void *x, int64_t bytes) {
 #endif
 }
 
+// Memory that is written before it is read, free() ends it.
+static inline void *scratch(int64_t bytes) {
+    const int64_t page = 2 << 20, unit = bytes < 4 * page ? 64 : page;
+    void *x = aligned_alloc(unit, whole(bytes + 1, unit));
+    huge_pages(x, whole(bytes + 1, unit));
+    return x;
+}
+
 // Weight gradients of every expert, dw[e, f, d] = sum over its rows r of g[r, f] x[r, d], 0 without rows. Rows of g
 // and x may be picked by ids. Tasks are (expert, SLAB of F); sums run over rows in order, DEPTH at a time.
 #define SLAB 96

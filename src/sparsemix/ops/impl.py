@@ -39,17 +39,16 @@ class Kernels:
             return "Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
         return None
 
-    def pick(self, impl: str, *operands: Tensor, refused: str | None = None, leave: bool = False) -> str:
+    def pick(self, impl: str, *operands: Tensor, refused: str | None = None) -> str:
         """The implementation to run: SPARSEMIX_IMPL stands in for `auto`. `refused` says what else, such as sizes,
-        keeps native and Triton kernels from these operands, `leave` that `auto` does better with torch.
-        Raises ConfigError if an explicit wish cannot be had."""
+        keeps native and Triton kernels from these operands. Raises ConfigError if an explicit wish cannot be had."""
         device, dtype = operands[0].device.type, operands[0].dtype
         wish = os.environ.get("SPARSEMIX_IMPL", "auto") if impl == "auto" else impl
         if wish not in IMPLS:
             raise ConfigError(f"impl={wish} is none of {', '.join(IMPLS)}")
         if wish == "auto":
             fast = "triton" if device == "cuda" else "native"
-            wish = "torch" if refused or leave or self.refuses(fast, device, dtype) else fast
+            wish = "torch" if refused or self.refuses(fast, device, dtype) else fast
         elif reason := self.refuses(wish, device, dtype) or (refused if wish in ("native", "triton") else None):
             raise ConfigError(f"{self.op}: impl={wish} cannot run here: {reason}; use impl=auto")
         _picked[self.op] = wish

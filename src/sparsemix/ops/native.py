@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsemix.errors import ConfigError
 
 WISHES = ("SPARSEMIX_CC", "SPARSEMIX_ISA", "SPARSEMIX_CACHE")
-# Where native.h and gemm.h lie.
+# Where the headers of more than one kernel lie.
 HEADERS = Path(__file__).parent
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
@@ -77,7 +77,7 @@ def cache_folder() -> Path:
 def _built(source: Path, cc: str, isa: str, folder: Path) -> ctypes.CDLL:
     flags = (*COMMON, *ISAS[isa], *(("-fopenmp",) if sys.platform == "linux" else ()))
     stamp = f"{cc} {Path(cc).stat().st_mtime_ns} {' '.join(flags)}".encode()
-    headers = b"".join(header.read_bytes() for header in sorted(HEADERS.glob("*.h")))
+    headers = b"".join(header.read_bytes() for at in (HEADERS, source.parent) for header in sorted(at.glob("*.h")))
     content = hashlib.sha256(source.read_bytes() + headers + stamp).hexdigest()[:16]
     library = folder / f"{source.parent.name}-{isa}-{content}.so"
     if not library.exists():

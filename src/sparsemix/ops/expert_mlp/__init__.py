@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
 from sparsemix.ops.expert_mlp import plain
-from sparsemix.ops.grouped_mm import choose, rows_run
+from sparsemix.ops.grouped_mm import rows_run
 from sparsemix.ops.impl import Kernels
 
 KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"), triton=True)
@@ -52,38 +52,21 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and if `keep` the rows of first_e x, (R, M)."""
-    picked = pick(impl, tokens, token_ids, counts)
+    picked = KERNELS.pick(impl, tokens)
     if picked == "triton":
         from sparsemix.ops.expert_mlp import triton
 
         return triton.forward(tokens, token_ids, gates, counts, first, down, act, keep)
     if picked != "native":
         return plain.forward(tokens, token_ids, gates, counts, first, down, act, keep, picked)
-    N, D, R = *tokens.shape, len(token_ids)
+    N, R = len(tokens), len(token_ids)
     tokens, first, down = (x.contiguous() for x in (tokens, first, down))
-    ids, counts, sizes = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first)), _sizes(first, down)
-    used, low = int(counts.sum()), tokens.dtype == torch.bfloat16
-    rows = torch.empty(used, D)
+    ids, counts = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first))
+    y, pre = torch.empty_like(tokens), tokens.new_empty(R if keep else 0, first.shape[1])
     # Picks of no expert have no row of their own and are never read.
-    pre = tokens.new_empty(R if keep else 0, first.shape[1])
-    pre[used:] = 0
-    kind = ACTS.index(act)
-    KERNELS.call(
-        "forward",
-        rows,
-        pre if keep else None,
-        tokens,
-        ids,
-        counts,
-        first,
-        down,
-        *sizes[:3],
-        kind,
-        sizes[3],
-        low,
-    )
-    y = torch.empty_like(tokens)
-    KERNELS.call("combine", y, rows, gates.float().contiguous(), ids, used, N, D, low)
+    pre[int(counts.sum()) :] = 0
+    operands = tokens, ids, gates.float().contiguous(), counts, first, down
+    KERNELS.call("forward", y, pre if keep else None, *operands, N, *_settings(first, down, act))
     return y, pre
 
 
@@ -102,40 +85,28 @@ def _grads(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of tokens, gates, first and down; empty ones where `needs` says no."""
-    picked = pick(impl, tokens, token_ids, counts)
+    picked = KERNELS.pick(impl, tokens)
     if picked == "triton":
         from sparsemix.ops.expert_mlp import triton
 
         return triton.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs)
     if picked != "native":
         return plain.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, picked)
-    N, D, R = *tokens.shape, len(token_ids)
+    N, R = len(tokens), len(token_ids)
     dy, pre, tokens, first, down = (x.contiguous() for x in (dy, pre, tokens, first, down))
-    ids, counts, sizes = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first)), _sizes(first, down)
-    used, low, width = int(counts.sum()), tokens.dtype == torch.bfloat16, -(-sizes[2] // 16) * 16
-    rows, d_pre, hidden = torch.empty(used, D), torch.empty(used, (1 + sizes[3]) * width), torch.empty(used, width)
-    d_gates, kind = torch.zeros(R), ACTS.index(act)
-    operands = (rows, d_pre, hidden, d_gates, dy, pre, ids, gates.float().contiguous(), counts, first, down)
-    KERNELS.call("backward", *operands, *sizes[:3], kind, sizes[3], low)
-    d_tokens, d_first, d_down = (
-        torch.empty_like(x) if need else x.new_empty(0) for x, need in zip((tokens, first, down), needs, strict=True)
-    )
-    if needs[0]:
-        KERNELS.call("combine", d_tokens, rows, None, ids, used, N, D, low)
-    wanted = (d_first if needs[1] else None, d_down if needs[2] else None)
-    KERNELS.call("weights", *wanted, d_pre, hidden, tokens, dy, ids, counts, *sizes, low)
+    ids, counts = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first))
+    d_gates = torch.zeros(R)
+    found = [torch.empty_like(x) if need else None for x, need in zip((tokens, first, down), needs, strict=True)]
+    operands = dy, pre, tokens, ids, gates.float().contiguous(), counts, first, down
+    KERNELS.call("backward", found[0], d_gates, *found[1:], *operands, N, *_settings(first, down, act))
+    d_tokens, d_first, d_down = (tokens.new_empty(0) if x is None else x for x in found)
     return d_tokens, d_gates.to(gates.dtype), d_first, d_down
 
 
-def pick(impl: str, tokens: Tensor, token_ids: Tensor, counts: Tensor) -> str:
-    """As grouped_mm chooses."""
-    return KERNELS.pick(choose(impl, tokens, len(token_ids), counts), tokens)
-
-
-def _sizes(first: Tensor, down: Tensor) -> tuple[int, int, int, int]:
-    """E, D, F, and is there a gate?"""
+def _settings(first: Tensor, down: Tensor, act: str) -> tuple[int, ...]:
+    """E, D, F, the activation, is there a gate, and is it bf16?"""
     E, D, F = down.shape
-    return E, D, F, int(first.shape[1] == 2 * F)
+    return E, D, F, ACTS.index(act), int(first.shape[1] == 2 * F), int(first.dtype == torch.bfloat16)
 
 
 @_forward.register_fake

@@ -34,7 +34,7 @@ def grouped_mm(
 def _forward(rows: Tensor, weight: Tensor, counts: Tensor, impl: str = "auto") -> Tensor:
     if rows.is_cpu:  # a GPU would have to be waited for
         counts = native.row_counts(counts, len(rows), len(weight))
-    match choose(impl, rows, len(rows), counts):
+    match KERNELS.pick(impl, rows):
         case "reference":
             return by_expert.grouped_mm(rows, weight, counts)
         case "native":
@@ -51,7 +51,7 @@ def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor, impl: str = "auto")
     """dW_e = sum over the rows of expert e of grad_r row_r^T."""
     if rows.is_cpu:
         counts = native.row_counts(counts, min(len(rows), len(grad)), len(counts))
-    match choose(impl, rows, len(rows), counts):
+    match KERNELS.pick(impl, rows):
         case "reference":
             return by_expert.weight_grad(grad, rows, counts)
         case "native":
@@ -64,14 +64,6 @@ def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor, impl: str = "auto")
 
             return triton.weight_grad(grad, rows, counts)
     return _torch_weight_grad(grad, rows, counts)
-
-
-def choose(impl: str, operand: Tensor, num_rows: int, counts: Tensor) -> str:
-    """The implementation for so many rows. `auto` leaves bf16 with 64 rows an expert to processors that multiply bf16:
-    there torch's dense product reached 376 GFLOP/s, its fp32 one 190 (2 cores of Zen 4), and native kernels sum fp32
-    products; the rule itself was not timed there. In fp32 no number of rows was found where torch is clearly faster."""
-    many = operand.is_cpu and operand.dtype == torch.bfloat16 and num_rows >= 64 * len(counts)
-    return KERNELS.pick(impl, operand, leave=many and native.isa() == "avx512_bf16")
 
 
 def _native(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
