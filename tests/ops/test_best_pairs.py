@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from compare import usable
 
+from sparsemix.ops import native
 from sparsemix.ops.product_key_topk import best_pairs, candidate_ranks, selection
 from sparsemix.ops.product_key_topk import reference as references
 
@@ -66,6 +68,17 @@ def test_the_native_selection_settles_everything_as_the_reference(n, k, kind):
     left, right = awkward_scores(kind, 19, n)
     # The selection of the torch path, itself compared with the reference above, forms no n * n sums.
     wanted = (references if n <= 128 else selection).best_pairs(left, right, k)
+    for got, want in zip(best_pairs(left, right, k, impl="native"), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("kind", ["distinct", "infinite", "nan"])
+@pytest.mark.parametrize(("n", "k"), [(31, 5), (128, 128), (1000, 32), (1024, 16), (700, 200)])
+def test_every_instruction_set_selects_the_same(n, k, kind, isa, monkeypatch):
+    usable(isa, monkeypatch)
+    left, right = awkward_scores(kind, 37, n)
+    wanted = selection.best_pairs(left, right, k)
     for got, want in zip(best_pairs(left, right, k, impl="native"), wanted, strict=True):
         assert torch.equal(got, want)
 

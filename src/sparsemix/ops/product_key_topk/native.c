@@ -55,7 +55,7 @@ static Scratch new_scratch(char **memory, int64_t n, int64_t C, int64_t k, const
     Scratch s = {.n = n, .side = side, .k = k, .P = P, .a = a, .b = b, .groups = groups < n ? groups : 0};
     char *at = NULL;
     carve(&s, &at, C);
-    at = *memory = malloc((size_t)at);
+    at = *memory = aligned_alloc(64, (size_t)at);
     carve(&s, &at, C);
     for (int64_t x = 0; x < side; x++) {
         s.corner[x] = (k + x) / (x + 1) - 1;
@@ -258,8 +258,11 @@ void product_key_topk(const float *query, const float *keys, int64_t N, int64_t 
     }
 }
 
-// Rows of scores [rows][n] -> scores, with their peaks. `more` rows follow.
-static void take_scores(const Scratch *s, const float *from, int64_t rows, int64_t more) {
+#ifdef __AVX512F__
+#include "best_of_row.h"
+#else
+// The best of rows of scores [rows][n] -> best[x], ids[x]: turned, with their peaks. `more` rows follow.
+static void select_given(const Scratch *s, const float *from, int64_t rows, int64_t more, int x) {
     int64_t n = s->n, group = 0;
     for (int64_t i = 0; i < s->groups * COLS; i++) s->peaks[i] = -INFINITY;
     for (int64_t start = 0; start < n; start += 64) {
@@ -269,7 +272,9 @@ static void take_scores(const Scratch *s, const float *from, int64_t rows, int64
         for (int64_t c = start; c < stop && s->groups; c++, group = group + 1 < s->groups ? group + 1 : 0)
             raise_peaks(s->peaks + group * COLS, load_f32(s->scores + c * COLS), load_f32(s->scores + c * COLS + W));
     }
+    select_side(s, x);
 }
+#endif
 
 // The same from given scores left, right [N][n] -> i, j [N][k].
 void best_pairs(const float *left, const float *right, int64_t N, int64_t n, int64_t k, const int64_t *a,
@@ -281,10 +286,8 @@ void best_pairs(const float *left, const float *right, int64_t N, int64_t n, int
 #pragma omp for schedule(dynamic, 8)
         for (int64_t start = 0; start < N; start += COLS) {
             int64_t rows = N - start < COLS ? N - start : COLS;
-            for (int x = 0; x < 2; x++) {
-                take_scores(&s, (x ? right : left) + start * n, rows, N - start - COLS);
-                select_side(&s, x);
-            }
+            for (int x = 0; x < 2; x++)
+                select_given(&s, (x ? right : left) + start * n, rows, N - start - COLS, x);
             write_pairs(&s, rows, start, 1, NULL, NULL, i, j);
         }
         free(memory);
