@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsemix import build_model, build_optimizer, step, train
 from sparsemix.checkpoint import TrainState
+from sparsemix.data import Batch
 from sparsemix.layers import Ctx
 from sparsemix.layers.router import Router
 from sparsemix.model import after
@@ -217,3 +218,27 @@ def test_ranks_read_the_same_numbers_so_that_all_refuse_a_step_together(tmp_path
     for rank in range(RANKS):
         line = torch.load(tmp_path / f"{rank}.pt")
         assert line["loss"] == 1.5 and line["norm"] != line["norm"]
+
+
+def batch_of(rows, seq_len):
+    torch.manual_seed(0)
+    tokens = torch.randint(V, (rows, seq_len + 1))
+    positions = torch.arange(seq_len).expand(rows, -1)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, torch.zeros_like(positions))
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "peer", "mh_moe", "mod", "expert_choice"])
+def test_activation_bytes_are_what_the_profiler_sees_grow_while_the_loss_is_held(name):
+    model, rows, seq_len = model_of(BLOCKS[name], seq_len=63), 5, 63
+
+    def held(rows):
+        batch, kept = batch_of(rows, seq_len), []
+        ctx = Ctx(doc_ids=batch.doc_ids)
+        return allocated(lambda: kept.append(model.loss(batch.tokens, batch.targets, ctx))).held
+
+    held(1)  # What is made once and kept, such as rotation tables.
+    grown = [held(1), held(rows)]
+    found = step.activation_bytes(model, batch_of(rows, seq_len), torch.float32, after)
+    assert found == pytest.approx((grown[1] - grown[0]) / ((rows - 1) * seq_len), rel=0.01)
+    assert 0 < step.activation_bytes(model, batch_of(rows, seq_len), torch.float32, step.recomputed) < found / 3
+    assert all(parameter.grad is None for parameter in model.parameters())

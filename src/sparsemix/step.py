@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sparsemix.data import Batch
 from sparsemix.layers import Aux, Ctx, rank_means
-from sparsemix.model import LM, BlockRunner, after
+from sparsemix.model import LM, BlockRunner, Loss, after
 
 aten, ours = torch.ops.aten, torch.ops.sparsemix
 # What decides where a token goes, and the noise that it may be decided by. Recomputed scores may differ in their last
@@ -77,17 +77,55 @@ def accumulate(model: LM, batches: Sequence[Batch], dtype: torch.dtype, run: Blo
     """Adds the gradients of the mean loss over `batches`; reads nothing back from the device."""
     losses: dict[str, Tensor] = {}
     stats: dict[str, Tensor] = {}
-    device, share = model.embed.weight.device.type, 1.0 / len(batches)
+    share = 1.0 / len(batches)
     for batch in batches:
-        # Positions count from 0 in every row, which is the default, and costs less than one set a row.
-        ctx = Ctx(doc_ids=batch.doc_ids, valid=batch.valid)
-        with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext():
-            loss = model.loss(batch.tokens, batch.targets, ctx, run)
+        loss = _loss(model, batch, dtype, run)
         (share * (loss.mean + sum(loss.aux.losses.values()))).backward()
         said = {"loss": loss.mean, **loss.aux.losses}
         losses = {name: losses.get(name, 0) + share * value.detach() for name, value in said.items()}
         stats = {name: stats.get(name, 0) + share * value for name, value in loss.aux.stats.items()}
     return Step(losses | {name: value for name, value in stats.items() if value.numel() == 1}, stats)
+
+
+def _loss(model: LM, batch: Batch, dtype: torch.dtype, run: BlockRunner) -> Loss:
+    # Positions count from 0 in every row, which is the default, and costs less than one set a row.
+    ctx = Ctx(doc_ids=batch.doc_ids, valid=batch.valid)
+    device = model.embed.weight.device.type
+    with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext():
+        return model.loss(batch.tokens, batch.targets, ctx, run)
+
+
+def activation_bytes(model: LM, batch: Batch, dtype: torch.dtype, run: BlockRunner) -> float:
+    """Bytes a token that autograd keeps of a forward pass for the backward pass, a storage once.
+
+    What does not grow with the batch (parameters, their casts, gradients made early) is left out: it is the growth from
+    one row of the batch to all of them. With a single row it is that row's, parameters and inputs aside. The routing
+    decisions that recomputed blocks keep are not seen."""
+    rows, T = batch.tokens.shape
+    whole = _kept(model, batch, dtype, run)
+    if rows == 1:
+        return whole / T
+    valid = None if batch.valid is None else batch.valid[:1]
+    first = Batch(batch.tokens[:1], batch.targets[:1], batch.positions[:1], batch.doc_ids[:1], valid)
+    return (whole - _kept(model, first, dtype, run)) / ((rows - 1) * T)
+
+
+def _kept(model: LM, batch: Batch, dtype: torch.dtype, run: BlockRunner) -> int:
+    given = [*model.parameters(), *model.buffers(), *(part for part in batch if part is not None)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = _loss(model, batch, dtype, run)
+    # Until here the loss held the graph, so that no address was given to two tensors.
+    del loss
+    return sum(kept.values())
 
 
 def read(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from sparsemix.ops.impl import picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import Run, hardware, versions
 from sparsemix.settings import RunConfig
-from sparsemix.step import accumulate, block_runner, read
+from sparsemix.step import accumulate, activation_bytes, block_runner, read
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -131,7 +131,12 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     }
     about = {"cost": config.costs(), "convention": CONVENTION}
     about |= {"versions": versions(), "hardware": hardware(), "kernels": picked()}
-    run.finish({**spent, **evaluate(config, model, shards, folder), **about})
+    found = evaluate(config, model, shards, folder)
+    # Eager blocks: compiled ones would be compiled anew for its smaller batch. Last, as it may draw random numbers.
+    plain = block_runner(model, False, config.train.recompute_blocks)
+    batch = next(training_batches(config, shards, state, device))
+    found["activation_bytes_per_token"] = activation_bytes(model, batch, dtype, plain)
+    run.finish({**spent, **found, **about})
 
 
 def first_model(config: RunConfig, folder: Path) -> LM:

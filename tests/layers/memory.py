@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 class Allocated(NamedTuple):
     peak: int  # the most held at a time, beyond what was held before
     largest: int  # the largest single tensor
+    held: int  # what is still held in the end, beyond what was held before
 
 
 def allocated(work) -> Allocated:
@@ -19,4 +20,4 @@ def allocated(work) -> Allocated:
     for size in sizes:
         held += size
         peak = max(peak, held)
-    return Allocated(peak, max(sizes))
+    return Allocated(peak, max(sizes), held)
