@@ -12,9 +12,9 @@ from made_records import ARMS, made_record, made_study
 from test_inspect_page import OVERLAPS, inspected  # noqa: F401  (a fixture)
 from test_page import Page, browser, screen  # noqa: F401  (a fixture)
 
-from sparsemix.report import study_losses, study_plots, study_tables
+from sparsemix.report import study_layers, study_losses, study_plots, study_tables
 from sparsemix.report.isoflop import analyse
-from sparsemix.report.study_details import details, differences
+from sparsemix.report.study_details import details, differences, layers
 from sparsemix.report.study_page import Page as StudyPage
 from sparsemix.report.study_page import write_study
 
@@ -82,6 +82,16 @@ def test_the_optimum_drawn_is_the_one_that_was_fitted(analysis):
             assert lowest[0] == pytest.approx(star.x, rel=0.15) and lowest[1] == pytest.approx(star.y, abs=0.01)
 
 
+def test_no_fit_is_drawn_over_a_size_that_does_not_grow_with_the_parameters(analysis):
+    other = json.loads(json.dumps(analysis))
+    points = next(curve["points"] for curve in other["curves"] if curve["arm"] == "peer")
+    points[0]["active_params"], points[1]["active_params"] = points[1]["active_params"], points[0]["active_params"]
+    peer = {size.key: study_plots.isoflop(other, size)[2] for size in study_plots.SIZES}
+    assert peer["params"].shape.lines[0].path and "is no curve here" not in peer["params"].caption
+    first, second = peer["active_params"].shape.lines
+    assert not first.path and first.star is None and second.path and "is no curve here" in peer["active_params"].caption
+
+
 def test_the_overlay_is_relative_to_the_baselines_optimum(analysis):
     drawn = study_plots.overlays(analysis)
     assert len(drawn) == 2
@@ -134,6 +144,24 @@ def test_settings_that_differ_are_told_and_no_others(records):
     assert told["model.blocks.1.mod"]["mod"] == "yes" and told["model.blocks.1.mod"]["dense"] == "–"
     assert told["model.blocks.1.ffn.num_experts"]["moe"] == "16"
     assert not [name for name in told if name.startswith(("seed", "train", "data"))]
+
+
+def test_costs_are_drawn_against_the_sizes_in_which_runs_differ(analysis, records):
+    told = [layers(record) for record in records]
+    moe = next(record for record in records if record.arm == "moe")
+    assert layers(moe)["d_ff"] == 2 * moe.settings["model"]["d_model"] and layers(moe)["num_experts"] == 16
+    for of, run in zip(told, analysis["runs"], strict=True):
+        of["activation_bytes"] = 40.0 * run["width"]
+        of["num_experts"] = of["num_experts"] and of["num_experts"] * run["width"] if run["arm"] == "peer" else 16
+    charts = {drawn.shape.id: drawn.shape for drawn in study_layers.costs(analysis, told)}
+    assert list(charts) == [
+        f"{cost}-{size}" for size in ("d-ff", "num-experts") for cost in ("forward-flops", "activation-bytes")
+    ]
+    assert [line.name for line in charts["forward-flops-d-ff"].lines] == ["dense", "moe", "mod"]
+    (peer,) = charts["activation-bytes-num-experts"].lines
+    runs = [run for run in analysis["runs"] if run["arm"] == "peer"]
+    assert set(peer.points) == {(4096 * run["width"], 40.0 * run["width"]) for run in runs}
+    assert "num_experts of moe (16)" in study_layers.constant(analysis, told)
 
 
 def test_an_inspection_is_shown_and_a_missing_one_is_asked_for(analysis, records, inspected, tmp_path):  # noqa: F811

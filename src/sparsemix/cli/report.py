@@ -75,6 +75,8 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 
 
 def _command(place: Path, said: str) -> str:
-    """The command that made the study, which its last report knows, or this one."""
-    path = place / "analysis.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("command") or said if path.is_file() else said
+    """The command that made the study, which an earlier report or the study itself may know, or this one."""
+    for path in (place / "analysis.json", place / "result.json"):
+        if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")).get("command")):
+            return known
+    return said

@@ -62,17 +62,19 @@ def isoflop(analysis: Analysis, size: Size) -> list[Captioned]:
     losses = [nats for nats in losses if is_number(nats)]
     drawn = []
     for arm in analysis["arms"]:
-        lines = []
+        lines, unlike = [], False
         for i, budget in enumerate(analysis["budgets"]):
             curve = next((c for c in analysis["curves"] if (c["arm"], c["budget"]) == (arm, budget)), None)
             if curve and (line := _isoflop_line(curve, size, i + 1)):
                 lines.append(line)
+                unlike |= bool(curve.get("quadratic")) and not line.path
         if lines:
             chart = Chart(
                 f"isoflop-{slug(arm)}-{size.key.replace('_', '-')}", f"{arm}: loss against {size.label}", size.label,
                 LOSS, lines, log_x=True, x_text=short, y_span=(min(losses), max(losses)),
             )  # fmt: skip
-            drawn.append(Captioned(chart, f"{arm}. {_optima_said(analysis, arm)}"))
+            note = f" A fit over parameters is no curve here, as {size.label} do not grow with them." if unlike else ""
+            drawn.append(Captioned(chart, f"{arm}. {_optima_said(analysis, arm)}{note}"))
     return drawn
 
 
@@ -97,15 +99,17 @@ def _isoflop_line(curve: dict[str, Any], size: Size, style: int) -> Line | None:
         # Between two sizes of the grid every measure of size grows evenly, in logarithms.
         return float(10 ** np.interp(np.log10(params), known, other))
 
+    # A fit over parameters is no curve over a size that does not grow with them (a table's rows may shrink).
+    grows = bool((np.diff(other) > 0).all())
     path: list[Point] = []
-    if q := curve.get("quadratic"):
+    if (q := curve.get("quadratic")) and grows:
         x = np.linspace(known[0], known[-1], 41) - curve["centre"]
         values = q["a"] + q["b"] * x + q["c"] * x**2
         path = [(there(10 ** (at + curve["centre"])), float(y)) for at, y in zip(x, values, strict=True)]
     star = None
-    if best := curve.get("optimum"):
+    own = size.key in (curve.get("optimum") or ())
+    if (best := curve.get("optimum")) and (own or grows):
         ends = span(best.get("params_ci"))
-        own = size.key in best
         star = Star(
             best[size.key] if own else there(best["params"]), best["nats"],
             span(best.get(f"{size.key}_ci")) if own else ends and (there(ends[0]), there(ends[1])),
