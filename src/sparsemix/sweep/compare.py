@@ -2,28 +2,26 @@
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from sparsemix.config import Config, ConfigError, config_hash, parse, to_yaml
+from sparsemix.config import Config, ConfigError, config_hash, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.errors import TrainingError
-from sparsemix.recipes import settings_of
 from sparsemix.run import Run, write_atomic
 from sparsemix.settings import RunConfig
+from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, run_config
 from sparsemix.sweep.local import Job, Pool, pool, probe_job, train_job
+from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
 from sparsemix.sweep.watch import Watch
-
-SWEEP_STEP = 2.0
-MAX_RATES = 7
 
 
 class CompareConfig(Config):
@@ -117,9 +115,7 @@ class Comparison:
         return {kind: [(job.config, job.folder) for job in several] for kind, several in jobs.items()}
 
     def _data_config(self) -> DataConfig:
-        raw = settings_of(self.settings.recipe, self.settings.overrides)
-        vocab_size = raw.get("model", {}).get("vocab_size", 1024)
-        return parse(DataConfig, {"vocab_size": vocab_size, **raw.get("data", {}), "text": self.settings.text})
+        return data_config(self.settings.recipe, self.settings.overrides, self.settings.text)
 
     def _check_folder(self) -> dict[str, Any]:
         path = self.out / "plan.yaml"
@@ -142,28 +138,9 @@ class Comparison:
         return plan
 
     def _prepare(self) -> Shards:
-        existed = self.out.exists()
-        shards = prepare(self._data_config(), self.out / "data", self.progress)
         dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
-        try:
-            shards.num_windows(dense.model.seq_len)
-            if (count := len(shards.eval_documents("test", dense.train.test_tokens)[0])) < 2:
-                raise ConfigError(
-                    f"text={', '.join(self.settings.text)} leaves {count} test document; intervals need at least 2: "
-                    "give more documents, or a larger share: --set data.test_fraction=0.3"
-                )
-        except ConfigError:
-            if not existed:
-                shutil.rmtree(self.out)
-            raise
-        split = shards.manifest["bytes"]
-        self.say(
-            f"text: {', '.join(self.settings.text)}; {shards.manifest['bytes_total'] / 1e6:.1f} MB in "
-            f"{sum(shards.manifest['documents'].values())} documents (train {split['train'] / 1e6:.1f}, validation "
-            f"{split['validation'] / 1e6:.1f}, test {split['test'] / 1e6:.1f} MB), "
-            f"{shards.manifest['duplicates_dropped']} near-duplicates dropped, "
-            f"SHA-256 {shards.manifest['fingerprint'][:16]}"
-        )
+        shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", self.progress), dense)
+        self.say(described(shards, self.settings.text))
         return shards
 
     def _describe(self, configs: dict[str, RunConfig]) -> None:
@@ -196,29 +173,22 @@ class Comparison:
         return failed
 
     def _sweep(self, workers: Pool, configs: dict[str, RunConfig]) -> dict[str, list[dict[str, float]]]:
-        """Rates around the rule's, doubled or halved until each kind's best on validation is interior; `configs` get
-        the best."""
-        rates = {kind: [config.train.lr * SWEEP_STEP**i for i in (-1, 0, 1)] for kind, config in configs.items()}
-        losses: dict[str, dict[float, float]] = {kind: {} for kind in configs}
-        while any(todo := {kind: [r for r in rates[kind] if r not in losses[kind]] for kind in configs}.values()):
-            pairs = [(kind, rate) for kind, several in zip(configs, todo, strict=True) for rate in several]
+        """What each kind reaches on validation by learning rate; `configs` get the best."""
+
+        def losses(pairs: Sequence[tuple[str, float]]) -> list[float]:
             jobs = [self._job(kind, _with_rate(configs[kind], rate)) for kind, rate in pairs]
             failed = self._train(workers, jobs, "learning rates")
-            for (kind, rate), job in zip(pairs, jobs, strict=True):
-                result = None if job.folder in failed else Run(job.folder).result
-                losses[kind][rate] = result["validation_bpb"] if result else float("inf")
-            for kind, tried in losses.items():
-                best = min(tried, key=tried.__getitem__)
-                if len(tried) < MAX_RATES and best in (min(tried), max(tried)):
-                    rates[kind].append(best * (SWEEP_STEP if best == max(tried) else 1 / SWEEP_STEP))
+            results = [None if job.folder in failed else Run(job.folder).result for job in jobs]
+            return [result["validation_bpb"] if result else inf for result in results]
+
+        found = rates.sweep({kind: config.train.lr for kind, config in configs.items()}, losses)
         width = max(8, *map(len, configs))
-        for kind, tried in losses.items():
-            best = min(tried, key=tried.__getitem__)
-            configs[kind] = _with_rate(configs[kind], best)
-            self.say(f"{kind:>{width}}: learning rate {best:.3g} of {', '.join(f'{r:.3g}' for r in sorted(tried))}")
+        for kind, tried in found.items():
+            configs[kind] = _with_rate(configs[kind], rates.best(tried))
+            self.say(f"{kind:>{width}}: learning rate {rates.described(tried)}")
         return {
             kind: [{"lr": rate, "validation_bpb": tried[rate]} for rate in sorted(tried)]
-            for kind, tried in losses.items()
+            for kind, tried in found.items()
         }
 
     def _fit_budget(self, workers: Pool) -> float:
@@ -235,10 +205,7 @@ class Comparison:
         fixed = per_flop = 0.0
         for i, config in enumerate(configs):
             step_s, token_s = measured[i]
-            train = config.train
-            covered = int(self.shards.starts("test")[len(self.shards.eval_documents("test", train.test_tokens)[0])])
-            evaluated = (train.evals + 1) * train.eval_tokens + covered * (2 if config.model.looks_ahead else 1)
-            fixed += per_kind * (evaluated * token_s + 16 * step_s)
+            fixed += per_kind * (evaluated_tokens(config, self.shards) * token_s + 16 * step_s)
             per_flop += per_kind * step_s / config.step_flops
         left = 0.85 * self.settings.seconds - (time.monotonic() - self.began) - fixed / self.workers
         budget = left * self.workers / per_flop
