@@ -11,7 +11,7 @@ from sparsemix.run import Run
 from sparsemix.sweep.arms import Arm, rate_by_rule
 from sparsemix.sweep.compare import CompareConfig
 from sparsemix.sweep.grid import Ladders, folded
-from sparsemix.sweep.isoflop import Grid, measured_ratio, run_grid
+from sparsemix.sweep.isoflop import Grid, measured_ratio, planned_cells, run_grid, run_seeds
 from sparsemix.sweep.ladder import TOKENS_PER_MAC, predicted, ratio_of
 from sparsemix.sweep.study import Study
 from tiny import T, unchecked_shapes, write_corpus
@@ -176,6 +176,22 @@ def test_a_swept_rate_is_interior_and_serves_every_size_and_budget(opened):
     # The best trial is one of the sizes too, and is trained once for both.
     shared = [r for r in read_runs([study.out]) if r.folder == swept[3].folder]
     assert [r.role for r in shared] == ["rate", "grid"]
+
+
+def test_planned_cells_are_the_runs_that_are_made_where_predictions_hold(opened):
+    study, grid = opened(), grid_of(budgets=BUDGETS[:1])
+    planned = planned_cells(ARMS, grid, study.data)
+    records = run_grid(study, ARMS, grid, Planted(valley(predicted(BUDGETS[0]))))
+    assert {study.folder(cell) for cell in planned} == {r.folder for r in records} and len(planned) == len(records)
+    assert {(cell.arm, cell.role) for cell in planned} == {(r.arm, r.role) for r in records}
+
+
+def test_seeds_of_one_size_at_the_swept_rate(opened):
+    records = run_seeds(opened(), ARMS, grid_of(budgets=BUDGETS[:1], rates="sweep"), Planted(valley(1e5, rate=2.0)))
+    made = [(r.arm, r.role, r.seed) for r in records if r.role != "rate"]
+    assert made == [(arm.name, role, i) for i, role in enumerate(("grid", "seed", "seed")) for arm in ARMS]
+    assert {r.lr for r in records if r.role != "rate"} == {2 * rate_by_rule(16)}
+    assert {r.settings["model"]["d_model"] for r in records} == {16}
 
 
 def test_a_given_rate_is_every_run_s(opened):

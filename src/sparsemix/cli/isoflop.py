@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,7 @@ def isoflop(
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
     from sparsemix.config import parse
+    from sparsemix.sweep.compare import share_cores
     from sparsemix.sweep.estimate import table
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
     from sparsemix.sweep.local import pool
@@ -59,8 +61,9 @@ def isoflop(
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
         with Stages("data", say) as progress:
             study.prepare(progress)
-        with pool(workers or 2, 1) as launcher:
-            show(table(study.plan(launcher), study.ladders, workers or 2))
+        workers, threads = share_cores(workers, len(study.arms))
+        with pool(workers, threads) as launcher:
+            show(table(study.plan(launcher), study.ladders, workers))
             if dry_run:
                 return
             records = study.run(launcher)
@@ -73,9 +76,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _number(word: str) -> float:
     try:
-        return float(word)
+        if 0 < (number := float(word)) < inf:
+            return number
     except ValueError:
-        raise ConfigError(f"budgets={word} must be FLOPs, such as 1e12 or 1e12,3e12") from None
+        pass
+    raise ConfigError(f"budgets={word} must be FLOPs, such as 1e12 or 1e12,3e12")
 
 
 def _report(records: "list[Record]", out: Path, allow_repeats: bool, failed: dict[str, str]) -> None:

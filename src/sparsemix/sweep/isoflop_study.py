@@ -19,7 +19,6 @@ from sparsemix.sweep.texts import data_config, described, prepared
 
 # What the study decides itself, and the option that it decides it by.
 DECIDED = {
-    "model.d_model": "--sizes",
     "train.budget_flops": "--budgets",
     "train.lr": "--lr",
     "seed": "--seeds",
@@ -28,7 +27,9 @@ DECIDED = {
 
 
 class IsoflopConfig(Config):
-    """What to study; a folder holds one study. sizes: null for a ladder around the predicted optimum."""
+    """What to study; a folder holds one study. sizes: null for a ladder around the predicted optimum.
+
+    Depth, heads and feed-forward of the recipe keep their proportion to its width (model.d_model) at every size."""
 
     budgets: tuple[float, ...] = Field(min_length=1)
     text: tuple[str, ...] = ("stdlib",)
@@ -53,8 +54,8 @@ class IsoflopConfig(Config):
         if self.lr not in ("rule", "sweep"):
             self.rule(_is_positive(self.lr), "lr", "must be a positive number, rule, or sweep")
         for override in self.overrides:
-            name = override.partition("=")[0].strip()
-            self.rule(name not in DECIDED, "overrides", f"must leave {name} to {DECIDED.get(name)}")
+            if option := DECIDED.get(override.partition("=")[0].strip()):
+                raise ValueError(f"overrides={override} cannot be: {option} decides it")
         return self
 
     @property
