@@ -43,7 +43,7 @@ def analyse(
     train_tokens = _train_tokens(used)
     repeated = not allow_repeats and any((epochs_of(r, train_tokens) or 0) > NO_VERDICT for r in used)
     tuned = frozenset(r.arm for r in records if r.role == "rate")
-    line = line_of([o for (arm, _), o in optima.items() if arm == baseline and o is not None])
+    line = line_of([o for (arm, _), o in optima.items() if arm == baseline and o is not None], np.random.default_rng(2))
     laws, law_said = laws_of(curves, resamples)
     base = [c for c in curves if c.arm == baseline]
     by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)

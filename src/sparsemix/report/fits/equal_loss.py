@@ -13,6 +13,7 @@ from sparsemix.report.stats import Interval
 
 # Budgets this many times beyond those that were run are extrapolated, and said to be.
 FAR_BUDGET = 3.0
+FLOOR = 0.7
 # An interval is given if at least this share of the draws has the quantity at all.
 REACHES = 0.975
 
@@ -84,32 +85,37 @@ def forward_ratio(
 
 @dataclass(frozen=True)
 class Line:
-    """How the baseline's optimal loss and time fall and grow with its budget: `budget_for(nats, reference)` is by how
-    many times a budget must grow for `nats` in place of `reference`, drawn too."""
+    """How the baseline's optimal loss falls with its budget C, ln(L - floor) = p + slope ln C, and seconds grow,
+    ln seconds = q + seconds ln C; low and high: the budgets that were run. floors, slopes: draws."""
 
+    floor: float
     slope: float
+    floors: Float[np.ndarray, "R"]
     slopes: Float[np.ndarray, "R"]
     seconds: float
     low: float
     high: float
 
 
-def line_of(optima: Sequence[Optimum]) -> Line | None:
-    """ln L = p + q ln C through the baseline's optima (least squares), and the same for seconds; None below two
-    budgets or where the loss does not fall."""
+def line_of(optima: Sequence[Optimum], rng: np.random.Generator) -> Line | None:
+    """Least squares through the baseline's optima; None below two budgets or where the loss does not fall.
+
+    Two budgets do not tell the loss that no budget removes: it is drawn uniformly from 0 to FLOOR of the least loss,
+    and taken at the middle. Published laws put it near half of the loss."""
     if len(optima) < 2:
         return None
     budgets = np.log([o.curve.budget for o in optima])
-    slope = _slope(budgets, np.log([[o.nats] for o in optima]))[0]
+    nats, levels = np.array([[o.nats] for o in optima]), np.stack([o.levels for o in optima])
+    floor = FLOOR / 2 * float(nats.min())
+    floors = rng.uniform(0, FLOOR, levels.shape[1]) * levels.min(axis=0)
     with np.errstate(invalid="ignore"):
-        slopes = _slope(budgets, np.log(np.stack([o.levels for o in optima])))
-    wall = [[float(np.log(o.curve.at(o.vertex, lambda r: r.wall_s)))] for o in optima]
+        slope, slopes = float(_slope(budgets, np.log(nats - floor))[0]), _slope(budgets, np.log(levels - floors))
+    wall = np.array([[float(np.log(o.curve.at(o.vertex, lambda r: r.wall_s)))] for o in optima])
     if slope >= 0:
         return None
     low, high = (float(f([o.curve.budget for o in optima])) for f in (np.min, np.max))
-    return Line(
-        float(slope), np.where(slopes < 0, slopes, np.nan), float(_slope(budgets, np.array(wall))[0]), low, high
-    )
+    slopes = np.where(slopes < 0, slopes, np.nan)
+    return Line(floor, slope, floors, slopes, float(_slope(budgets, wall)[0]), low, high)
 
 
 def multipliers(
@@ -118,18 +124,21 @@ def multipliers(
     gap: tuple[float, Float[np.ndarray, "R"]],
     line: Line,
     by_law: Callable[[float, float], float] | None = None,
-) -> dict[str, Any]:
-    """flop_multiplier, wall_multiplier and their intervals; `budget`, which the baseline would need.
+) -> dict[str, Any] | None:
+    """flop_multiplier, wall_multiplier and their intervals; `budget`, which the baseline would need. None if the arm's
+    loss lies below the floor.
 
-    ln m = ln(L_arm / L_base) / q with q of the line; with a joint law of the baseline, `by_law(budget, nats)` is the
-    budget at which its optimal loss has changed by so many nats, and the line gives only the spread."""
-    ratio = 1 + gap[0] / base.nats
-    log_m = np.log(ratio) / line.slope
+    ln m = ln((L_arm - floor) / (L_base - floor)) / slope of the line; with a joint law of the baseline,
+    `by_law(budget, nats)` is the budget at which its optimal loss has changed by so many nats, and the line gives only
+    the spread."""
     with np.errstate(invalid="ignore"):
-        draws = np.log(1 + gap[1] / base.levels) / line.slopes
+        log_m = np.log(1 + gap[0] / (base.nats - line.floor)) / line.slope
+        draws = np.log(1 + gap[1] / (base.levels - line.floors)) / line.slopes
     if by_law is not None and np.isfinite(needed := by_law(arm.curve.budget, gap[0])):
         there = np.log(needed / arm.curve.budget)
         draws, log_m = draws + there - log_m, there
+    if not np.isfinite(log_m):
+        return None
     taken = float(arm.curve.at(arm.vertex, lambda r: r.wall_s))
     own = float(base.curve.at(base.vertex, lambda r: r.wall_s))
     told = draws[np.isfinite(draws)]

@@ -125,8 +125,7 @@ def _equal_loss(
                 f"{name}: the smallest model that reaches the baseline's loss is "
                 "smaller than any that was run; its FLOPs are extrapolated"
             )
-    if line is not None:
-        more = multipliers(arm, base, between, line, terms.by_law)
+    if line is not None and (more := multipliers(arm, base, between, line, terms.by_law)) is not None:
         needed = more.pop("budget")
         found |= more
         if not line.low / FAR_BUDGET <= needed <= line.high * FAR_BUDGET:
