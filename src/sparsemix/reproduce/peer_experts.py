@@ -75,7 +75,9 @@ def pools_outcome(lab: Lab) -> Outcome:
     ticks = [x for x, _ in points]
     title = "Perplexity by the number of experts"
     line = Line("PEER", 0, points)
-    chart = Chart("experts", title, "experts", "perplexity", [line], [("dense", base)], log_x=True, x_ticks=ticks)
+    chart = Chart(
+        "experts", title, "experts", "perplexity", [line], [("dense", base)], log_x=True, x_ticks=ticks, x_text=si
+    )
     return Outcome([table], trends, [chart], [TOKENIZER, _sizes(lab)])
 
 
@@ -192,7 +194,7 @@ def _charts(sides: Sequence[int], used: Mapping[At, Sequence[Usage]]) -> list[Ch
             )
             for style, norm in enumerate((False, True))
         ]
-        return Chart(id, title, "experts", y_label, lines, log_x=True, x_ticks=ticks)
+        return Chart(id, title, "experts", y_label, lines, log_x=True, x_ticks=ticks, x_text=si)
 
     return [
         chart("usage", "Experts that are used", "experts used (%)", "usage", 100),

@@ -5,7 +5,7 @@ from math import log2
 from typing import Any
 
 from sparsemix.report.figures import Chart, Line
-from sparsemix.report.numbers import DASH, fixed, interval
+from sparsemix.report.numbers import DASH, fixed, interval, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.report.stats import RESAMPLES
@@ -124,7 +124,9 @@ def _chart(cells: Cells) -> Chart:
     ]
     ticks = sorted({x for line in lines for x, _ in line.points})
     title = f"Loss by granularity at {budget:.3g} training FLOPs"
-    return Chart("granularity", title, "experts of a token", "nats per token", lines, log_x=True, x_ticks=ticks)
+    return Chart(
+        "granularity", title, "experts of a token", "nats per token", lines, log_x=True, x_ticks=ticks, x_text=si
+    )
 
 
 REPRODUCTIONS = {"peer-granularity": Reproduction(design, outcome)}

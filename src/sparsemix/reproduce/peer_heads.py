@@ -5,7 +5,7 @@ from math import log2
 from statistics import fmean
 
 from sparsemix.report.figures import Chart, Line
-from sparsemix.report.numbers import DASH, fixed
+from sparsemix.report.numbers import DASH, fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
@@ -109,7 +109,7 @@ def _chart(losses: Mapping[tuple[int, int], float]) -> Chart:
     ]
     ticks = sorted({float(p) for p, _ in losses})
     title = "Perplexity by experts of a token"
-    return Chart("heads", title, "experts of a token", "perplexity", lines, log_x=True, x_ticks=ticks)
+    return Chart("heads", title, "experts of a token", "perplexity", lines, log_x=True, x_ticks=ticks, x_text=si)
 
 
 REPRODUCTIONS = {"peer-fig3b": Reproduction(design, outcome)}

@@ -1,11 +1,11 @@
 """PEER's isoFLOP curves (Figure 1): dense, expert choice, product-key memory and PEER at two budgets."""
 
 from collections.abc import Mapping, Sequence
-from math import exp, log, log10
+from math import exp, log
 from statistics import fmean
 from typing import Any
 
-from sparsemix.report.figures import Chart, Line, log_ticks
+from sparsemix.report.figures import Chart, Line, Star
 from sparsemix.report.numbers import DASH, fixed, interval, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
@@ -24,6 +24,8 @@ LOOKS_AHEAD = (
 )
 
 Optima = Mapping[tuple[str, float], list[Record]]
+# (arm, budget) -> its curve of the analysis.
+Curves = Mapping[tuple[str, float], Mapping[str, Any]]
 
 
 def design(scale: Scale) -> Design:
@@ -56,6 +58,10 @@ def fitted(lab: Lab, baseline: str) -> dict[str, Any]:
     return analyse(lab.all(), baseline=baseline)
 
 
+def by_arm(analysis: Mapping[str, Any]) -> Curves:
+    return {(curve["arm"], curve["budget"]): curve for curve in analysis["curves"]}
+
+
 def perplexity(runs: Sequence[Record]) -> float:
     """exp of the mean over seeds of nats per token."""
     return exp(fmean(r.nats for r in runs))
@@ -69,8 +75,8 @@ def lookahead_nats(record: Record) -> float | None:
 def outcome(lab: Lab) -> Outcome:
     said, analysis = entry("peer-fig1"), fitted(lab, "Dense")
     best, budgets = at_optima(lab.all()), analysis["budgets"]
-    curves = {(c["arm"], c["budget"]): c for c in analysis["curves"]}
-    figures = [chart(f"isoflop-{i + 1}", budget, lab, best) for i, budget in enumerate(budgets)]
+    curves = by_arm(analysis)
+    figures = [chart(f"isoflop-{i + 1}", budget, lab, best, curves) for i, budget in enumerate(budgets)]
     notes = [TOKENIZER, LOOKS_AHEAD, *analysis["warnings"]]
     numbers = {"quantities": analysis["quantities"], "curves": analysis["curves"]}
     return Outcome(
@@ -89,8 +95,9 @@ def claims(best: Optima) -> list[Claim]:
     ]
 
 
-def chart(id: str, budget: float, lab: Lab, best: Optima) -> Chart:
-    """Perplexity against parameters at one budget, a line a method, its optimum ringed."""
+def chart(id: str, budget: float, lab: Lab, best: Optima, curves: Curves) -> Chart:
+    """Perplexity against parameters at one budget, a line a method; a star at its fitted optimum, a ring around the
+    best size where none is fitted."""
     lines = []
     for style, (arm, runs) in enumerate(lab.runs.items()):
         sized: dict[int, list[Record]] = {}
@@ -100,14 +107,19 @@ def chart(id: str, budget: float, lab: Lab, best: Optima) -> Chart:
         if sized:
             points = [(float(params), perplexity(sized[params])) for params in sorted(sized)]
             at = best[arm, budget]
-            lines.append(Line(arm, style, points, ring=(float(at[0].params), perplexity(at))))
-    ends = [x for line in lines for x, _ in line.points]
+            fit = (curves.get((arm, budget)) or {}).get("optimum")
+            ring = None if fit else (float(at[0].params), perplexity(at))
+            lines.append(Line(arm, style, points, ring=ring, star=_star(fit) if fit else None))
     title = f"Perplexity by parameters at {budget:.3g} training FLOPs"
-    ticks = log_ticks(10 ** (log10(min(ends)) - 0.02), 10 ** (log10(max(ends)) + 0.02))
-    return Chart(id, title, "parameters", "perplexity", lines, log_x=True, x_ticks=ticks)
+    return Chart(id, title, "parameters", "perplexity", lines, log_x=True, x_text=si)
 
 
-def _optima(said: Entry, budgets: Sequence[float], best: Optima, curves: Mapping[tuple[str, float], Any]) -> TextTable:
+def _star(fit: Mapping[str, Any]) -> Star:
+    low, high = fit["nats_ci"] or (fit["nats"], fit["nats"])
+    return Star(fit["params"], exp(fit["nats"]), fit["params_ci"], (exp(low), exp(high)))
+
+
+def _optima(said: Entry, budgets: Sequence[float], best: Optima, curves: Curves) -> TextTable:
     """Each method at its optimum beside the paper's best of its figure; the paper's budgets in their order."""
     columns = (
         *("FLOPs", "method", "parameters", "95 %", "perplexity", "95 %", "of dense", "top-k perplexity", "seeds"),

@@ -8,7 +8,7 @@ from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.reproduce.peer import RECIPE, peer, sizes
-from sparsemix.reproduce.peer_isoflop import PAPER_SIZES, TOKENIZER, at_optima, chart, fitted, perplexity
+from sparsemix.reproduce.peer_isoflop import PAPER_SIZES, TOKENIZER, at_optima, by_arm, chart, fitted, perplexity
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import Claim, bounded, judge, ordering
 
@@ -47,7 +47,9 @@ def outcome(lab: Lab) -> Outcome:
     )
     tables = [_curve(sized, {arm: best[arm, budget] for arm in sized}), _published(said)]
     notes = [TOKENIZER, *analysis["warnings"]]
-    return Outcome(tables, trends, [chart("norm", budget, lab, best)], notes, {"curves": analysis["curves"]})
+    return Outcome(
+        tables, trends, [chart("norm", budget, lab, best, by_arm(analysis))], notes, {"curves": analysis["curves"]}
+    )
 
 
 Sized = Mapping[str, Mapping[int, Sequence[Record]]]
