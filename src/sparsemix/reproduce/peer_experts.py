@@ -141,7 +141,7 @@ def _rows(
         ["unevenness, KL in nats", *(spread([one.unevenness for one in found], 2) for found in used.values())],
         ["unevenness, KL in nats, paper", *paper("unevenness", 2)],
         ["evaluation tokens", *(_tokens(found) for found in used.values())],
-        ["of which needed", *(si(max(one.needed for one in found)) for found in used.values())],
+        ["evaluation tokens needed", *(si(max(one.needed for one in found)) for found in used.values())],
         ["parameters", *(si(found[0].params) for found in runs.values())],
         ["seeds", *(str(len(found)) for found in runs.values())],
     ]

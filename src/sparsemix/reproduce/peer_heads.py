@@ -32,7 +32,7 @@ def grid(scale: Scale) -> dict[int, tuple[int, ...]]:
 def arm(scale: Scale, picks: int, heads: int) -> Arm:
     """PEER with `picks` experts a token, found by so many heads."""
     own = sizes(scale)._replace(num_heads=heads, top_k=picks // heads)
-    return peer(f"{picks} experts by {heads} heads", own)
+    return peer(f"{picks} experts by {_heads(heads)}", own)
 
 
 def design(scale: Scale) -> Design:
@@ -90,6 +90,10 @@ def coefficient(x: Sequence[float], power: int) -> list[float]:
     return np.linalg.pinv(np.vander(np.array(x), power + 1, increasing=True))[power].tolist()
 
 
+def _heads(number: int) -> str:
+    return f"{number} head{'s' if number > 1 else ''}"
+
+
 def _table(caption: str, cells: Mapping[tuple[int, int], str], losses: Mapping[tuple[int, int], float]) -> TextTable:
     """A row a number of experts of a token, a column a number of heads."""
     columns = sorted({heads for _, heads in cells})
@@ -98,13 +102,13 @@ def _table(caption: str, cells: Mapping[tuple[int, int], str], losses: Mapping[t
         best = min((loss, heads) for (p, heads), loss in losses.items() if p == picks)[1]
         marked = [f"{cells.get((picks, h), DASH)}{' *' if h == best else ''}" for h in columns]
         rows.append([str(picks), *marked])
-    return TextTable(caption, ("experts of a token", *(f"{h} heads" for h in columns)), rows)
+    return TextTable(caption, ("experts of a token", *map(_heads, columns)), rows)
 
 
 def _chart(losses: Mapping[tuple[int, int], float]) -> Chart:
     heads = sorted({h for _, h in losses})
     lines = [
-        Line(f"{h} heads", style, [(float(p), loss) for (p, own), loss in losses.items() if own == h])
+        Line(_heads(h), style, [(float(p), loss) for (p, own), loss in losses.items() if own == h])
         for style, h in enumerate(heads)
     ]
     ticks = sorted({float(p) for p, _ in losses})
