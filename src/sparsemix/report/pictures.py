@@ -4,10 +4,11 @@ import io
 from itertools import zip_longest
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from sparsemix.report.figures import Bars, Chart, Dots, Line, Shape
+from sparsemix.report.figures import Bars, Chart, Dots, HeatMap, Line, Shape
 from sparsemix.report.figures.axes import COLOURS
 from sparsemix.report.figures.chart import Span
 from sparsemix.report.numbers import fixed
@@ -28,6 +29,8 @@ def png(shape: Shape) -> bytes:
         _chart(axes, shape)
     elif isinstance(shape, Bars):
         _bars(axes, shape)
+    elif isinstance(shape, HeatMap):
+        _heat_map(axes, shape)
     else:
         _dots(axes, shape)
     axes.spines[["top", "right"]].set_visible(False)
@@ -103,6 +106,14 @@ def _bars(axes: Axes, bars: Bars) -> None:
         axes.bar_label(drawn, [fixed(share, 1) for share in shares], fontsize="small")
     axes.set(ylabel=bars.y_label)
     axes.set_ylim(bottom=0)
+
+
+def _heat_map(axes: Axes, heat: HeatMap) -> None:
+    ramp = LinearSegmentedColormap.from_list("shares", [LIGHT["ground"], _colour(heat.style)])
+    edges = range(len(heat.names) + 1)
+    axes.pcolormesh(heat.edges, edges, heat.values, cmap=ramp, vmin=0, vmax=1, edgecolors=LIGHT["faint"], lw=0.2)
+    axes.set_yticks([row + 0.5 for row in edges[:-1]], heat.names)
+    axes.set(ylabel=heat.y_label)
 
 
 def _dots(axes: Axes, dots: Dots) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from sparsemix.config import ConfigError, nearest
-from sparsemix.report.figures import Bars, Chart
+from sparsemix.report.figures import Shape
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.sweep.arms import Arm
@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
 
     tables: Sequence[TextTable]
     trends: Sequence[Trend]
-    figures: Sequence[Chart | Bars] = ()
+    figures: Sequence[Shape] = ()
     notes: Sequence[str] = ()
     numbers: Mapping[str, Any] = MappingProxyType({})
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from sparsemix.report.figures.axes import Point, log_ticks, nice_ticks, tick_labels
 from sparsemix.report.figures.bars import Bars, Dots
 from sparsemix.report.figures.chart import Chart, Line, Star, legend
+from sparsemix.report.figures.heat_map import HeatMap
 
 __all__ = [
     "CSS",
     "Bars",
     "Chart",
     "Dots",
+    "HeatMap",
     "Line",
     "Point",
     "Shape",
@@ -23,6 +25,6 @@ __all__ = [
 ]
 
 # What a page and a folder of figures can hold.
-Shape = Chart | Bars | Dots
+Shape = Chart | Bars | Dots | HeatMap
 # Rules for charts wherever they stand; the colours' names are `palette`'s.
 CSS = Path(__file__).with_name("figure.css")
