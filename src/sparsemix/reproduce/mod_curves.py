@@ -1,0 +1,143 @@
+"""isoFLOP curves of Mixture-of-Depths: runs at the optima, ratios of optima, and charts that figures share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from sparsemix.report.figures import Chart, Line, Point, Star
+from sparsemix.report.isoflop import analyse
+from sparsemix.report.numbers import DASH, exponent, fixed, is_number, prefix_power, si
+from sparsemix.report.records import Record
+from sparsemix.reproduce.base import Lab
+
+Analysis = dict[str, Any]
+Loss = Callable[[Record], float]
+
+
+def analysis_of(lab: Lab) -> Analysis:
+    """The fits of the lab's runs, dense models as the baseline."""
+    return analyse(lab.all(), baseline="dense")
+
+
+def curve_of(analysis: Analysis, arm: str, budget: float) -> dict[str, Any]:
+    """Points, fit and optimum of an arm at a budget; without any run, an empty curve."""
+    found = next((c for c in analysis["curves"] if (c["arm"], c["budget"]) == (arm, budget)), None)
+    return found or {"points": [], "optimum": None, "said": "no run ended"}
+
+
+def quantity(analysis: Analysis, arm: str, budget: float) -> dict[str, Any]:
+    return next((q for q in analysis["quantities"] if (q["arm"], q["budget"]) == (arm, budget)), {})
+
+
+def by_size(runs: Sequence[Record], budget: float) -> list[list[Record]]:
+    """The fitted runs at a budget by size, each seed once, smallest first."""
+    sizes: dict[int, dict[int, Record]] = {}
+    for run in runs:
+        if run.budget == budget and run.role in ("grid", "seed"):
+            sizes.setdefault(run.params, {}).setdefault(run.seed, run)
+    return [[seeds[s] for s in sorted(seeds)] for _, seeds in sorted(sizes.items())]
+
+
+def at_optimum(runs: Sequence[Record], budget: float) -> list[Record]:
+    """The runs of the size that has several seeds, which a study gives to that next to the optimum; of equals the one
+    with the least loss. Empty without a run."""
+    sizes = by_size(runs, budget)
+    return max(sizes, key=lambda size: (len(size), -fmean(r.nats for r in size)), default=[])
+
+
+def ratio(arm: dict[str, Any] | None, base: dict[str, Any] | None, key: str) -> tuple[float | None, list[float] | None]:
+    """One optimum's size over another's with a 95 % interval, in logarithms, as if their errors were independent; None
+    where one is not known."""
+    if not arm or not base:
+        return None, None
+    estimate, intervals = arm[key] / base[key], [arm.get(f"{key}_ci"), base.get(f"{key}_ci")]
+    if any(not ends or not all(is_number(end) and end > 0 for end in ends) for ends in intervals):
+        return estimate, None
+    half = math.hypot(*(math.log(ends[1] / ends[0]) / 2 for ends in intervals if ends))
+    return estimate, [estimate * math.exp(-half), estimate * math.exp(half)]
+
+
+def missing_optimum(analysis: Analysis, arms: Sequence[str], budget: float) -> str:
+    """Why there is no ratio of optima."""
+    said = [f"{arm}: {curve_of(analysis, arm, budget)['said']}" for arm in arms]
+    return "; ".join(text for text in said if not text.endswith(": None")) or "an interval is not bounded"
+
+
+def within(value: float | None, ends: Sequence[float] | None, text: Callable[[float], str]) -> str:
+    """'1.2 [1.1, 1.3]'."""
+    if value is None:
+        return DASH
+    return text(value) + (f" [{text(ends[0])}, {text(ends[1])}]" if ends and all(map(is_number, ends)) else "")
+
+
+def nats_text(value: float) -> str:
+    return fixed(value, 4)
+
+
+def short(value: float) -> str:
+    """'1.5M'."""
+    power = prefix_power(value)
+    return si(value).replace("\u00a0", "") if power else f"{value:.3g}"
+
+
+def curves_chart(analysis: Analysis, arms: Sequence[str], budgets: Sequence[float], id: str, title: str) -> Chart:
+    """Loss against parameters: a marker a run, the fit as a line, its optimum as a star. Colours tell arms apart,
+    dashes budgets or, of one budget, arms too."""
+    lines = []
+    for a, arm in enumerate(arms):
+        for b, budget in enumerate(budgets):
+            curve = curve_of(analysis, arm, budget)
+            points = [(point["params"], nats) for point in curve["points"] for nats in point["seeds"]]
+            if not points:
+                continue
+            name = arm if len(budgets) == 1 else f"{arm}, {exponent(budget)}"
+            style = a if len(budgets) == 1 else b
+            best, path = curve["optimum"], _fit(curve)
+            star = (
+                Star(best["params"], best["nats"], _ends(best["params_ci"]), _ends(best["nats_ci"])) if best else None
+            )
+            lines.append(Line(name, style, points, colour=a, path=path, star=star))
+    return Chart(id, title, "parameters", "test loss (nats per token)", lines, log_x=True, x_text=short)
+
+
+def _ends(ends: Sequence[float] | None) -> tuple[float, float] | None:
+    return (ends[0], ends[1]) if ends and all(map(is_number, ends)) else None
+
+
+def _fit(curve: dict[str, Any]) -> list[Point]:
+    q = curve.get("quadratic")
+    if not q:
+        return []
+    low, high = (math.log10(curve["points"][i]["params"]) for i in (0, -1))
+    xs = [low + (high - low) * i / 40 for i in range(41)]
+    return [(10**x, q["a"] + q["b"] * (z := x - curve["centre"]) + q["c"] * z * z) for x in xs]
+
+
+def reference(analysis: Analysis, budget: float) -> tuple[float, float]:
+    """(FLOPs per forward pass, nats) of the dense optimum, or of the best dense run where there is none."""
+    curve = curve_of(analysis, "dense", budget)
+    best = curve["optimum"] or min(curve["points"], key=lambda point: point["nats"])
+    return best["forward_flops"], best["nats"]
+
+
+def relative(analysis: Analysis, runs: Sequence[Record], budget: float, loss: Loss) -> list[Point]:
+    """(FLOPs per forward pass, loss) of every size over those of the dense optimum; means over seeds."""
+    flops, nats = reference(analysis, budget)
+    sizes = by_size(runs, budget)
+    return [(size[0].forward_flops / flops, fmean(map(loss, size)) / nats) for size in sizes]
+
+
+def relative_chart(
+    lines: Mapping[str, Sequence[Point]], id: str, title: str, styles: Sequence[tuple[int, int]]
+) -> Chart:
+    """Loss over the dense optimum's against FLOPs per forward pass over its own; styles: a line's (dash, colour)."""
+    drawn = [
+        Line(name, dash, sorted(points), colour=colour)
+        for (name, points), (dash, colour) in zip(lines.items(), styles, strict=True)
+        if points
+    ]
+    return Chart(
+        id, title, "FLOPs per forward pass over the dense optimum's", "loss over the dense optimum's", drawn,
+        [("dense optimum", 1.0)], log_x=True, x_text=lambda x: f"{x:.2g}", x_references=[("its FLOPs", 1.0)],
+    )  # fmt: skip
