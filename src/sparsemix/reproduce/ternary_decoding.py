@@ -42,7 +42,13 @@ class Decoding(NamedTuple):
         return low, high
 
 
-def decoding(kept: Path, records: Mapping[str, Record], say: Callable[[str], None]) -> Decoding:
+def decoding(
+    kept: Path,
+    records: Mapping[str, Record],
+    say: Callable[[str], None],
+    rounds: int = ROUNDS,
+    new_tokens: int = NEW_TOKENS,
+) -> Decoding:
     """The measurements of one run of every arm; what `kept` holds of the same runs is not measured again."""
     runs = {arm: record.folder.name for arm, record in records.items()}
     if kept.is_file():
@@ -55,7 +61,8 @@ def decoding(kept: Path, records: Mapping[str, Record], say: Callable[[str], Non
     for arm, made in models.items():
         places = {form: records[arm].folder / "forms" / form.replace(", ", "-").replace(" ", "-") for form in made}
         forms[arm] = {form: sizes(model, places[form]) for form, model in made.items()}
-    for (arm, form), speeds in speed({(a, f): m for a, made in models.items() for f, m in made.items()}).items():
+    turns = {(arm, form): model for arm, made in models.items() for form, model in made.items()}
+    for (arm, form), speeds in speed(turns, rounds, new_tokens).items():
         forms[arm][form]["tokens_per_s"] = speeds
     found = Decoding(runs, forms, f"{hardware()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +90,7 @@ def sizes(model: LM, folder: Path) -> dict[str, Any]:
     }
 
 
-def speed(models: Mapping[Any, LM], rounds: int = ROUNDS, new_tokens: int = NEW_TOKENS) -> dict[Any, list[float]]:
+def speed(models: Mapping[Any, LM], rounds: int, new_tokens: int) -> dict[Any, list[float]]:
     """Tokens a second of greedy generation of one sequence, in every round each model once, in an order that turns. A
     first generation of each warms up and counts for nothing."""
     names: Sequence[Any] = list(models)
