@@ -6,16 +6,12 @@ from itertools import pairwise
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.reproduce.mh_moe_arms import DENSE, FINE, H2, H3, M2, M3, SMOE, arm_of, base_of, matched, models
 from sparsemix.reproduce.mh_moe_corpora import CORPORA, note, paper_table, score
-from sparsemix.reproduce.mh_moe_tables import difference, effects_table, loss_table
+from sparsemix.reproduce.mh_moe_tables import difference, effects_table, loss_table, router_note
 from sparsemix.reproduce.trends import Claim, Test, judge, ordering, ranking
 
 TERNARY = "model.precision=ternary"
 # From the paper's worst to its best.
 ORDER = (DENSE, SMOE, FINE, H2, H3)
-ROUTER = (
-    "The paper trains for equal steps and leaves the router out of its FLOPs. Here training FLOPs are equal and the "
-    "router counts, so a model with many experts sees fewer tokens (the column says how many)."
-)
 HALF = (
     "At half of training the study's validation text alone is scored (a run keeps its last weights); the paper's 50k "
     "columns are of its own corpora."
@@ -57,7 +53,9 @@ def outcome(name: str, notes: Sequence[str] = ()) -> Callable[[Lab], Outcome]:
             effects_table(effects, [f"100k {corpus}" for corpus in CORPORA.values()]),
         ]
         numbers = {"perplexity": scores, "tokens": {arm: [r.tokens for r in of] for arm, of in runs.items()}}
-        return Outcome(tables, judge(claims(lab)), notes=[ROUTER, HALF, note(lab, scores), *notes], numbers=numbers)
+        return Outcome(
+            tables, judge(claims(lab)), notes=[router_note(runs), HALF, note(lab, scores), *notes], numbers=numbers
+        )
 
     return said
 

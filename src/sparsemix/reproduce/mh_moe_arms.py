@@ -17,7 +17,10 @@ M2, M3 = "MH-MoE h=2, equal parameters", "MH-MoE h=3, equal parameters"
 # The sparse layer that sets FLOPs and parameters: one of eight experts, each as wide as the dense layer.
 EXPERTS = 8
 # 1 to 4 and 6 heads must divide the width; the proportions are the paper's (d_ff = 8/3 d_model), so parity is exact.
-WIDTH = ("model.d_model=72", "model.blocks.each.ffn.d_ff=192")
+WIDTHS = {
+    "demo": ("model.d_model=36", "model.blocks.each.ffn.d_ff=96"),
+    "laptop": ("model.d_model=72", "model.blocks.each.ffn.d_ff=192"),
+}
 # 100,000 steps of 524,288 tokens with the dense model.
 PAPER_BUDGET = 4.64e19
 
@@ -80,7 +83,7 @@ class Base(NamedTuple):
 def base_of(scale: Scale) -> Base:
     """The backbone at a scale; a width that the user sets stays."""
     own = any(override.startswith("model.d_model=") for override in scale.overrides)
-    overrides = WIDTH if scale.name in ("demo", "laptop") and not own else ()
+    overrides = () if own else WIDTHS.get(scale.name, ())
     raw = backbone(f"{RECIPE}:{scale.size}", (*scale.overrides, *overrides))
     return Base(scale, scale.size, overrides, raw)
 

@@ -4,9 +4,8 @@ from sparsemix.report.figures import Chart, Line
 from sparsemix.report.numbers import fixed
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
-from sparsemix.reproduce.mh_moe import ROUTER
 from sparsemix.reproduce.mh_moe_arms import M2, M3, SMOE, arm_of, base_of
-from sparsemix.reproduce.mh_moe_tables import difference, effects_table, loss_table
+from sparsemix.reproduce.mh_moe_tables import difference, effects_table, loss_table, router_note
 from sparsemix.reproduce.trends import Claim, judge, ordering, ranking
 
 HEADS = (1, 2, 3, 4, 6)
@@ -46,7 +45,7 @@ def outcome(lab: Lab) -> Outcome:
     )
     against = [difference(NAMES[h], SMOE, runs, perplexities) for h in HEADS]
     tables = [loss_table("Loss by the number of heads", runs), effects_table(against, ["English"]), table]
-    return Outcome(tables, judge(tests), [figure(lab)], [ROUTER, OTHERS])
+    return Outcome(tables, judge(tests), [figure(lab)], [router_note(runs), OTHERS])
 
 
 def figure(lab: Lab) -> Chart:

@@ -5,7 +5,7 @@ from math import log
 from statistics import fmean
 from typing import NamedTuple
 
-from sparsemix.report.numbers import DASH, fixed, interval, si
+from sparsemix.report.numbers import DASH, fixed, interval, percent, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.report.stats import smallest_visible
@@ -39,6 +39,18 @@ def at_half(record: Record) -> float | None:
     """Validation bits per byte at half of the run's training FLOPs; None if no evaluation lies within a tenth."""
     near = min(record.curve, key=lambda at: abs(at[0] / record.flops - 0.5), default=None)
     return None if near is None or abs(near[0] / record.flops - 0.5) > 0.1 else near[2]
+
+
+def router_note(runs: Mapping[str, Sequence[Record]]) -> str:
+    """What counting the router does to the comparison."""
+    tokens = {arm: fmean(r.tokens for r in records) for arm, records in runs.items()}
+    fewest = min(tokens, key=lambda arm: tokens[arm])
+    return (
+        "The paper trains for equal steps and leaves the router out of its FLOPs. Here training FLOPs are equal and "
+        f"the router counts, so a model with many experts sees fewer tokens: {fewest}, "
+        f"{percent(1 - tokens[fewest] / max(tokens.values()))} fewer than the most. The smaller the width, the larger "
+        "the router's share; it works against many heads."
+    )
 
 
 def loss_table(caption: str, runs: Mapping[str, Sequence[Record]]) -> TextTable:
