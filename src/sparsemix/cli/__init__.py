@@ -17,6 +17,7 @@ from sparsemix.cli.listings import doctor, kinds, parity, recipes
 from sparsemix.cli.output import fail
 from sparsemix.cli.report import report
 from sparsemix.cli.reproduce import reproduce
+from sparsemix.cli.status import status
 from sparsemix.cli.train import train
 from sparsemix.errors import ConfigError, TrainingError
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 
 # In the order of --help.
-for command in (compare, isoflop, reproduce, train, generate, inspect, report):
+for command in (compare, isoflop, reproduce, train, status, generate, inspect, report):
     app.command()(command)
 app.command("eval")(evaluate)
 for command in (convert, export, recipes, kinds, parity, bench, doctor):

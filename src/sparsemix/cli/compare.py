@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Set, Text
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, Workers
 from sparsemix.cli.output import interruptible, say, show
 
 
@@ -23,11 +23,14 @@ def compare(
     placement: Annotated[str, typer.Option(help="Where routed feed-forwards go: middle, every-2, every.")] = "middle",
     recipe: Annotated[str, typer.Option(help="The dense backbone: a packaged recipe or a YAML file.")] = "tiny",
     override: Set = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+    workers: Workers = None,
+    launcher: LauncherName = "local",
+    launch: Launch = None,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     from sparsemix.config import parse
     from sparsemix.sweep.compare import CompareConfig, Comparison
+    from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.watch import Stages
 
     settings = {
@@ -41,7 +44,9 @@ def compare(
         "overrides": tuple(override or ()),
     }
     with interruptible(), Stages("data", say) as preparation:
-        comparison = Comparison(parse(CompareConfig, settings), out, say, workers, preparation)
+        config = parse(CompareConfig, settings)
+        made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
+        comparison = Comparison(config, out, say, made, preparation)
         runs = comparison.run()
     _report(comparison, runs)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsemix.cli.options import Set, Text
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, Workers
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -31,7 +31,9 @@ def isoflop(
     placement: Annotated[str, typer.Option(help="Where routed feed-forwards go: middle, every-2, every.")] = "middle",
     recipe: Annotated[str, typer.Option(help="The dense backbone: a packaged recipe or a YAML file.")] = "tiny",
     override: Set = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+    workers: Workers = None,
+    launcher: LauncherName = "local",
+    launch: Launch = None,
     retries: Annotated[int, typer.Option(help="Times that a run which failed is tried again.", min=0)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
     allow_repeats: Annotated[
@@ -40,10 +42,9 @@ def isoflop(
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
     from sparsemix.config import parse
-    from sparsemix.sweep.compare import share_cores
     from sparsemix.sweep.estimate import table
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
-    from sparsemix.sweep.local import pool
+    from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.watch import Stages
 
     settings = {
@@ -61,12 +62,11 @@ def isoflop(
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
         with Stages("data", say) as progress:
             study.prepare(progress)
-        workers, threads = share_cores(workers, len(study.arms))
-        with pool(workers, threads) as launcher:
-            show(table(study.plan(launcher), study.ladders, workers))
+        with make_launcher(launcher, out, launch or (), workers, most=2 * len(study.arms)) as made:
+            show(table(study.plan(made), study.ladders, made.workers))
             if dry_run:
                 return
-            records = study.run(launcher)
+            records = study.run(made)
         _report(records, out, allow_repeats, study.study.failed)
 
 
@@ -84,12 +84,15 @@ def _number(word: str) -> float:
 
 
 def _report(records: "list[Record]", out: Path, allow_repeats: bool, failed: dict[str, str]) -> None:
-    import json
-
     from sparsemix.report.isoflop import analyse
-    from sparsemix.run import write_atomic
+    from sparsemix.report.study_page import write_study
+    from sparsemix.report.study_tables import console
 
     if not records:
         raise ConfigError(f"{out}: no run ended; the lines above say why")
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
-    write_atomic(out / "result.json", json.dumps(analysis, indent=1))
+    page = write_study(analysis, out, records)
+    show(console(analysis))
+    if failed:
+        say(f"{len(failed)} runs failed: {', '.join(failed)}; the same command tries them again")
+    print(f"report: {page}")

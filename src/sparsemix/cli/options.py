@@ -8,3 +8,18 @@ Text = Annotated[
     list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib; one or more.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
+
+# Where runs are trained; `make_launcher` takes these.
+LauncherName = Annotated[
+    str,
+    typer.Option(
+        "--launcher",
+        help="Where runs go: local (processes here), ray, or slurm; the last two need --out on a file system that all "
+        "their machines share.",
+    ),
+]
+Launch = Annotated[
+    list[str] | None,
+    typer.Option("--launch", help="A setting of the launcher, such as threads=2 or partition=gpu. Repeatable."),
+]
+Workers = Annotated[int | None, typer.Option("--workers", help="Runs at a time; default: one per core.", min=1)]

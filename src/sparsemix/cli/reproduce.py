@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Set, Text
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, Workers
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -26,7 +26,9 @@ def reproduce(
         Path | None,
         typer.Option(help="Folder of the evaluation corpora, for tables of them.", envvar="SPARSEMIX_DATA"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.", min=1)] = None,
+    workers: Workers = None,
+    launcher: LauncherName = "local",
+    launch: Launch = None,
     retries: Annotated[int, typer.Option(help="Times that a failed run is tried again.", min=0)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its FLOPs, and stop.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Name every table and figure with its claim.")] = False,
@@ -39,6 +41,7 @@ def reproduce(
         raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
+    from sparsemix.sweep.launch import make_launcher
 
     settings = parse(
         ReproduceConfig,
@@ -57,14 +60,13 @@ def reproduce(
     if data_dir is not None and not data_dir.is_dir():
         raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
     if not dry_run:
-        _run(planned, settings, out, workers, retries, data_dir)
+        made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
+        _run(planned, settings, out, made, retries, data_dir)
 
 
-def _run(planned: Any, settings: Any, out: Path, workers: int | None, retries: int, corpora: Path | None) -> None:
+def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, corpora: Path | None) -> None:
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
-    from sparsemix.sweep.compare import share_cores
-    from sparsemix.sweep.local import pool
     from sparsemix.sweep.study import Study
     from sparsemix.sweep.watch import Stages
 
@@ -73,8 +75,8 @@ def _run(planned: Any, settings: Any, out: Path, workers: int | None, retries: i
         with Stages("data", say) as progress:
             study.prepare(lab.data_config(planned.design, settings), progress)
         planned = lab.plan(planned.entry.name, settings, study.data)
-        with pool(*share_cores(workers, len(planned.cells))) as launcher:
-            outcome, records = lab.run(planned, study, launcher, say, retries, corpora)
+        with launcher as made:
+            outcome, records = lab.run(planned, study, made, say, retries, corpora)
         folder = out / planned.entry.name
         write(planned, outcome, records, folder, shlex.join(["sparsemix", *sys.argv[1:]]))
     show(_tables(outcome))

@@ -1,10 +1,8 @@
 """The main job: every kind trained at the same FLOP budget on the same text, with several seeds."""
 
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +17,9 @@ from sparsemix.run import Run, write_atomic
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, run_config
-from sparsemix.sweep.local import Job, Pool, pool, probe_job, train_job
+from sparsemix.sweep.jobs import Job, probe_job
+from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.rounds import train_all
 from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
 from sparsemix.sweep.watch import Watch
 
@@ -79,12 +79,11 @@ class Comparison:
         settings: CompareConfig,
         out: Path,
         say: Callable[[str], None],
-        workers: int | None = None,
+        launcher: Launcher,
         progress: Callable[[str, int, int | None], None] | None = None,
     ) -> None:
-        """`say` gets lines to print, `progress` the stages of data preparation; `workers` runs go at a time."""
-        self.settings, self.out, self.say, self.progress = settings, out, say, progress
-        self.workers, self.threads = share_cores(workers, len(settings.kinds))
+        """`say` gets lines to print, `progress` the stages of data preparation; the launcher trains the runs."""
+        self.settings, self.out, self.say, self.progress, self.launcher = settings, out, say, progress, launcher
         self.began = time.monotonic()
 
     def run(self) -> dict[str, list[tuple[RunConfig, Path]]]:
@@ -95,21 +94,21 @@ class Comparison:
         for kind in self.settings.kinds:
             _ = kind_config(self.settings, kind, self._data_config(), budget).steps
         self.shards = self._prepare()
-        with pool(self.workers, self.threads) as workers:
+        with self.launcher:
             self.data = self._data_config().replace(fingerprint=self.shards.manifest["fingerprint"])
             if "budget_flops" not in plan:
-                budget = self._fit_budget(workers) if self.settings.seconds else budget
+                budget = self._fit_budget() if self.settings.seconds else budget
                 plan = {"settings": self.settings.model_dump(mode="json"), "budget_flops": budget}
                 write_atomic(self.out / "plan.yaml", yaml.safe_dump(plan, sort_keys=False))
             self.budget = plan["budget_flops"]
             configs = {kind: kind_config(self.settings, kind, self.data, self.budget) for kind in self.settings.kinds}
             self._describe(configs)
-            self.lr_sweep = self._sweep(workers, configs) if self.settings.lr == "sweep" else {}
+            self.lr_sweep = self._sweep(configs) if self.settings.lr == "sweep" else {}
             jobs = {
                 kind: [self._job(kind, config.replace(seed=seed)) for seed in range(self.settings.seeds)]
                 for kind, config in configs.items()
             }
-            failed = self._train(workers, [job for several in jobs.values() for job in several], "training")
+            failed = self._train([job for several in jobs.values() for job in several], "training")
             if failed:
                 raise TrainingError("; ".join(f"{folder.name}: {error}" for folder, error in failed.items()))
         return {kind: [(job.config, job.folder) for job in several] for kind, several in jobs.items()}
@@ -152,32 +151,26 @@ class Comparison:
                 f"{kind:>{width}}: {cost.params / 1e6:.2f} M parameters, {cost.flops / dense.flops:.3f} x dense FLOPs "
                 f"per token, {config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens"
             )
-        self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.workers} runs at a time")
+        self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.launcher.workers} runs at a time")
 
     def _job(self, kind: str, config: RunConfig) -> Job:
         return Job(config, self.out / f"{kind}-{config.seed}-{config_hash(config)}", self.out / "data")
 
-    def _train(self, workers: Pool, jobs: Sequence[Job], title: str) -> dict[Path, Exception]:
-        """Run the unfinished jobs; the folders that failed for a reason of their own, with it."""
-        failed: dict[Path, Exception] = {}
-        left = [job for job in jobs if not (job.folder.exists() and Run(job.folder, job.config).result)]
+    def _train(self, jobs: Sequence[Job], title: str) -> dict[Path, BaseException]:
+        """Run the unfinished jobs; the folders whose losses stopped being finite, with the error. Raises TrainingError
+        where one failed otherwise."""
         with Watch([job.folder for job in jobs], title, self.say) as watch:
-            for i, outcome in workers.map(train_job, [(job,) for job in left], watch):
-                if isinstance(outcome, BrokenProcessPool):
-                    raise TrainingError("a training process was killed (out of memory?); the same command resumes")
-                if isinstance(outcome, TrainingError):
-                    failed[left[i].folder] = outcome
-                elif isinstance(outcome, BaseException):
-                    raise outcome
-                watch.done(left[i].folder)
+            failed = train_all(jobs, self.launcher, watch, self.say)
+        if lost := [f"{f.name}: {error}" for f, error in failed.items() if not isinstance(error, TrainingError)]:
+            raise TrainingError(f"{'; '.join(lost)}; what was done is saved, and the same command resumes")
         return failed
 
-    def _sweep(self, workers: Pool, configs: dict[str, RunConfig]) -> dict[str, list[dict[str, float]]]:
+    def _sweep(self, configs: dict[str, RunConfig]) -> dict[str, list[dict[str, float]]]:
         """What each kind reaches on validation by learning rate; `configs` get the best."""
 
         def losses(pairs: Sequence[tuple[str, float]]) -> list[float]:
             jobs = [self._job(kind, _with_rate(configs[kind], rate)) for kind, rate in pairs]
-            failed = self._train(workers, jobs, "learning rates")
+            failed = self._train(jobs, "learning rates")
             results = [None if job.folder in failed else Run(job.folder).result for job in jobs]
             return [result["validation_bpb"] if result else inf for result in results]
 
@@ -191,13 +184,15 @@ class Comparison:
             for kind, tried in found.items()
         }
 
-    def _fit_budget(self, workers: Pool) -> float:
+    def _fit_budget(self) -> float:
         """FLOPs per run with which the whole comparison ends in time, from 20 steps of every kind."""
         assert self.settings.seconds is not None
         configs = [kind_config(self.settings, kind, self.data, 1e30) for kind in self.settings.kinds]
         self.say("measuring 20 steps of each kind")
         measured: dict[int, tuple[float, float]] = {}
-        for i, outcome in workers.map(probe_job, [(config, self.out / "data", 20) for config in configs], lambda: None):
+        for i, outcome in self.launcher.map(
+            probe_job, [(config, self.out / "data", 20) for config in configs], lambda: None
+        ):
             if isinstance(outcome, BaseException):
                 raise outcome
             measured[i] = outcome
@@ -207,8 +202,8 @@ class Comparison:
             step_s, token_s = measured[i]
             fixed += per_kind * (evaluated_tokens(config, self.shards) * token_s + 16 * step_s)
             per_flop += per_kind * step_s / config.step_flops
-        left = 0.85 * self.settings.seconds - (time.monotonic() - self.began) - fixed / self.workers
-        budget = left * self.workers / per_flop
+        left = 0.85 * self.settings.seconds - (time.monotonic() - self.began) - fixed / self.launcher.workers
+        budget = left * self.launcher.workers / per_flop
         smallest = max(config.step_flops for config in configs)
         if budget < 10 * smallest:
             raise ConfigError(
@@ -220,16 +215,6 @@ class Comparison:
 
 def _with_rate(config: RunConfig, rate: float) -> RunConfig:
     return config.replace(train=config.train.replace(lr=rate))
-
-
-def share_cores(workers: int | None, num_kinds: int) -> tuple[int, int]:
-    """(processes, threads each): one thread a process while the models are small, one process on a GPU."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers is None:
-        workers = 1 if torch.cuda.is_available() else min(cores, 2 * num_kinds)
-    return workers, max(1, cores // workers)
 
 
 def settings_text(settings: CompareConfig) -> dict[str, str]:

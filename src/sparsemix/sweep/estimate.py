@@ -14,8 +14,9 @@ from sparsemix.report.numbers import duration, si
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import Arm
 from sparsemix.sweep.grid import Ladders, folded
+from sparsemix.sweep.jobs import probe_job
 from sparsemix.sweep.ladder import TOKENS_PER_MAC, Rung, predicted
-from sparsemix.sweep.local import Pool, probe_job
+from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.texts import evaluated_tokens
 
 PROBE_STEPS = 20
@@ -63,7 +64,7 @@ def between(low: Probe, high: Probe, step_flops: float) -> Probe:
 
 
 def planned(
-    arms: Sequence[Arm], ladders: Ladders, shards: Shards, data: Path, launcher: Pool, steps: int = PROBE_STEPS
+    arms: Sequence[Arm], ladders: Ladders, shards: Shards, data: Path, launcher: Launcher, steps: int = PROBE_STEPS
 ) -> list[Planned]:
     """Every size that the study begins with. Trains some steps of each arm at its smallest and its largest size.
     Raises what a probe raises."""

@@ -10,7 +10,7 @@ from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm
 from sparsemix.sweep.grid import Grid, Ladders
 from sparsemix.sweep.ladder import TOKENS_PER_MAC, Bottom, Rung, Size, bottom, extension, predicted, ratio_of
-from sparsemix.sweep.local import Pool
+from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.study import Cell, Study
 
 __all__ = ["Grid", "Optimum", "measured_ratio", "planned_cells", "run_grid", "run_seeds"]
@@ -26,7 +26,7 @@ class Optimum(NamedTuple):
     rung: Rung
 
 
-def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> list[Record]:
+def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Launcher) -> list[Record]:
     """Every run of the grid that ends: seed 0 at the sizes of each arm and budget, more sizes until the optimum by
     validation loss is bracketed, then the other seeds there. Records of role `rate`, `grid`, `seed`, in that order.
 
@@ -51,7 +51,7 @@ def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> l
     return records
 
 
-def run_seeds(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Pool) -> list[Record]:
+def run_seeds(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Launcher) -> list[Record]:
     """Every run that ends of every arm and budget at the recipe's own size, with all seeds; rates as the grid says.
     Seed 0 has the role `grid`. Raises as `run_grid` does."""
     records: list[Record] = []
@@ -86,7 +86,7 @@ def planned_cells(arms: Sequence[Arm], grid: Grid, data: DataConfig) -> list[Cel
 Train = Callable[[Sequence[Cell], str], list[Record | None]]
 
 
-def _collecting(study: Study, launcher: Pool, retries: int, records: list[Record]) -> Train:
+def _collecting(study: Study, launcher: Launcher, retries: int, records: list[Record]) -> Train:
     """Study.train, which also adds what ends to `records`."""
 
     def train(cells: Sequence[Cell], title: str) -> list[Record | None]:

@@ -13,7 +13,7 @@ from sparsemix.sweep.estimate import Planned, planned
 from sparsemix.sweep.grid import Grid, Ladders
 from sparsemix.sweep.isoflop import run_grid
 from sparsemix.sweep.ladder import Size
-from sparsemix.sweep.local import Pool
+from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.study import Progress, Study
 from sparsemix.sweep.texts import data_config, described, prepared
 
@@ -95,11 +95,11 @@ class IsoflopStudy:
         study.say(described(study.shards, self.text.text))
         self.ladders = Ladders(self.arms, self.grid, study.data)
 
-    def plan(self, launcher: Pool) -> list[Planned]:
+    def plan(self, launcher: Launcher) -> list[Planned]:
         """Every size that the study begins with, and what it takes."""
         self.study.say(f"measuring 20 steps of {len(self.arms)} kinds at their smallest and largest sizes")
         return planned(self.arms, self.ladders, self.study.shards, self.study.out / "data", launcher)
 
-    def run(self, launcher: Pool) -> list[Record]:
+    def run(self, launcher: Launcher) -> list[Record]:
         """What is left of the runs. Raises KeyboardInterrupt with all saved."""
         return run_grid(self.study, self.arms, self.grid, launcher)

@@ -8,12 +8,13 @@ import yaml
 
 from sparsemix.config import Config, ConfigError, config_hash
 from sparsemix.data import DataConfig, Shards, prepare
-from sparsemix.errors import TrainingError
 from sparsemix.report.records import Record, read_run
-from sparsemix.run import Run, write_atomic
+from sparsemix.run import locked, write_atomic
 from sparsemix.settings import RunConfig
-from sparsemix.sweep.local import Job, Pool, train_job
-from sparsemix.sweep.watch import Watch
+from sparsemix.sweep.jobs import Job
+from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.rounds import train_all
+from sparsemix.sweep.watch import StudyWatch
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -50,44 +51,41 @@ class Study:
     def folder(self, cell: Cell) -> Path:
         return self.out / "runs" / cell.run
 
-    def train(self, cells: Sequence[Cell], launcher: Pool, title: str, retries: int = 1) -> list[Record | None]:
+    def train(self, cells: Sequence[Cell], launcher: Launcher, title: str, retries: int = 1) -> list[Record | None]:
         """The runs of the cells, in their order: done ones are read, the others trained or resumed; one that failed
-        `retries` times more is None, is said, and stops nobody. Raises KeyboardInterrupt after every run has saved."""
+        `retries` times more is None, is said, and stops nobody. Several processes may train one study at a time.
+        Raises KeyboardInterrupt after every run has saved."""
         self._note(cells)
-        folders = {self.folder(cell): cell for cell in cells}
-        left = [folder for folder, cell in folders.items() if not _done(folder, cell.config)]
-        errors: dict[Path, str] = {}
-        with Watch(list(folders), title, self.say) as watch:
-            for attempt in range(retries + 1):
-                jobs = [Job(folders[folder].config, folder, self.out / "data") for folder in left]
-                left = []
-                for i, outcome in launcher.map(train_job, [(job,) for job in jobs], watch):
-                    if isinstance(outcome, (KeyboardInterrupt, OSError, ConfigError)):
-                        raise outcome
-                    if isinstance(outcome, BaseException):
-                        errors[jobs[i].folder] = str(outcome) or type(outcome).__name__
-                        # A loss that is not finite would not be finite again.
-                        if attempt < retries and not isinstance(outcome, TrainingError):
-                            left.append(jobs[i].folder)
-                            continue
-                    watch.done(jobs[i].folder)
-                if not left:
-                    break
-        for folder, error in errors.items():
-            if Run(folder).result is None:
-                self.failed[folder.name] = error
-                self.say(f"{title}: {folders[folder].arm} ({folder.name}) failed: {error}")
+        jobs = {self.folder(cell): Job(cell.config, self.folder(cell), self.out / "data") for cell in cells}
+        planned = {self.folder(cell): _planned(cell) for cell in cells}
+        with StudyWatch(list(planned.items()), title, self.say) as watch:
+            failed = train_all(list(jobs.values()), launcher, watch, self.say, retries)
+        for folder, error in failed.items():
+            self.failed[folder.name] = str(error) or type(error).__name__
+            self.say(f"{title}: {planned[folder]['arm']} ({folder.name}) failed: {self.failed[folder.name]}")
         return [
             read_run(self.folder(cell), cell.arm, cell.role) if self.folder(cell).exists() else None for cell in cells
         ]
 
     def _note(self, cells: Sequence[Cell]) -> None:
         """Write into plan.yaml whose each run is, before any of them begins."""
-        known = {(entry["arm"], entry["run"], entry["role"]) for entry in self.plan["cells"]}
-        new = [cell for cell in dict.fromkeys((c.arm, c.run, c.role) for c in cells) if cell not in known]
-        if new or not (self.out / "plan.yaml").is_file():
-            self.plan["cells"] += [{"arm": arm, "run": run, "role": role} for arm, run, role in new]
-            write_atomic(self.out / "plan.yaml", yaml.safe_dump(self.plan, sort_keys=False))
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out / ".plan.lock"):
+            # Another process may have added its own.
+            self.plan = open_plan(self.out, self.settings)
+            known = {(entry["arm"], entry["run"], entry["role"]) for entry in self.plan["cells"]}
+            new = {(cell.arm, cell.run, cell.role): _planned(cell) for cell in reversed(cells)}
+            added = [entry for key, entry in reversed(new.items()) if key not in known]
+            if added or not (self.out / "plan.yaml").is_file():
+                self.plan["cells"] += added
+                write_atomic(self.out / "plan.yaml", yaml.safe_dump(self.plan, sort_keys=False))
+
+
+def _planned(cell: Cell) -> dict[str, Any]:
+    """What plan.yaml says of a cell: whose run it is, and what `sparsemix status` shows before it has begun."""
+    config = cell.config
+    about = {"budget": config.train.budget_flops, "width": config.model.d_model, "seed": config.seed}
+    return {"arm": cell.arm, "run": cell.run, "role": cell.role, **about}
 
 
 def open_plan(out: Path, settings: Config) -> dict[str, Any]:
@@ -106,7 +104,3 @@ def open_plan(out: Path, settings: Config) -> dict[str, Any]:
         differ = differ or ["it holds a comparison of other kind"]
         raise ConfigError(f"out={out} holds another study ({'; '.join(differ)}); choose another folder")
     return plan
-
-
-def _done(folder: Path, config: RunConfig) -> bool:
-    return folder.exists() and Run(folder, config).result is not None

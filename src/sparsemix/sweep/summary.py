@@ -38,7 +38,7 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         for kind, several in runs.items()
     ]
     dense_config = runs["dense"][0][0]
-    baselines = _baselines(shards, dense_config)
+    baselines, launcher = _baselines(shards, dense_config), comparison.launcher
     corpus = _corpus(shards, dense_config)
     tokens = max(row["tokens"] for row in rows)
     result = {
@@ -56,7 +56,7 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         "corpus": corpus,
         "epochs": tokens / corpus["splits"]["train"]["tokens"],
         "versions": versions(),
-        "hardware": f"{hardware()}; {comparison.workers} runs at a time, {comparison.threads} thread(s) each",
+        "hardware": f"{hardware()}; {launcher.workers} runs at a time, {launcher.threads} thread(s) each",
     }
     return {**result, "warnings": _warnings(result, settings.seeds)}
 

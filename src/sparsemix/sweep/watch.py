@@ -1,15 +1,16 @@
-"""Progress of many runs, read from their folders: bars on a terminal, plain lines elsewhere."""
+"""Progress of runs, read from their folders: bars or a table on a terminal, plain lines elsewhere."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sparsemix.run import Run
+from sparsemix.sweep.status import Board, last_line, table, totals
 
 PLAIN_EVERY_S = 20.0
 
@@ -56,7 +57,7 @@ class Watch:
     def __call__(self) -> None:
         notes = []
         for folder in self.folders:
-            if folder in self.finished or not (line := _last(folder)):
+            if folder in self.finished or not (line := last_line(folder)):
                 continue
             if folder not in self.budgets:
                 self.budgets[folder] = float(Run(folder).settings["train"]["budget_flops"])
@@ -75,6 +76,45 @@ class Watch:
         if self.bars.disable and notes and time.monotonic() - self.said_at > PLAIN_EVERY_S:
             self.said_at = time.monotonic()
             self.say("; ".join(notes))
+
+
+class StudyWatch:
+    """A table of a study's runs. Context manager; call it to look at the folders anew."""
+
+    def __init__(self, cells: Sequence[tuple[Path, dict[str, Any]]], title: str, say: Callable[[str], None]) -> None:
+        self.board, self.title, self.say = Board(cells), title, say
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
+        self.said_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live.start()
+        self()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def done(self, folder: Path) -> None:
+        """Say what a run that has ended reached."""
+        runs = self.board.look()
+        ended = next(run for run in runs if run.folder == folder)
+        count = sum(run.state == "done" for run in runs)
+        what = f"{ended.arm} {ended.budget:.3g} FLOPs, width {ended.width}, seed {ended.seed} ({folder.name})"
+        self.say(f"{self.title}: {count} of {len(runs)} runs, {what}: {ended.state} {ended.said}")
+
+    def __call__(self) -> None:
+        if self.live.is_started:
+            runs = self.board.look()
+            # Title, header, and the line that says how many are left out.
+            rows = max(3, self.console.height - 4)
+            self.live.update(Group(f"{self.title}: {totals(runs)}", table(runs, rows)))
+        elif time.monotonic() - self.said_at > PLAIN_EVERY_S:
+            self.said_at = time.monotonic()
+            runs = self.board.look()
+            going = [f"{run.arm} {run.folder.name} {run.share:.0%}" for run in runs if run.state == "running"]
+            self.say(f"{self.title}: {'; '.join([totals(runs), *going])}")
 
 
 class Stages:
@@ -111,15 +151,3 @@ class Stages:
 
     def __exit__(self, *_: object) -> None:
         self.finish()
-
-
-def _last(folder: Path) -> dict[str, Any] | None:
-    """The newest whole line of a run's log, read from the end of its file."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
-        lines = file.read().split(b"\n")
-    # What follows the last newline is still being written.
-    return json.loads(lines[-2]) if len(lines) > 1 else None

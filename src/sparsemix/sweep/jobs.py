@@ -1,0 +1,107 @@
+"""What a worker process does, whichever launcher started it: train a run, or measure some steps of it."""
+
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sparsemix.settings import RunConfig
+
+# What a run keeps of its newest failure, for `sparsemix status` and for whoever looks for the cause.
+ERROR = "error.txt"
+
+
+class Job(NamedTuple):
+    """One run: settings, its folder, the folder of its data. Workers see the same files as who launches them."""
+
+    config: "RunConfig"
+    folder: Path
+    data: Path
+
+
+# How this process is told to stop; None outside a worker.
+_stopped: Callable[[], bool] | None = None
+
+
+def begin(threads: int, stopped: Callable[[], bool]) -> None:
+    """In a worker: its threads, its way to be stopped, and memory that is kept instead of faulted in each step."""
+    global _stopped
+    _stopped = stopped
+    # The terminal sends Ctrl-C to every process; only the launching one answers it, through `stopped`.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    from sparsemix.machine import allocator_is_tunable, tune_cpu_allocator
+
+    if allocator_is_tunable():
+        tune_cpu_allocator()
+    torch.set_num_threads(threads)
+
+
+def check_stop(_: dict[str, Any] | None = None) -> None:
+    """Raise KeyboardInterrupt in a worker that was told to stop."""
+    if _stopped is not None and _stopped():
+        raise KeyboardInterrupt
+
+
+def outcome(work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The result of `work(*args)`, or the exception that it raised, with its traceback as a note, fit to be sent."""
+    try:
+        return work(*args)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            plain = RuntimeError(f"{type(error).__name__}: {error}")
+            plain.add_note(traceback.format_exc())
+            return plain
+        return error
+
+
+def train_job(job: Job) -> dict[str, Any]:
+    """In a worker: one run, trained or resumed; its result."""
+    from sparsemix.data import Shards
+    from sparsemix.train import train
+
+    check_stop()
+    (job.folder / ERROR).unlink(missing_ok=True)
+    result = train(job.config, job.folder, Shards.open(job.data), check_stop).result
+    assert result is not None
+    return result
+
+
+def probe_job(config: "RunConfig", data: Path, steps: int) -> tuple[float, float]:
+    """In a worker: (seconds per training step, seconds per token of evaluation), the medians of `steps` steps."""
+    from statistics import median
+
+    from sparsemix.checkpoint import TrainState
+    from sparsemix.data import Shards
+    from sparsemix.evaluate.perplexity import document_losses
+    from sparsemix.machine import own_threads, pick_device, use_threads
+    from sparsemix.optim import build_optimizer
+    from sparsemix.train import train_step, training_batches
+
+    check_stop()
+    shards, device = Shards.open(data), pick_device()
+    model = config.model.build(config.seed).to(device).train()
+    t = config.train
+    optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
+    batches = training_batches(config, shards, TrainState(), device)
+    seconds = []
+    with own_threads():
+        use_threads(t.threads)
+        for _ in range(steps):
+            began = time.perf_counter()
+            train_step(config, model, optimizer, [next(batches) for _ in range(t.accumulation)])
+            optimizer.step()
+            seconds.append(time.perf_counter() - began)
+            check_stop()
+        batch = next(batches)
+        began = time.perf_counter()
+        document_losses(model, [batch])
+        return median(seconds), (time.perf_counter() - began) / batch.tokens.numel()

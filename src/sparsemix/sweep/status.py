@@ -1,0 +1,183 @@
+"""Where the runs of a folder stand, read from the folder alone, without torch."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.table import Table
+
+from sparsemix.config import ConfigError
+from sparsemix.report.records import arm_of
+from sparsemix.run import Run
+from sparsemix.sweep.jobs import ERROR
+
+State = Literal["running", "failed", "stopped", "waiting", "done"]
+# Locks do not reach across every file system: a run that wrote this lately is taken to run.
+STALE_S = 60.0
+STYLES: dict[State, str] = {"running": "cyan", "failed": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run. share: of its FLOPs, spent; loss: of the newest step, nats per token; left_s: seconds of training at its
+    rate so far; flops_per_s: that rate; said: bits per byte once it is done, or why it failed."""
+
+    folder: Path
+    arm: str
+    budget: float
+    width: int
+    seed: int
+    state: State = "waiting"
+    share: float = 0.0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    flops_per_s: float | None = None
+    said: str = ""
+
+    @property
+    def left_s(self) -> float | None:
+        return (1 - self.share) * self.budget / self.flops_per_s if self.flops_per_s else None
+
+
+def cells_of(out: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """(folder, cell) of every run: a study's, by its plan; a comparison's or another folder's; or the run itself.
+    Raises ConfigError where there is none."""
+    plan = out / "plan.yaml"
+    cells = yaml.safe_load(plan.read_text(encoding="utf-8")).get("cells") if plan.is_file() else None
+    if cells is not None:
+        return list({out / "runs" / cell["run"]: cell for cell in reversed(cells)}.items())[::-1]
+    folders = [out] if (out / "config.yaml").is_file() else sorted(p.parent for p in out.glob("*/config.yaml"))
+    if not folders and not plan.is_file():
+        raise ConfigError(f"{out} holds no runs; name the folder of a study, a comparison or a run")
+    return [(folder, {}) for folder in folders]
+
+
+def look(folder: Path, cell: dict[str, Any]) -> RunStatus:
+    """Where a run stands; `cell` is what its study's plan says of it."""
+    if not (folder / "config.yaml").is_file():
+        return RunStatus(folder, **{"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell))
+    run, line, known = Run(folder), last_line(folder), _about(folder) | _planned(cell)
+    if line is not None:
+        known |= {"loss": line["loss"], "tokens_per_s": line["tokens_per_s"], "share": _share(line, known["budget"])}
+        known |= {"flops_per_s": line["flops"] / line["wall_s"]}
+    if (result := run.result) is not None:
+        return RunStatus(folder, **known | {"state": "done", "share": 1.0, "said": f"{result['bpb']:.4f} bits/byte"})
+    if run.busy:
+        said = "evaluating" if known.get("share") == 1.0 else ""
+        return RunStatus(folder, **known, state="running", said=said)
+    if (folder / ERROR).is_file():
+        why = (folder / ERROR).read_text(encoding="utf-8").partition("\n")[0]
+        return RunStatus(folder, **known, state="failed", said=why)
+    if line is None:
+        return RunStatus(folder, **known)
+    fresh = time.time() - (folder / "metrics.jsonl").stat().st_mtime < STALE_S
+    return RunStatus(folder, **known, state="running" if fresh else "stopped")
+
+
+def _planned(cell: dict[str, Any]) -> dict[str, Any]:
+    return {name: cell[name] for name in ("arm", "budget", "width", "seed") if name in cell}
+
+
+@lru_cache(maxsize=4096)
+def _about(folder: Path) -> dict[str, Any]:
+    settings = Run(folder).settings
+    return {
+        "arm": arm_of(settings),
+        "budget": float(settings["train"]["budget_flops"]),
+        "width": settings["model"]["d_model"],
+        "seed": settings["seed"],
+    }
+
+
+def _share(line: dict[str, Any], budget: float) -> float:
+    """Of the budget, spent; 1 after the last whole step, when less than one step's FLOPs are left."""
+    ended = line["flops"] * (1 + 1 / line["step"]) > budget
+    return 1.0 if ended else line["flops"] / budget
+
+
+def last_line(folder: Path) -> dict[str, Any] | None:
+    """The newest whole line of a run's log, read from the end of its file."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().split(b"\n")
+    # What follows the last newline is still being written.
+    return json.loads(lines[-2]) if len(lines) > 1 else None
+
+
+class Board:
+    """The runs of a folder, looked at again and again; finished ones are read once."""
+
+    def __init__(self, cells: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+        self.cells = list(cells)
+        self._done: dict[Path, RunStatus] = {}
+
+    def look(self) -> list[RunStatus]:
+        """Every run, in the plan's order."""
+        found = [self._done.get(folder) or look(folder, cell) for folder, cell in self.cells]
+        self._done |= {run.folder: run for run in found if run.state == "done"}
+        return found
+
+
+def totals(runs: Sequence[RunStatus]) -> str:
+    """How many runs are in which state, and when all will be done at the present rate."""
+    counts = {state: sum(run.state == state for run in runs) for state in ("done", *STYLES)}
+    said = [f"{counts['done']} of {len(runs)} runs done"]
+    said += [f"{count} {state}" for state, count in counts.items() if count and state != "done"]
+    rate = sum(run.flops_per_s or 0.0 for run in runs if run.state == "running")
+    if rate:
+        left = sum((1 - run.share) * run.budget for run in runs if run.state in ("running", "waiting", "stopped"))
+        said.append(f"about {duration(left / rate)} of training left")
+    return ", ".join(said)
+
+
+def table(runs: Sequence[RunStatus], rows: int | None = None) -> Table:
+    """A row a run; with fewer `rows` than runs, what runs or failed comes first and the rest is left out."""
+    shown = list(runs)
+    if rows is not None and len(runs) > rows:
+        shown = sorted(runs, key=lambda run: list(STYLES).index(run.state))[:rows]
+    made = Table(box=None, pad_edge=False)
+    for name, justify in (
+        ("arm", "left"),
+        ("budget", "right"),
+        ("width", "right"),
+        ("seed", "right"),
+        ("state", "left"),
+    ):
+        made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("share", "loss", "tokens/s", "left"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("run", no_wrap=True)
+    made.add_column("", overflow="fold")
+    for run in shown:
+        made.add_row(
+            run.arm,
+            f"{run.budget:.3g}",
+            str(run.width),
+            str(run.seed),
+            f"[{STYLES[run.state]}]{run.state}[/]",
+            f"{run.share:.0%}" if run.share else "",
+            f"{run.loss:.3f}" if run.loss is not None else "",
+            f"{run.tokens_per_s:,.0f}" if run.tokens_per_s else "",
+            duration(run.left_s) if run.state == "running" and run.left_s else "",
+            run.folder.name,
+            run.said.replace("[", r"\["),
+        )
+    if len(shown) < len(runs):
+        made.caption = f"and {len(runs) - len(shown)} more"
+    return made
+
+
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, length, until in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 200_000)):
+        if seconds < until:
+            return f"{seconds / length:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86_400:.1f} days"

@@ -1,0 +1,94 @@
+"""Where the runs of a folder stand, as another terminal sees it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsemix.config import ConfigError
+from sparsemix.run import Run
+from sparsemix.sweep.compare import CompareConfig
+from sparsemix.sweep.launch import make_launcher
+from sparsemix.sweep.status import Board, cells_of, duration, look, table
+from sparsemix.sweep.study import Cell, Study
+from tiny import run_config, write_corpus
+
+STATUS = """
+import sys
+from pathlib import Path
+from sparsemix.cli.status import status
+status(Path(sys.argv[1]))
+assert "torch" not in sys.modules
+"""
+
+
+def one_worker():
+    return make_launcher("local", Path("unused"), ["threads=1"], 1)
+
+
+@pytest.fixture
+def study(tmp_path):
+    made = Study(tmp_path / "study", CompareConfig(), lambda _: None)
+    made.prepare(write_corpus(tmp_path))
+    return made
+
+
+def cell(study, kind, **settings):
+    return Cell(kind, run_config(study.data, kind, **settings))
+
+
+def test_status_shows_a_half_done_study_and_needs_no_torch(study):
+    done, failed, going, stopped, waiting = (cell(study, "dense", seed=seed, evals=0) for seed in range(5))
+    failed = Cell("broken", failed.config.replace(train=failed.config.train.replace(lr=1e30)))
+    with one_worker() as workers:
+        study.train([done, failed], workers, "training")
+    study._note([going, stopped, waiting])
+    for each in (going, stopped):
+        run = Run(study.folder(each), each.config)
+        budget = each.config.train.budget_flops
+        run.log(step=1, loss=5.5, flops=0.25 * budget, wall_s=2.0, tokens=64, tokens_per_s=32.0)
+    long_ago = time.time() - 600
+    os.utime(study.folder(stopped) / "metrics.jsonl", (long_ago, long_ago))
+    with Run(study.folder(going)).lock():
+        command = [sys.executable, "-c", STATUS, str(study.out)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        states = {run.folder.name: run for run in Board(cells_of(study.out)).look()}
+    expected = {done: "done", failed: "failed", going: "running", stopped: "stopped", waiting: "waiting"}
+    assert {each.run: states[each.run].state for each in expected} == {e.run: state for e, state in expected.items()}
+    assert states[going.run].share == 0.25 and states[going.run].left_s == pytest.approx(6.0)
+    assert states[waiting.run].budget == waiting.config.train.budget_flops and states[waiting.run].width == 16
+    for each, state in expected.items():
+        (row,) = [line for line in told.splitlines() if each.run in line]
+        assert row.startswith(each.arm) and f" {state} " in row and len(row) <= 160
+    assert "25%  5.500" in told and "non-finite" in told
+    assert "1 of 5 runs done, 1 running, 1 failed, 1 stopped, 1 waiting, about" in told
+    # Where there is no room for all, what runs or failed comes first.
+    short = table(list(states.values()), 2)
+    assert short.row_count == 2 and short.caption == "and 3 more"
+
+
+def test_status_of_a_comparison_of_one_run_and_of_nothing(study, tmp_path):
+    one = cell(study, "moe")
+    with one_worker() as workers:
+        study.train([one], workers, "training")
+    for folder in (study.out / "runs", study.folder(one)):
+        ((found, about),) = cells_of(folder)
+        run = look(found, about)
+        assert (run.arm, run.width, run.state) == ("moe", 16, "done") and "bits/byte" in run.said
+    with pytest.raises(ConfigError, match="holds no runs; name the folder"):
+        cells_of(tmp_path / "nothing")
+
+
+def test_a_duration_reads_well_at_every_length():
+    assert [duration(s) for s in (4, 99, 240, 5000, 7200, 90_000, 400_000)] == [
+        "4 s",
+        "99 s",
+        "4 min",
+        "83 min",
+        "2.0 h",
+        "25.0 h",
+        "4.6 days",
+    ]
