@@ -23,13 +23,13 @@ LADDER = (
     ("trained",),
     ("api",),
     ("report", "interop", "recipes"),
-    ("sweep", "inspection", "play", "doctor"),
+    ("sweep", "inspection", "play", "doctor", "track"),
     ("reproduce",),
     ("bench",),
     ("cli",),
 )
 FLOORS = {name: floor for floor, names in enumerate(LADDER) for name in names}
-TOP_ONLY = {"transformers", "datasets", "lm_eval", "ray", "matplotlib"}
+TOP_ONLY = {"transformers", "datasets", "lm_eval", "ray", "matplotlib", "submitit", "tensorboard", "wandb", "trackio"}
 # Documents come from the hub through `datasets`, imported only when one is asked for.
 LAZY = {("data/hub.py", "datasets")}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible, say, show
 
 
@@ -26,12 +26,14 @@ def compare(
     workers: Workers = None,
     launcher: LauncherName = "local",
     launch: Launch = None,
+    track: Track = None,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     from sparsemix.config import parse
     from sparsemix.sweep.compare import CompareConfig, Comparison
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.watch import Stages
+    from sparsemix.track import tracking
 
     settings = {
         "text": tuple(text or ("stdlib",)),
@@ -43,7 +45,7 @@ def compare(
         "recipe": recipe,
         "overrides": tuple(override or ()),
     }
-    with interruptible(), Stages("data", say) as preparation:
+    with interruptible(), tracking(track, out), Stages("data", say) as preparation:
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
         comparison = Comparison(config, out, say, made, preparation)

@@ -23,3 +23,8 @@ Launch = Annotated[
     typer.Option("--launch", help="A setting of the launcher, such as threads=2 or partition=gpu. Repeatable."),
 ]
 Workers = Annotated[int | None, typer.Option("--workers", help="Runs at a time; default: one per core.", min=1)]
+# `sparsemix.track.tracking` takes it.
+Track = Annotated[
+    str | None,
+    typer.Option("--track", help="Also give metrics to tensorboard, wandb (offline) or trackio (local)."),
+]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Text
+from sparsemix.cli.options import Text, Track
 from sparsemix.cli.output import interruptible, say
 from sparsemix.errors import ConfigError
 
@@ -22,6 +22,7 @@ def train(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the prepared text; default: beside --out.")] = None,
     keep_memory: Annotated[bool, typer.Option(help="Keep freed memory between steps: faster on CPUs (glibc).")] = False,
+    track: Track = None,
 ) -> None:
     """Train one model to its budget and evaluate it causally."""
     from sparsemix.config import config_hash, parse
@@ -29,6 +30,7 @@ def train(
     from sparsemix.machine import tune_cpu_allocator
     from sparsemix.settings import RunConfig
     from sparsemix.sweep.watch import Stages, Watch
+    from sparsemix.track import tracking
     from sparsemix.train import train as train_run
 
     if keep_memory:
@@ -41,7 +43,7 @@ def train(
     if falling := config.still_falling:
         say(f"{', '.join(falling)}: more than the run has steps, so its capacity stays above the goal")
     place = data or out.parent / f"data-{config_hash(parse(DataConfig, raw['data']))}"
-    with interruptible():
+    with interruptible(), tracking(track, out):
         with Stages("data", say) as preparation:
             shards = prepare(config.data, place, preparation)
         config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
