@@ -14,7 +14,7 @@
 #include <immintrin.h>
 
 #define PAIR_ROWS 14    // rows of a tile: 28 sums, two vectors of pairs and a broadcast fill 31 of 32 registers
-#define PAIR_BLOCK 256  // rows of one expert in a task: its matrices are packed anew in each, rows stay in the second cache
+#define PAIR_BLOCK 384  // rows of one expert in a task: its matrices are packed anew in each, rows stay in the second cache
 
 typedef uint32_t pair __attribute__((may_alias));  // two bf16, the earlier one in the low half
 
