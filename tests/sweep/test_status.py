@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsemix.config import ConfigError
-from sparsemix.run import Run
+from sparsemix.run import LOCK, Run
 from sparsemix.sweep.compare import CompareConfig
 from sparsemix.sweep.launch import make_launcher
 from sparsemix.sweep.status import Board, cells_of, duration, look, table
@@ -68,6 +68,16 @@ def test_status_shows_a_half_done_study_and_needs_no_torch(study):
     # Where there is no room for all, what runs or failed comes first.
     short = table(list(states.values()), 2)
     assert short.row_count == 2 and short.caption == "and 3 more"
+
+
+def test_a_run_on_another_machine_whose_lock_is_not_seen_runs_while_it_writes(study):
+    run = Run(study.folder(one := cell(study, "dense")), one.config)
+    run.log(step=1, loss=5.5, flops=1.0, wall_s=2.0, tokens=64, tokens_per_s=32.0)
+    (run.folder / LOCK).write_text("process 7 on elsewhere\n", encoding="utf-8")
+    assert look(run.folder, {}).state == "running"
+    with run.lock():
+        pass
+    assert look(run.folder, {}).state == "stopped"
 
 
 def test_status_of_a_comparison_of_one_run_and_of_nothing(study, tmp_path):

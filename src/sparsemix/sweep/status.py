@@ -1,6 +1,7 @@
 """Where the runs of a folder stand, read from the folder alone, without torch."""
 
 import json
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from sparsemix.config import ConfigError
 from sparsemix.report.records import arm_of
-from sparsemix.run import Run
+from sparsemix.run import LOCK, Run
 from sparsemix.sweep.jobs import ERROR
 
 State = Literal["running", "failed", "stopped", "waiting", "done"]
@@ -75,8 +76,10 @@ def look(folder: Path, cell: dict[str, Any]) -> RunStatus:
         return RunStatus(folder, **known, state="failed", said=why)
     if line is None:
         return RunStatus(folder, **known)
+    # A lock that was taken on this machine and is free now has no holder; another machine's may not be seen from here.
+    here = socket.gethostname() in (folder / LOCK).read_text(encoding="utf-8") if (folder / LOCK).is_file() else False
     fresh = time.time() - (folder / "metrics.jsonl").stat().st_mtime < STALE_S
-    return RunStatus(folder, **known, state="running" if fresh else "stopped")
+    return RunStatus(folder, **known, state="running" if fresh and not here else "stopped")
 
 
 def _planned(cell: dict[str, Any]) -> dict[str, Any]:
