@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sparsemix.machine import pick_device, pick_dtype
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.jobs import Job
 
@@ -19,6 +20,8 @@ BYTES_PER_PARAM = 16
 COPIES, TERNARY_COPIES = 3, 6
 # Evaluation has the logits of a whole batch at a time, and their exponentials, where training has a part of them.
 LOGIT_COPIES = 2
+# In bf16 on a CPU oneDNN keeps a kernel for every number of tokens that an expert has taken; measured after 120 steps.
+EXPERT_KERNELS_BYTES = 5e8
 
 
 def run_bytes(config: RunConfig) -> float:
@@ -29,6 +32,10 @@ def run_bytes(config: RunConfig) -> float:
     copies = TERNARY_COPIES if "ternary" in str(model.blocks) else COPIES
     tokens = config.batch_size * model.seq_len
     kept = copies * widths * tokens / config.train.accumulation + LOGIT_COPIES * model.vocab_size * tokens
+    ragged = any(f"kind='{kind}'" in str(model.blocks) for kind in ("moe", "mode"))
+    device = pick_device()
+    if ragged and device.type == "cpu" and pick_dtype(config.train.dtype, device) == torch.bfloat16:
+        kept += EXPERT_KERNELS_BYTES / 4
     return PROCESS_BYTES + BYTES_PER_PARAM * cost.params + 4 * kept
 
 
