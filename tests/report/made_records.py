@@ -74,7 +74,7 @@ def routing(arm: str) -> dict[str, Any]:
 
 def made_record(
     arm: str, budget: float, params: float, seed: int, nats: float, law: Law, role: str = "grid", top_k: int = 2,
-    folder: Path = Path("runs"), fingerprint: str = FINGERPRINT, docs: np.ndarray | None = None,
+    folder: Path = Path("runs"), fingerprint: str = FINGERPRINT, docs: np.ndarray | None = None, lr: float = 3e-3,
 ) -> Record:  # fmt: skip
     """One run of the given loss; `docs`, how its documents differ from their mean, writes documents.npz."""
     params = round(params)
@@ -82,19 +82,19 @@ def made_record(
     forward, tokens = 2 * params / law.sparsity, law.tokens(params, budget)
     bpb = float(nats * TEST_TOKENS / (document_bytes().sum() * np.log(2)))
     wall = forward * 3 * tokens / law.speed * (1 + 0.01 * seed)
-    path = folder / f"{arm}-{budget:.0e}-{params}-{seed}-{role}-{top_k}"
+    path = folder / f"{arm}-{budget:.0e}-{params}-{seed}-{lr:g}-{top_k}"
     share = np.linspace(0.1, 1, 10)
     curve = tuple((float(budget * s), float(wall * s), float(bpb + 0.01 + 0.3 * (s**-0.4 - 1))) for s in share)
     model = {"d_model": width, "vocab_size": VOCAB, "seq_len": SEQ_LEN, "tie_embeddings": True}
     settings = {
         "model": model | {"blocks": blocks(arm, width, top_k)},
         "data": {"text": ["made/*.txt"], "vocab_size": VOCAB, "fingerprint": fingerprint},
-        "train": {"budget_flops": budget, "batch_tokens": 2048, "lr": 3e-3, "test_tokens": TEST_TOKENS},
+        "train": {"budget_flops": budget, "batch_tokens": 2048, "lr": lr, "test_tokens": TEST_TOKENS},
         "seed": seed,
     }
     active = round(params / law.sparsity)
     result = {
-        "flops": budget, "seed": seed, "lr": 3e-3, "tokens": int(tokens), "bpb": bpb, "validation_bpb": bpb + 0.01,
+        "flops": budget, "seed": seed, "lr": lr, "tokens": int(tokens), "bpb": bpb, "validation_bpb": bpb + 0.01,
         "lookahead_bpb": bpb - 0.02 if arm == "mod" else None, "wall_s": wall, "tokens_per_s": tokens / wall,
         "peak_memory_bytes": 300_000_000 + 16 * params, "perplexity": float(np.exp(nats)), "steps": int(tokens / 2048),
         "test_tokens": TEST_TOKENS, "routing": routing(arm), "convention": FIRST_CONVENTION,
@@ -143,14 +143,22 @@ def made_study(
             offsets = np.arange(num_sizes) - (num_sizes - 1) / 2 + shift
             sizes = law.best(budget)[0] * step**offsets
             best = sizes[np.abs(offsets).argmin()]
-            runs = [(size, 0, "grid") for size in sizes] + [(best, s, "seed") for s in range(1, num_seeds)]
-            for size, s, role in runs + ([(best, 0, "rate")] if rates else []):
+            runs = [(size, 0, "grid", 1.0) for size in sizes] + [(best, s, "seed", 1.0) for s in range(1, num_seeds)]
+            if rates and budget == min(budgets):
+                runs += [(best, 0, "rate", 0.5), (best, 0, "rate", 2.0)]
+            for size, s, role, rate in runs:
                 nats = law.loss(size, law.tokens(size, budget)) + common[s] + rng.normal(0, sd * (1 - shared) ** 0.5)
+                # A fourfold too high or low rate costs 0.2 nats.
+                nats += 0.05 * np.log2(rate) ** 2
                 docs = None if folder is None else centred(hardness + rng.normal(0, 0.01, NUM_DOCS))
-                run = made_record(
-                    arm, budget, size, s, float(nats), law, role, folder=folder or Path("runs"), docs=docs
+                place = folder or Path("runs")
+                records.append(
+                    made_record(arm, budget, size, s, float(nats), law, role, folder=place, docs=docs, lr=3e-3 * rate)
                 )
-                records.append(run)
+            if rates and budget == min(budgets):
+                # The rate that was chosen is the grid's run, named once more.
+                chosen = next(r for r in records if (r.arm, r.budget, r.params) == (arm, budget, round(best)))
+                records.append(replace(chosen, role="rate"))
     return records
 
 

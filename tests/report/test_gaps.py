@@ -14,7 +14,7 @@ from sparsemix.report.stats import Interval, holm, smallest_visible
 
 BUDGETS, RIVALS, SD, SHARED = (1e13, 3e13), ("moe", "peer", "mod"), 0.01, 0.3
 COMPARISONS = len(BUDGETS) * len(RIVALS)
-TERMS = Terms("dense", frozenset(ARMS), repeated=False, resamples=100)
+TERMS = Terms("dense", frozenset(ARMS), repeated=frozenset(), resamples=100)
 MADE = {
     (arm, budget, seed): made_record(arm, budget, 3e5, seed, 3.0, DENSE)
     for arm in ("dense", *RIVALS)

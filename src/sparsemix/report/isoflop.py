@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparsemix.config import ConfigError
-from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, warnings_of
+from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, tuned_arms, warnings_of
 from sparsemix.report.fits.curves import curves_of
 from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
 from sparsemix.report.fits.gaps import BOTH
@@ -34,6 +34,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Everything a report says about the runs, as JSON-able data. Raises ConfigError."""
     same_terms(list(records))
+    if broken := next((r for r in records if not np.isfinite([r.nats, r.bpb]).all()), None):
+        raise ConfigError(f"{broken.folder}: its test loss is not finite, that run diverged; leave it out")
     used = [r for r in records if r.role in FITTED]
     if not used:
         raise ConfigError("these runs hold no size of a grid (role grid or seed), so there is no curve to fit")
@@ -41,9 +43,13 @@ def analyse(
     curves = curves_of(used, arms, _bpb_of_a_nat(used))
     optima = draw_optima(curves, resamples)
     train_tokens = _train_tokens(used)
-    repeated = not allow_repeats and any((epochs_of(r, train_tokens) or 0) > NO_VERDICT for r in used)
-    tuned = frozenset(r.arm for r in records if r.role == "rate")
-    line = line_of([o for (arm, _), o in optima.items() if arm == baseline and o is not None], np.random.default_rng(2))
+    often = (r for r in used if (epochs_of(r, train_tokens) or 0) > NO_VERDICT and not allow_repeats)
+    repeated = frozenset((r.arm, r.budget) for r in often)
+    tuned = tuned_arms(records)
+    line = line_of(
+        [o for o in optima.values() if o is not None and o.curve.arm == baseline and o.curve.bracketed],
+        np.random.default_rng(2),
+    )
     laws, law_said = laws_of(curves, resamples)
     base = [c for c in curves if c.arm == baseline]
     by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)
@@ -67,8 +73,8 @@ def analyse(
         "laws": laws,
         "granularity": granularity_laws(used, resamples),
         "quantities": quantities,
-        "warnings": warnings_of(used, curves, baseline, train_tokens, allow_repeats) + law_said + said,
-        "does_not_show": does_not_show(used, curves, tuned, laws=bool(laws), documents=documents),
+        "warnings": warnings_of(records, curves, baseline, train_tokens, allow_repeats) + law_said + said,
+        "does_not_show": does_not_show(records, curves, tuned, laws=bool(laws), documents=documents),
     }
 
 

@@ -16,15 +16,26 @@ def epochs_of(record: Record, train_tokens: int | None) -> float | None:
     return None if not train_tokens else record.tokens / train_tokens
 
 
+def tuned_arms(records: Sequence[Record]) -> frozenset[str]:
+    """Arms of which three learning rates or more were tried on one size: fewer are no search."""
+    tried: dict[str, set[float]] = {}
+    for record in records:
+        if record.role == "rate":
+            tried.setdefault(record.arm, set()).add(record.lr)
+    return frozenset(arm for arm, rates in tried.items() if len(rates) >= 3)
+
+
 def warnings_of(
     records: Sequence[Record], curves: Sequence[Curve], baseline: str, train_tokens: int | None, allow_repeats: bool
 ) -> list[str]:
     said = []
     if baseline not in {r.arm for r in records}:
         said.append(f"no run of the baseline {baseline}: nothing is compared")
+    used = [r for r in records if r.role != "rate"]
     said += [line for curve in curves for line in _of_curve(curve)]
-    said += _duplicates(records)
-    said += _repeats(records, train_tokens, allow_repeats)
+    said += _duplicates(used)
+    said += _edges(records)
+    said += _repeats(used, train_tokens, allow_repeats)
     return said
 
 
@@ -38,8 +49,8 @@ def _of_curve(curve: Curve) -> list[str]:
     if not fit.bracketed:
         below = sum(x < fit.vertex for x in fit.sizes)
         said.append(
-            f"{name}: not bracketed, {below} sizes lie below the fitted optimum and {len(fit.sizes) - below} above; it "
-            "takes two on each side"
+            f"{name}: not bracketed, of {len(fit.sizes)} sizes {below} lie below the fitted optimum and "
+            f"{len(fit.sizes) - below} above; it takes two on each side"
         )
     elif fit.vertex_interval[0] < fit.sizes[0] or fit.vertex_interval[1] > fit.sizes[-1]:
         said.append(f"{name}: the optimum's interval reaches beyond the sizes that were run")
@@ -76,6 +87,20 @@ def _duplicates(records: Sequence[Record]) -> list[str]:
     return said
 
 
+def _edges(records: Sequence[Record]) -> list[str]:
+    """Searches whose best learning rate has none worse on one side."""
+    searches: dict[tuple[str, float, int], dict[float, float]] = {}
+    for r in records:
+        if r.role == "rate":
+            searches.setdefault((r.arm, r.budget, r.params), {})[r.lr] = r.validation_bpb
+    said = []
+    for (arm, budget, _), losses in searches.items():
+        best = min(losses, key=losses.__getitem__)
+        if len(losses) > 1 and best in (min(losses), max(losses)):
+            said.append(f"{arm} at {budget:.3g} FLOPs: the best learning rate {best:.3g} is at the end of those tried")
+    return said
+
+
 def _repeats(records: Sequence[Record], train_tokens: int | None, allow_repeats: bool) -> list[str]:
     if not train_tokens:
         return ["the size of the training text is not known: its data folder is missing, so epochs cannot be told"]
@@ -105,9 +130,11 @@ def does_not_show(
     vocabulary = records[0].settings["model"]["vocab_size"]
     said.append(f"Other texts than {text}, other tokenizers (vocabulary {vocabulary}), or other tasks.")
     if untuned := [arm for arm in dict.fromkeys(r.arm for r in records) if arm not in tuned]:
-        said.append(f"{', '.join(untuned)} at their own best learning rate: none was searched for them.")
-    if any(r.arm in tuned for r in records):
-        said.append("Learning rates tuned at every size and budget, or any other hyperparameter tuned by kind.")
+        said.append(f"{', '.join(untuned)} with a learning rate of its own: none was searched.")
+    searched = {(r.arm, r.budget, r.params) for r in records if r.role == "rate"}
+    if tuned and {(r.arm, r.budget, r.params) for r in records} - searched:
+        said.append("Learning rates searched at every size and budget: others follow by rule from where it was done.")
+    said.append("Any other hyperparameter tuned for each kind.")
     counts = [len(curve.seeded) for curve in curves]
     if counts and min(counts) < 3:
         said.append("The spread of seeds, where a kind has fewer than three at its optimum.")

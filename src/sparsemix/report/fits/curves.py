@@ -36,13 +36,12 @@ class Curve:
         if isinstance(self.fit, str):
             return self.fit
         if self.fit.coef[2] <= 0:
-            return "the fitted curve has no minimum: the losses do not turn upwards on both sides"
+            return "the losses do not turn upwards on both sides of a size"
         if self.fit.vertex_interval is None:
             return "the curve is flat within its noise: more sizes, further apart, or more seeds would tell"
         low, high = self.fit.sizes[0], self.fit.sizes[-1]
-        span = high - low
-        if not low - span / 2 <= self.fit.vertex <= high + span / 2:
-            return "the fitted optimum lies far outside of the sizes that were run"
+        if not low <= self.fit.vertex <= high:
+            return f"it would be {'smaller' if self.fit.vertex < low else 'larger'} than every size in the fit"
         return None
 
     @property

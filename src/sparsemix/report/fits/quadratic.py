@@ -113,7 +113,8 @@ def fit_quadratic(sizes: Sequence[Sized]) -> Quadratic | str:
     skew of the true curve, c (beta - alpha) ln 10 / 3 u^3, is a further error with beta - alpha ~ N(0, 0.06^2)."""
     sizes = sorted(sizes)
     if len(sizes) < FEWEST:
-        return f"{len(sizes)} sizes: a quadratic with an error needs {FEWEST}, and {WANTED} to be bracketed"
+        number = "one size" if len(sizes) == 1 else f"{len(sizes)} sizes"
+        return f"{number}: a quadratic with an error takes {FEWEST}"
     near, far = _near(sizes)
     x = np.array([s.x for s in near for _ in s.nats])
     y = np.array([n for s in near for n in s.nats])

@@ -29,11 +29,12 @@ NOTHING = dict.fromkeys((
 
 @dataclass(frozen=True)
 class Terms:
-    """What verdicts rest on: who the baseline is, whose rate was searched, whether text was repeated too often."""
+    """What verdicts rest on: who the baseline is, whose rate was searched, the curves (arm, budget) with runs that
+    repeat their text too often."""
 
     baseline: str
     tuned: frozenset[str]
-    repeated: bool
+    repeated: frozenset[tuple[str, float]]
     resamples: int
     by_law: Callable[[float, float], float] | None = None
 
@@ -58,7 +59,8 @@ def quantities_of(
         if gap is not None and base is not None:
             entry |= _gap(gap, base)
             own, other = optima[key], optima[base.arm, base.budget]
-            if own is not None and other is not None:
+            # Beyond the sizes that were run a curve's bottom is a guess, and what rests on it another.
+            if own is not None and other is not None and curve.bracketed and base.bracketed:
                 found, lines = _equal_loss(own, other, gap, line, terms, rng)
                 entry |= found
                 said += lines
@@ -98,8 +100,10 @@ def _verdict(
         return {"verdict": "not resolved: one seed cannot tell a kind from its luck"}
     visible = smallest_visible(gap.difference.interval, tested)
     said = verdict(gap.difference, adjusted, visible, curve.arm not in terms.tuned)
-    if terms.repeated:
+    if {(curve.arm, curve.budget), (base.arm, base.budget)} & terms.repeated:
         said = "no verdict: more than 4 epochs over the training text"
+    elif len(curve.points) == len(base.points) == 1:
+        said += ", at one size"
     # Off the optimum a loss is too high. So an arm that is better although it is not at its optimum is better, but one
     # that is better than a baseline that is not at its own may not be.
     elif said.startswith("better") and not base.bracketed:
