@@ -52,9 +52,9 @@ def test_quantities_have_holms_p_values_over_arms_and_budgets():
 
 def test_any_false_verdict_comes_in_five_per_cent_of_studies():
     rng = np.random.default_rng(0)
-    false = [min(p_values(rng).values()) <= 0.05 for _ in range(600)]
+    false = [min(p_values(rng).values()) <= 0.05 for _ in range(1200)]
     # The six tests share the baseline's seeds, so that Holm is a little careful.
-    assert 0.02 < np.mean(false) < 0.07
+    assert 0.03 < np.mean(false) < 0.065
 
 
 def test_twice_the_visible_effect_is_found():

@@ -6,7 +6,13 @@ from made_records import ARMS, DENSE, made_record, made_study
 
 from sparsemix.report.fits.bootstrap import runs_of
 from sparsemix.report.fits.curves import curves_of
-from sparsemix.report.fits.granularity import granularity_laws, granularity_of, projection, without_embeddings
+from sparsemix.report.fits.granularity import (
+    grains_of,
+    granularity_laws,
+    granularity_warnings,
+    projection,
+    without_embeddings,
+)
 from sparsemix.report.fits.laws import NAMES, JointLaw, budget_for, fit_huber, fit_varpro, joint_law, laws_of
 
 CHINCHILLA = JointLaw(1.69, 406.4, 410.7, 0.34, 0.28)
@@ -113,13 +119,15 @@ def test_granularity_is_recovered_and_needs_three_granularities():
     for name, value in planted.items():
         assert entry[name] == pytest.approx(value, rel=1e-3)
     assert entry["arm"] == "moe" and entry["granularities"] == [1, 2, 4, 8]
-    assert granularity_laws([r for r in runs if granularity_of(r)[1] < 4], 20) == []
+    assert "2 to 16 experts" in granularity_warnings([entry])[0]
+    assert granularity_warnings([entry | {"expansions": [64.0]}]) == []
+    assert granularity_laws([r for r in runs if grains_of(r).granularity < 4], 20) == []
 
 
 def test_granularity_counts_the_experts_of_a_token():
-    assert granularity_of(made_record("moe", 1e13, 1e6, 0, 3.0, ARMS["moe"], top_k=4)) == ("moe", 4)
-    assert granularity_of(made_record("peer", 1e13, 1e6, 0, 3.0, ARMS["peer"], top_k=4)) == ("peer", 16)
-    assert granularity_of(made_record("dense", 1e13, 1e6, 0, 3.0, DENSE)) is None
+    assert grains_of(made_record("moe", 1e13, 1e6, 0, 3.0, ARMS["moe"], top_k=4)) == ("moe", 4, 4)
+    assert grains_of(made_record("peer", 1e13, 1e6, 0, 3.0, ARMS["peer"], top_k=4)) == ("peer", 16, 256)
+    assert grains_of(made_record("dense", 1e13, 1e6, 0, 3.0, DENSE)) is None
 
 
 def test_negative_terms_are_not_fitted():

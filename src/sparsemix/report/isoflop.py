@@ -15,7 +15,7 @@ from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, 
 from sparsemix.report.fits.curves import curves_of
 from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
 from sparsemix.report.fits.gaps import BOTH
-from sparsemix.report.fits.granularity import granularity_laws
+from sparsemix.report.fits.granularity import granularity_laws, granularity_warnings
 from sparsemix.report.fits.laws import budget_by_law, laws_of
 from sparsemix.report.fits.quantities import Terms, draw_optima, quantities_of
 from sparsemix.report.records import Record, same_terms
@@ -51,9 +51,11 @@ def analyse(
         np.random.default_rng(2),
     )
     laws, law_said = laws_of(curves, resamples)
+    granularity = granularity_laws(used, resamples)
+    said = law_said + granularity_warnings(granularity)
     base = [c for c in curves if c.arm == baseline]
     by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)
-    quantities, said = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples, by_law))
+    quantities, far = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples, by_law))
     documents = all(q["test"] in (None, BOTH) for q in quantities)
     return {
         "title": f"isoFLOP study: {', '.join(arms)}",
@@ -68,12 +70,12 @@ def analyse(
         "runs": [_run(r, train_tokens) for r in records],
         "curves": [curve.as_data() for curve in curves],
         "optimum_against_budget": [
-            exponent(arm, [o for (a, _), o in optima.items() if a == arm and o]) for arm in arms
+            exponent(arm, [o for (a, _), o in optima.items() if a == arm and o and o.curve.bracketed]) for arm in arms
         ],
         "laws": laws,
-        "granularity": granularity_laws(used, resamples),
+        "granularity": granularity,
         "quantities": quantities,
-        "warnings": warnings_of(records, curves, baseline, train_tokens, allow_repeats) + law_said + said,
+        "warnings": warnings_of(records, curves, baseline, train_tokens, allow_repeats) + said + far,
         "does_not_show": does_not_show(records, curves, tuned, laws=bool(laws), documents=documents),
     }
 

@@ -125,8 +125,8 @@ def does_not_show(
     scale = f"{_amount(largest)} parameters and {budgets[-1]:.3g} training FLOPs a run"
     said = [f"Anything beyond {scale}: orders of kinds are known to change with scale."]
     if len(budgets) < 3 or not laws:
-        number = "one budget" if len(budgets) == 1 else f"{len(budgets)} budgets"
-        said.append(f"How a gap changes with the budget: {number} draw no law.")
+        number = "one budget draws" if len(budgets) == 1 else f"{len(budgets)} budgets draw"
+        said.append(f"How a gap changes with the budget: {number} no law.")
     vocabulary = records[0].settings["model"]["vocab_size"]
     said.append(f"Other texts than {text}, other tokenizers (vocabulary {vocabulary}), or other tasks.")
     if untuned := [arm for arm in dict.fromkeys(r.arm for r in records) if arm not in tuned]:
@@ -149,7 +149,7 @@ def does_not_show(
     )
     if any(r.lookahead_bpb is not None for r in records):
         kinds = ", ".join(dict.fromkeys(r.arm for r in records if r.lookahead_bpb is not None))
-        said.append(f"What {kinds} would reach if routing could see later tokens at test time: losses are causal.")
+        said.append(f"What {kinds} would reach by looking ahead at test time as in training: losses are causal.")
     return said
 
 

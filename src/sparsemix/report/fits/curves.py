@@ -35,14 +35,17 @@ class Curve:
         """Why there is no optimum."""
         if isinstance(self.fit, str):
             return self.fit
-        if self.fit.coef[2] <= 0:
-            return "the losses do not turn upwards on both sides of a size"
-        if self.fit.vertex_interval is None:
-            return "the curve is flat within its noise: more sizes, further apart, or more seeds would tell"
         low, high = self.fit.sizes[0], self.fit.sizes[-1]
-        if not low <= self.fit.vertex <= high:
-            return f"it would be {'smaller' if self.fit.vertex < low else 'larger'} than every size in the fit"
-        return None
+        turns = self.fit.coef[2] > 0
+        if turns and self.fit.vertex_interval is None:
+            return "the curve is flat within its noise: more sizes, further apart, or more seeds would tell"
+        if turns and low <= self.fit.vertex <= high:
+            return None
+        means = [np.mean([r.nats for r in point]) for point in self.points]
+        if (best := int(np.argmin(means))) in (0, len(means) - 1):
+            end, others = ("smallest", "smaller") if best == 0 else ("largest", "larger")
+            return f"the loss is least at the {end} size, {others} ones are needed"
+        return "the losses do not turn upwards on both sides of a size"
 
     @property
     def bracketed(self) -> bool:

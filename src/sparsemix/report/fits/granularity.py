@@ -6,7 +6,7 @@ the number of experts that a token picks: top_k of `moe`, num_heads * top_k of `
 (arXiv:2407.04153, 2.1: active over expert parameters). N: parameters without embeddings, D: training tokens."""
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +21,21 @@ FEWEST_RUNS, FEWEST_SIZES, FEWEST_GRANULARITIES = 10, 3, 3
 MOST_RESAMPLES = 300
 
 
-def granularity_of(record: Record) -> tuple[str, int] | None:
-    """(`moe` or `peer`, G) of a run's expert layers; None without them, or where they differ."""
+class Grains(NamedTuple):
+    """What a run's expert layers are: `moe` or `peer`, G, and the expansion rate, experts over experts picked."""
+
+    kind: str
+    granularity: int
+    expansion: float
+
+
+def grains_of(record: Record) -> Grains | None:
+    """None without such layers, or where they differ."""
     found = set()
     for layer in _layers(record.settings["model"]["blocks"]):
-        if layer.get("kind") == "moe":
-            found.add(("moe", int(layer["top_k"])))
-        elif layer.get("kind") == "peer":
-            found.add(("peer", int(layer.get("num_heads", 8)) * int(layer.get("top_k", 16))))
+        if (kind := layer.get("kind")) in ("moe", "peer"):
+            picked = int(layer["top_k"]) if kind == "moe" else layer.get("num_heads", 8) * layer.get("top_k", 16)
+            found.add(Grains(kind, picked, layer["num_experts"] / picked))
     return found.pop() if len(found) == 1 else None
 
 
@@ -41,19 +48,29 @@ def without_embeddings(record: Record) -> int:
 
 def granularity_laws(records: Sequence[Record], resamples: int) -> list[dict[str, Any]]:
     """An entry for each kind of expert layer whose runs have granularities and sizes enough to tell seven parameters;
-    arms that differ in G alone are fitted together, `arm` is the kind."""
-    groups: dict[str, list[tuple[Record, int]]] = {}
+    arms of a kind are fitted together, `arm` is the kind."""
+    groups: dict[str, list[tuple[Record, Grains]]] = {}
     for record in records:
-        if (found := granularity_of(record)) is not None and without_embeddings(record) > 0:
-            groups.setdefault(found[0], []).append((record, found[1]))
+        if (found := grains_of(record)) is not None and without_embeddings(record) > 0:
+            groups.setdefault(found.kind, []).append((record, found))
     fitted = (_fit(kind, runs, resamples) for kind, runs in groups.items())
     return [entry for entry in fitted if entry is not None]
 
 
-def _fit(kind: str, runs: Sequence[tuple[Record, int]], resamples: int) -> dict[str, Any] | None:
+def granularity_warnings(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the entries whose runs differ in what the law holds fixed."""
+    return [
+        f"{entry['arm']}: the law of granularity holds the expansion rate fixed, and these runs have "
+        f"{entry['expansions'][0]:.3g} to {entry['expansions'][-1]:.3g} experts for each that is picked"
+        for entry in entries
+        if len(entry["expansions"]) > 1
+    ]
+
+
+def _fit(kind: str, runs: Sequence[tuple[Record, Grains]], resamples: int) -> dict[str, Any] | None:
     params = np.array([float(without_embeddings(r)) for r, _ in runs])
     tokens = np.array([float(r.tokens) for r, _ in runs])
-    width = np.array([float(g) for _, g in runs])
+    width = np.array([float(g.granularity) for _, g in runs])
     nats = np.array([r.nats for r, _ in runs])
     known = len(set(zip(params, tokens, width, strict=True))), len(set(params)), len(set(width))
     if any(n < fewest for n, fewest in zip(known, (FEWEST_RUNS, FEWEST_SIZES, FEWEST_GRANULARITIES), strict=True)):
@@ -75,6 +92,7 @@ def _fit(kind: str, runs: Sequence[tuple[Record, int]], resamples: int) -> dict[
         "rmse": float(np.sqrt(np.mean((nats - predicted) ** 2))),
         "num_runs": len(runs),
         "granularities": sorted({int(g) for g in width}),
+        "expansions": sorted({grains.expansion for _, grains in runs}),
         "arms": list(dict.fromkeys(r.arm for r, _ in runs)),
     }
 

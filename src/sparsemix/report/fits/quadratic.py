@@ -128,7 +128,11 @@ def fit_quadratic(sizes: Sequence[Sized]) -> Quadratic | str:
     seeded = max(near, key=lambda s: (len(s.nats), -abs(s.x - vertex)))
     at, level = None, (0.0, 0.0, 1)
     if (m := len(seeded.nats)) >= SEEDS_FOR_LEVEL:
-        at, level = seeded.x, (seeded.mean, float(np.std(seeded.nats, ddof=1)) / m**0.5, m - 1)
+        sd = float(np.std(seeded.nats, ddof=1))
+        at, level = seeded.x, (seeded.mean, sd / m**0.5, m - 1)
+        if scatter:
+            # Seeds do not tell how far this very size lies from the curve.
+            level = (seeded.mean, (sd**2 / m + max(variance - sd**2, 0.0)) ** 0.5, df)
     kept, dropped = tuple(s.x for s in near), tuple(s.x for s in far)
     return Quadratic(centre, coef, cov, df, variance**0.5, kept, dropped, at, level, scatter)
 
