@@ -25,7 +25,16 @@ CURVE = Chart(
     log_x=True, x_text=si, references=[("baseline", 3.9)], x_references=[("dense", 2e6)],
 )  # fmt: skip
 BARS = Bars("bars", "Tokens by depth", "layers", [5.0, 3.0, 2.0], 2)
-DOTS = Dots("dots", "Gap", "nats", [("moe", 1, -0.02, -0.03, -0.01), ("peer@ternary", 2, 0.01, -0.01, 0.03)])
+DOTS = Dots(
+    "dots",
+    "Gap",
+    "nats",
+    [
+        ("moe", 1, -0.02, -0.03, -0.01),
+        ("peer@ternary, 1e13", 2, 0.01, -0.01, 0.03),
+        ("expert_choice, 1e13", 3, 0.0, -0.01, 0.01),
+    ],
+)
 SHAPES = [CURVE, BARS, DOTS]
 
 
@@ -52,6 +61,13 @@ def test_the_csv_holds_what_is_plotted_and_its_intervals():
     assert bars == [("3.6", "3.9"), ("", ""), ("3.7", "3.9"), ("", "")]
     assert to_csv(DOTS).splitlines()[1] == "moe,-0.02,-0.03,-0.01"
     assert to_csv(BARS).splitlines()[2] == "1,3,30,,"
+
+
+def test_a_long_name_of_a_dot_is_broken_and_not_cut():
+    names = re.findall(r'<text y="\S+" text-anchor="end">(.*?)</text>', DOTS.svg())
+    assert [re.sub("<[^>]*>", "|", name) for name in names] == [
+        "|moe|", "|peer||@ternary, 1e13|", "|expert_choice||1e13|",
+    ]  # fmt: skip
 
 
 def test_an_interval_without_end_stays_inside_the_frame():

@@ -98,8 +98,8 @@ class Dots:
 
     def svg(self) -> Markup:
         """The dots as an <svg>. Needs at least one row."""
-        # A kind's precision goes below its name: side by side they would not fit a phone's letters.
-        left, step = 150, 44 if any("@" in row[0] for row in self.points) else 30
+        names = [_lines(row[0]) for row in self.points]
+        left, step = 150, 44 if any(len(words) > 1 for words in names) else 30
         height = (bottom := TOP + step * len(self.points)) + BOTTOM
         x_axis = Axis([0.0, *(x for row in self.points for x in row[2:])], left, WIDTH - RIGHT)
         ticks = x_axis.ticks()
@@ -110,9 +110,9 @@ class Dots:
         places = [x_axis(x) for x in ticks]
         parts = [x_ticks(places, labels, left, bottom), axis_titles(self.x_label, "", left, height)]
         parts.append(f'<path class="reference" d="M{x_axis(0):.1f},{TOP - 8}V{bottom}"/>')
-        for i, (name, style, value, low, high) in enumerate(self.points):
+        for i, (_, style, value, low, high) in enumerate(self.points):
             y = TOP + step * (i + 0.5)
-            words = [word if len(word) <= 15 else f"{word[:14]}…" for word in name.replace("@", "\n@").split("\n")]
+            words = names[i]
             spans = f'</tspan><tspan x="{left - 12}" dy="1em">'.join(map(escape, words))
             first = f'<tspan x="{left - 12}" dy="{0.35 - 0.5 * (len(words) - 1)}em">'
             parts.append(f'<text y="{y}" text-anchor="end">{first}{spans}</tspan></text>')
@@ -128,3 +128,9 @@ class Dots:
     def rows(self) -> tuple[list[str], list[list[Any]]]:
         """(columns, rows) of what is drawn."""
         return ["name", "value", "low", "high"], [[name, *numbers] for name, _, *numbers in self.points]
+
+
+def _lines(name: str) -> list[str]:
+    """A kind's precision below its name, or what follows a comma if both do not fit a phone's letters side by side."""
+    broken = name.replace("@", "\n@") if "@" in name or len(name) <= 15 else name.replace(", ", "\n")
+    return [word if len(word) <= 15 else f"{word[:14]}…" for word in broken.split("\n")]
