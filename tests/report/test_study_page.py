@@ -133,9 +133,16 @@ def test_a_study_of_one_budget_and_one_size_says_what_it_cannot_tell(tmp_path):
     ]
     _, page = page_of(analyse(one, resamples=50), one, tmp_path)
     assert "no arm's sizes bracket an optimum" in page.sections["summary"]
-    assert "one budget" in page.sections["optima"] and "a quadratic" in page.sections["curves"]
+    assert "no optimum" in page.sections["optima"] and "a quadratic" in page.sections["curves"]
     assert "relative" not in page.sections
     assert "all runs have the same: d_ff of dense" in page.sections["cost"]
+
+
+def test_what_one_budget_cannot_tell_is_said(records):
+    one = analyse([record for record in records if record.budget == 1e13], resamples=50)
+    rows = {row[0]: row for row in study_tables.equal_loss(one).rows}
+    assert rows["moe"][3:5] == ["one budget", "one budget"] and rows["moe"][2][0] == "0"
+    assert "one budget: no power law" in study_plots.optimum_against_budget(one).caption.lower()
 
 
 def test_settings_that_differ_are_told_and_no_others(records):

@@ -59,21 +59,19 @@ def gaps(analysis: Analysis) -> Spec:
 
 def equal_loss(analysis: Analysis) -> Spec:
     """What equal loss costs beside the baseline."""
-    few = len(analysis["budgets"]) < 2
-
-    def cell(q: Said, key: str, missing: str) -> str:
-        return _with(q, key, 2) if is_number(q.get(key)) else missing
-
-    rows = [
-        [
-            q["arm"], exponent(q["budget"]), cell(q, "forward_ratio", "not reached"),
-            cell(q, "flop_multiplier", "one budget" if few else DASH),
-            cell(q, "wall_multiplier", "one budget" if few else DASH), cell(q, "steps_per_s_ratio", DASH),
+    base, few = analysis["baseline"], len(analysis["budgets"]) < 2
+    known = {(q["arm"], q["budget"]) for q in analysis["quantities"] if is_number(q.get("nats"))}
+    rows = []
+    for q in analysis["quantities"]:
+        if q["arm"] == base:
+            continue
+        both = {(q["arm"], q["budget"]), (base, q["budget"])} <= known
+        missing = ("not reached", "one budget" if few else DASH) if both else ("no optimum", "no optimum")
+        numbers = [
+            _with(q, key, 2) if is_number(q.get(key)) else missing[key != "forward_ratio"]
+            for key in ("forward_ratio", "flop_multiplier", "wall_multiplier")
         ]
-        for q in analysis["quantities"]
-        if q["arm"] != analysis["baseline"]
-    ]  # fmt: skip
-    base = analysis["baseline"]
+        rows.append([q["arm"], exponent(q["budget"]), *numbers, _with(q, "steps_per_s_ratio", 2)])
     caption = (
         f"At equal loss. Forward FLOPs: of the smallest model of the arm that reaches {base}'s optimal loss, over "
         f"{base}'s. Multipliers: what {base} would need in training FLOPs, or seconds here, for the arm's optimal "
