@@ -57,10 +57,11 @@ def run_tokenizer(folder: Path, config: RunConfig, data: Path | None = None) -> 
 
 
 def find_shards(folder: Path, config: RunConfig, data: Path | None) -> Shards | None:
-    """The data that the run was trained on: in `data`, or where `compare` and `train` put it. Raises ConfigError."""
+    """The data that the run was trained on: in `data`, or where `compare`, `train` or a study put it. Raises
+    ConfigError."""
     name = config_hash(config.data.replace(fingerprint=None))
     parent = folder.resolve().parent
-    places = [data] if data is not None else [parent / "data", parent / f"data-{name}"]
+    places = [data] if data is not None else [parent / "data", parent / f"data-{name}", parent.parent / "data"]
     for place in places:
         if data is None and not (place / "manifest.json").is_file():
             continue

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsemix.config import ConfigError
+from sparsemix.config import ConfigError, parse
 from sparsemix.report.records import arm_of, read_run, read_runs, same_terms
 from sparsemix.run import Run
+from sparsemix.settings import RunConfig
 from sparsemix.sweep.compare import CompareConfig
 from sparsemix.sweep.jobs import outcome, train_job
 from sparsemix.sweep.launch import make_launcher
 from sparsemix.sweep.study import Cell, Study
+from sparsemix.trained import find_shards
 from tiny import run_config, write_corpus
 
 
@@ -143,3 +145,10 @@ def train_job_on_a_full_disk(job):
 
     saved.write = full
     return train_job(job)
+
+
+def test_a_run_of_a_study_finds_the_studys_data(study):
+    with one_worker() as workers:
+        (record,) = study.train([cell(study, "dense")], workers, "training")
+    shards = find_shards(record.folder, parse(RunConfig, record.settings), None)
+    assert shards is not None and shards.manifest["fingerprint"] == study.data.fingerprint
