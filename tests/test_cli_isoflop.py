@@ -19,7 +19,7 @@ SMALL = [
 ]
 SMALL += ["train.evals=1", "train.eval_tokens=100", "train.test_tokens=150", "data.test_fraction=0.15"]
 SMALL += ["data.validation_fraction=0.15", "train.threads=1"]
-STUDY = ["--kinds", "dense,mod", "--sizes", "8,12,16", "--budgets", "4e7", "--seeds", "2"]
+STUDY = ["--kinds", "dense,mod", "--sizes", "8,12,16", "--budgets", "1.5e7", "--seeds", "2"]
 
 
 class Here:
@@ -49,7 +49,7 @@ class Here:
 def here(monkeypatch):
     launcher = Here()
     monkeypatch.setattr("sparsemix.sweep.local.pool", lambda *_: launcher)
-    monkeypatch.setattr("sparsemix.sweep.ladder.MIN_STEPS", 8)
+    monkeypatch.setattr("sparsemix.sweep.ladder.MIN_STEPS", 4)
     monkeypatch.setattr("sparsemix.sweep.estimate.PROBE_STEPS", 2)
     with unchecked_shapes():
         yield launcher

@@ -243,8 +243,8 @@ class Here:
 
 
 def test_a_whole_study_trains_what_was_planned(opened, monkeypatch):
-    monkeypatch.setattr("sparsemix.sweep.ladder.MIN_STEPS", 8)
-    grid, budget = grid_of(budgets=(4e7,), sizes=(8, 12, 16), seeds=2, extend=False), 4e7
+    monkeypatch.setattr("sparsemix.sweep.ladder.MIN_STEPS", 4)
+    grid, budget = grid_of(budgets=(1.5e7,), sizes=(8, 12, 16), seeds=2, extend=False), 1.5e7
     with unchecked_shapes():
         records = run_grid(study := opened(), ARMS, grid, Here())
     assert [(r.arm, r.role) for r in records] == [
