@@ -10,15 +10,9 @@ from sparsemix.report.records import read_runs
 from tiny import unchecked_shapes, write_corpus
 
 # Large enough for the runs that this trains; more would only take longer.
-SMALL = [
-    "model.d_model=16",
-    "model.blocks.count=2",
-    "model.seq_len=16",
-    "model.vocab_size=300",
-    "train.batch_tokens=32",
-]
-SMALL += ["train.evals=1", "train.eval_tokens=100", "train.test_tokens=150", "data.test_fraction=0.15"]
-SMALL += ["data.validation_fraction=0.15", "train.threads=1"]
+SMALL = ["model.d_model=16", "model.blocks.count=2", "model.blocks.each.ffn.d_ff=40", "model.seq_len=16"]
+SMALL += ["model.vocab_size=300", "train.batch_tokens=32", "train.evals=1", "train.eval_tokens=100"]
+SMALL += ["train.test_tokens=150", "train.threads=1", "data.test_fraction=0.15", "data.validation_fraction=0.15"]
 STUDY = ["--kinds", "dense,mod", "--sizes", "8,12,16", "--budgets", "1.5e7", "--seeds", "2"]
 
 
@@ -48,7 +42,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     launcher = Here()
-    monkeypatch.setattr("sparsemix.sweep.local.pool", lambda *_: launcher)
+    monkeypatch.setattr("sparsemix.sweep.launch.make_launcher", lambda *_, **__: launcher)
     monkeypatch.setattr("sparsemix.sweep.ladder.MIN_STEPS", 4)
     monkeypatch.setattr("sparsemix.sweep.estimate.PROBE_STEPS", 2)
     with unchecked_shapes():
@@ -87,7 +81,7 @@ def test_the_plan_the_runs_a_stop_and_the_same_command_again(isoflop, here, tmp_
     assert len(read_runs([out])) >= 8 and here.left >= 0
     trained, here.left = 20 - here.left, 0
     code, tables, _ = isoflop(*STUDY)
-    assert code == 0 and "dense" in tables
+    assert code == 0 and f"report: {out / 'report.html'}" in tables and (out / "analysis.json").is_file()
     assert len(list((out / "runs").iterdir())) == trained + 7
     code, _, err = isoflop(*STUDY[:-1], 3)
     assert code == 2 and "seeds=2 there, 3 asked" in err

@@ -17,15 +17,9 @@ from sparsemix.sweep.study import Study
 from tiny import T, unchecked_shapes, write_corpus
 
 ARMS = (Arm("dense"), Arm("half", "mod", ("model.blocks.wrap.capacity=0.5",)))
-SMALL = (
-    "model.d_model=16",
-    "model.blocks.count=2",
-    "model.seq_len=16",
-    "model.vocab_size=300",
-    "data.vocab_size=300",
-    "train.threads=1",
-)
-SMALL += (f"train.batch_tokens={2 * T}", "train.evals=1", "train.eval_tokens=100", "train.test_tokens=150")
+SMALL = ["model.d_model=16", "model.blocks.count=2", "model.blocks.each.ffn.d_ff=40", "model.seq_len=16"]
+SMALL += ["model.vocab_size=300", "data.vocab_size=300", f"train.batch_tokens={2 * T}", "train.evals=1"]
+SMALL += ["train.eval_tokens=100", "train.test_tokens=150", "train.threads=1"]
 BUDGETS = (1e12, 4e12)
 
 
@@ -74,7 +68,7 @@ def opened(tmp_path):
 
 
 def grid_of(**settings):
-    return Grid("tiny", SMALL, **{"budgets": BUDGETS, "seeds": 3} | settings)
+    return Grid("tiny", tuple(SMALL), **{"budgets": BUDGETS, "seeds": 3} | settings)
 
 
 def sizes(records, role, arm="dense", budget=BUDGETS[0]):

@@ -4,16 +4,13 @@ import shlex
 import sys
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sparsemix.report.records import Record
 
 
 def isoflop(
@@ -34,6 +31,7 @@ def isoflop(
     workers: Workers = None,
     launcher: LauncherName = "local",
     launch: Launch = None,
+    track: Track = None,
     retries: Annotated[int, typer.Option(help="Times that a run which failed is tried again.", min=0)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
     allow_repeats: Annotated[
@@ -46,6 +44,7 @@ def isoflop(
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.watch import Stages
+    from sparsemix.track import tracking
 
     settings = {
         "budgets": tuple(_number(word) for word in _words(budgets)),
@@ -58,7 +57,7 @@ def isoflop(
         "recipe": recipe,
         "overrides": tuple(override or ()),
     }
-    with interruptible():
+    with interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
         with Stages("data", say) as progress:
             study.prepare(progress)
@@ -66,8 +65,12 @@ def isoflop(
             show(table(study.plan(made), study.ladders, made.workers))
             if dry_run:
                 return
-            records = study.run(made)
-        _report(records, out, allow_repeats, study.study.failed)
+            study.run(made)
+        _report(out, allow_repeats)
+        if failed := study.study.failed:
+            say(
+                f"{len(failed)} runs failed and are in no table: {', '.join(failed)}; the same command tries them again"
+            )
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -83,16 +86,15 @@ def _number(word: str) -> float:
     raise ConfigError(f"budgets={word} must be FLOPs, such as 1e12 or 1e12,3e12")
 
 
-def _report(records: "list[Record]", out: Path, allow_repeats: bool, failed: dict[str, str]) -> None:
+def _report(out: Path, allow_repeats: bool) -> None:
     from sparsemix.report.isoflop import analyse
+    from sparsemix.report.records import read_runs
     from sparsemix.report.study_page import write_study
     from sparsemix.report.study_tables import console
 
-    if not records:
-        raise ConfigError(f"{out}: no run ended; the lines above say why")
+    # All that the folder holds, as `sparsemix report` reads it.
+    records = read_runs([out])
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
     page = write_study(analysis, out, records)
     show(console(analysis))
-    if failed:
-        say(f"{len(failed)} runs failed: {', '.join(failed)}; the same command tries them again")
     print(f"report: {page}")

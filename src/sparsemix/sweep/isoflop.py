@@ -47,7 +47,8 @@ def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Launcher) 
         for (arm, budget), optimum in optima.items()
         for seed in range(1, grid.seeds)
     ]
-    train(others, "seeds")
+    if others:
+        train(others, "seeds")
     return records
 
 

@@ -17,8 +17,8 @@ MIN_STEPS = 50
 SPACING = 1.2
 SMALLEST_WIDTH = 8
 # Training tokens per multiply-add of a token's forward pass (which is near the parameters that a token uses) at the
-# loss-optimal size.
-TOKENS_PER_MAC = 20.0
+# loss-optimal size: above 31 at 3e11 FLOPs and near 20 to 44 at 5e10 where it was measured (docs/isoflop.md).
+TOKENS_PER_MAC = 40.0
 
 Size = int | str
 
