@@ -86,7 +86,7 @@ class Made:
 
 
 def lab(tmp_path, best):
-    data, raw, runs = DataConfig(vocab_size=1024), backbone("peer-dense:300k", (), 24), {}
+    data, raw, runs = DataConfig(vocab_size=272), backbone("peer-dense:30k", (), 24), {}
     for budget in (1e11, 3e11):
         for arm in methods(SCALES["demo"]):
             for seed in range(3):

@@ -33,9 +33,9 @@ SIZES = {
     "paper": Sizes(side=1024, num_heads=8, top_k=16, d_key=256, moe_experts=128),
 }
 
-# Where one size is compared: at the small scales, the width whose dense model is near the best one of the budget; in
-# the paper the best PEER of its smaller budget.
-ONE_SIZE = {"demo": ("300k", 32), "laptop": ("300k", 32), "gpu": ("30M", None), "paper": ("L8", None)}
+# Where one size is compared: at the small scales, a width near the predicted optimum of dense at the budget; in the
+# paper the best PEER of its smaller budget.
+ONE_SIZE = {"demo": ("30k", None), "laptop": ("300k", 48), "gpu": ("30M", None), "paper": ("L8", None)}
 
 
 def sizes(scale: Scale) -> Sizes:

@@ -17,8 +17,12 @@ from sparsemix.reproduce.tables import loss_cells, spread
 from sparsemix.reproduce.trends import Claim, Test, bounded, contrast, judge, ordering, slope
 from sparsemix.sweep.arms import Arm
 
-SMALL = (16, 32, 64, 128)
-SIDES = {"demo": SMALL, "laptop": SMALL, "gpu": (64, 128, 256, 512), "paper": (128, 256, 512, 1024)}
+SIDES = {
+    "demo": (16, 32, 64, 128),
+    "laptop": (32, 64, 128, 256),
+    "gpu": (64, 128, 256, 512),
+    "paper": (128, 256, 512, 1024),
+}
 # Percent of a pool that is nearly all used.
 NEARLY_ALL = 99
 

@@ -16,10 +16,9 @@ from sparsemix.reproduce.trends import Test, bounded, judge
 from sparsemix.sweep.arms import Arm
 
 LAW = "L = c + (g / G^gamma + a) / N^alpha + b / D^beta"
-SMALL = (16, 24, 32, 40)
 WIDTHS: Mapping[str, tuple[int | str, ...]] = {
-    "demo": SMALL,
-    "laptop": SMALL,
+    "demo": (24, 32, 40, 48),
+    "laptop": (32, 40, 48, 64),
     "gpu": (256, 384, 512, 640),
     "paper": ("L6", "L8", "L10"),
 }
