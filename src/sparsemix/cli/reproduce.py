@@ -53,12 +53,12 @@ def reproduce(
             "overrides": tuple(override or ()),
         },
     )
+    if data_dir is not None and not data_dir.is_dir():
+        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
     planned = plan(name, settings)
     say(f"{name}: {planned.entry.source}. {planned.entry.claim}")
     runs = len({cell.run for cell in planned.cells})
     say(f"{runs} runs, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
-    if data_dir is not None and not data_dir.is_dir():
-        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
     if not dry_run:
         made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
         _run(planned, settings, out, made, retries, data_dir)
