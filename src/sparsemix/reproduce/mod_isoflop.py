@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsemix.report.numbers import DASH, exponent, fixed, interval, si
+from sparsemix.report.numbers import DASH, exponent, fixed, interval, percent, si
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.reproduce.mod_arms import DENSE, FAMILY, MOD, PUBLISHED, RANDOM_HALF, routed, size_of
@@ -60,7 +60,7 @@ def fig3_outcome(lab: Lab) -> Outcome:
     found = callouts(lab, analysis, budget)
     tests = [ordering(Claim(words, best[better.name], best[worse.name])) for words, better, worse in pairs]
     tests.append(_more_params(analysis, budget))
-    words = f"MoD of the dense optimum's loss makes steps over {FASTER - 1:.0%} faster"
+    words = f"MoD of the dense optimum's loss makes steps over {percent(FASTER - 1, 0)} faster"
     tests.append(estimated(words, *found.faster, low=FASTER, unit=" times", missing=found.missing))
     paper = entry("mod-fig3").numbers
     said = {(arm, budget): (paper["loss"].get(arm), paper["params"].get(arm)) for arm in lab.runs}
@@ -120,8 +120,8 @@ def _same_flops(analysis: Analysis, budget: float) -> Test:
 def fewer_flops(analysis: Analysis, budget: float, at_most: float) -> Test:
     """That MoD reaches the dense optimum's loss at this share of its FLOPs per forward pass, or less."""
     found = quantity(analysis, MOD.name, budget)
-    fewer = "fewer FLOPs" if at_most == 1 else f"at most {at_most:.0%} of the FLOPs"
-    words = f"{exponent(budget)} FLOPs: MoD reaches the dense optimum's loss at {fewer} per forward pass"
+    fewer = "fewer FLOPs" if at_most == 1 else f"{percent(at_most, 0)} of the FLOPs or less"
+    words = f"{exponent(budget)} FLOPs: MoD reaches the dense optimum's loss with {fewer} per forward pass"
     missing = missing_optimum(analysis, (DENSE.name, MOD.name), budget)
     if found.get("forward_ratio") is None and found.get("optimal_params"):
         missing = "no MoD on the curve reaches that loss"
