@@ -7,8 +7,9 @@ from typing import Any
 
 from sparsemix.report.figures import Chart, Line, Point, Star
 from sparsemix.report.isoflop import analyse
-from sparsemix.report.numbers import DASH, exponent, fixed, is_number, prefix_power, si
+from sparsemix.report.numbers import DASH, exponent, fixed, is_number
 from sparsemix.report.records import Record
+from sparsemix.report.study_plots import short
 from sparsemix.reproduce.base import Lab
 
 Analysis = dict[str, Any]
@@ -75,15 +76,9 @@ def nats_text(value: float) -> str:
     return fixed(value, 4)
 
 
-def short(value: float) -> str:
-    """'1.5M'."""
-    power = prefix_power(value)
-    return si(value).replace("\u00a0", "") if power else f"{value:.3g}"
-
-
 def curves_chart(analysis: Analysis, arms: Sequence[str], budgets: Sequence[float], id: str, title: str) -> Chart:
-    """Loss against parameters: a marker a run, the fit as a line, its optimum as a star. Colours tell arms apart,
-    dashes budgets or, of one budget, arms too."""
+    """Loss against parameters: a marker a run, the fit as a line, its optimum as a star. Colours tell arms
+    apart, dashes and markers every line."""
     lines = []
     for a, arm in enumerate(arms):
         for b, budget in enumerate(budgets):
@@ -92,13 +87,13 @@ def curves_chart(analysis: Analysis, arms: Sequence[str], budgets: Sequence[floa
             if not points:
                 continue
             name = arm if len(budgets) == 1 else f"{arm}, {exponent(budget)}"
-            style = a if len(budgets) == 1 else b
-            best, path = curve["optimum"], _fit(curve)
-            star = (
-                Star(best["params"], best["nats"], _ends(best["params_ci"]), _ends(best["nats_ci"])) if best else None
-            )
-            lines.append(Line(name, style, points, colour=a, path=path, star=star))
+            style = a * len(budgets) + b
+            lines.append(Line(name, style, points, colour=a, path=_fit(curve), star=_star(curve["optimum"])))
     return Chart(id, title, "parameters", "test loss (nats per token)", lines, log_x=True, x_text=short)
+
+
+def _star(best: dict[str, Any] | None) -> Star | None:
+    return Star(best["params"], best["nats"], _ends(best["params_ci"]), _ends(best["nats_ci"])) if best else None
 
 
 def _ends(ends: Sequence[float] | None) -> tuple[float, float] | None:

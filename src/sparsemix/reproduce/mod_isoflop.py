@@ -95,7 +95,7 @@ def fig4_outcome(lab: Lab) -> Outcome:
         for arm in arms
         for budget in budgets
     }
-    styles = [(b, a) for a in range(len(arms)) for b in range(len(budgets))]
+    styles = [(a * len(budgets) + b, a) for a in range(len(arms)) for b in range(len(budgets))]
     charts = [
         curves_chart(analysis, arms, budgets, "isoflop", "Loss against size"),
         relative_chart(lines, "normalised", "Loss against FLOPs per forward pass", styles),
