@@ -197,7 +197,11 @@ def _ratios(analysis: Analysis, paper: dict[str, Any]) -> TextTable:
 
 
 def _notes(analysis: Analysis) -> list[str]:
-    return ["Every size has one seed but the one next to each optimum.", *analysis["warnings"]]
+    return [
+        "Every size has one seed but the one next to each optimum. All arms have the rule's learning rate of a width. "
+        "The paper's numbers are of its own budgets, laid beside ours in their order.",
+        *analysis["warnings"],
+    ]
 
 
 REPRODUCTIONS = {

@@ -23,7 +23,7 @@ from sparsemix.reproduce.trends import Claim, judge, ordering, orderings, rankin
 CAPACITIES = (0.5, 0.25, 0.125, 0.0625)
 SKETCH = (
     "All arms have the same width, not each its best one: the paper compares optima of isoFLOP curves (mod-fig3). "
-    "Arms of fewer FLOPs per token train on more tokens for the same budget."
+    "Arms of fewer FLOPs per token train on more tokens for the same budget. All have the rule's learning rate."
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from sparsemix.checkpoint import TrainState
 from sparsemix.config import config_hash
 from sparsemix.data import Shards
-from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype
+from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype, use_threads
 from sparsemix.optim import build_optimizer
 from sparsemix.reproduce.base import Lab
 from sparsemix.run import hardware, write_atomic
@@ -56,6 +56,8 @@ def step_times(lab: Lab, configs: Mapping[str, RunConfig]) -> Speed:
 def _measured(lab: Lab, configs: Mapping[str, RunConfig]) -> dict[str, list[float]]:
     shards = Shards.open(lab.data)
     with own_threads():
+        # As many as the runs had, whose speed this is about.
+        use_threads(None, next((run.result.get("threads") for run in lab.all()), None))
         steps = {name: _step(config, shards) for name, config in configs.items()}
         for _ in range(WARM_UP):
             for step in steps.values():
