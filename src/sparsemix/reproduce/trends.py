@@ -9,7 +9,7 @@ import numpy as np
 from scipy import special
 
 from sparsemix.report.records import Record
-from sparsemix.report.stats import LEVEL, Difference, difference, holm, smallest_visible
+from sparsemix.report.stats import LEVEL, SMALLEST_P, Difference, difference, holm, smallest_visible
 from sparsemix.reproduce.base import Trend
 
 
@@ -44,7 +44,7 @@ def judge(tests: Sequence[Test]) -> list[Trend]:
     adjusted = iter(holm(p_values := [test.p_value for test in tests if test.p_value is not None]))
     trends = []
     for test in tests:
-        p = None if test.p_value is None else next(adjusted)
+        p = None if test.p_value is None else max(next(adjusted), SMALLEST_P)
         said = test.said if p is None else f"{test.said}, p = {p:.2g}"
         if p is not None and p <= LEVEL:
             trends.append(Trend(test.words, "reproduced" if test.as_claimed else "not reproduced", said))
