@@ -2,19 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from sparsemix.evaluate.corpora import read_suite
-from sparsemix.evaluate.suite import SuiteOptions, run_suite
 from sparsemix.report.numbers import DASH, fixed
-from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Lab
+from sparsemix.reproduce.peer_corpora import MAX_TOKENS, Corpora
 from sparsemix.reproduce.tables import spread
-from sparsemix.trained import load
 
 # In the order of the paper's columns.
 CORPORA = {"redpajama": "RedPajama", "wikitext": "Wiki", "c4": "C4"}
-# Of each source of a corpus; all of it at the larger scales.
-TOKENS = {"demo": 10_000, "laptop": 30_000}
 NO_DATA = "no data here"
 
 # arm -> corpus -> perplexity of every seed.
@@ -22,31 +17,19 @@ Scores = dict[str, dict[str, list[float]]]
 
 
 def score(lab: Lab) -> Scores:
-    """Token perplexity of every run on the corpora that local files hold, kept in the run's suite.json; empty without a
-    folder of corpora. Nothing is read from the network."""
+    """Token perplexity of every run on the corpora that local files hold, kept in the run's folder; empty without a
+    folder of corpora."""
     if lab.corpora is None:
         return {}
-    corpora = {name: corpus.replace(hub=None) for name, corpus in read_suite("papers", list(CORPORA)).items()}
-    options = SuiteOptions(max_tokens=TOKENS.get(lab.scale.name))
+    corpora = Corpora(list(CORPORA), lab.corpora, MAX_TOKENS[lab.scale.name])
     found: Scores = {arm: {name: [] for name in CORPORA} for arm in lab.runs}
     for arm, records in lab.runs.items():
         for record in records:
             lab.say(f"scoring {arm}, seed {record.seed}, on {', '.join(CORPORA.values())}")
-            for name, value in _perplexities(lab, record, corpora, options).items():
-                found[arm][name].append(value)
+            for name, measured in corpora.measure(record, lookahead=False, say=lab.say).items():
+                if measured.perplexity is not None:
+                    found[arm][name].append(measured.perplexity)
     return found
-
-
-def _perplexities(lab: Lab, record: Record, corpora: Mapping, options: SuiteOptions) -> dict[str, float]:
-    trained = load(record.folder)
-    assert trained.tokenizer is not None, f"{record.folder} was written without its tokenizer"
-    out = record.folder / "suite.json"
-    result = run_suite(
-        trained.model, trained.tokenizer, corpora, lab.corpora, options, out, lambda *_: None, lambda _: None
-    )
-    rows = {name: corpus["rows"][0] for name, corpus in result["corpora"].items() if "rows" in corpus}
-    values = {name: row["perplexity"]["value"] for name, row in rows.items()}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def cells(scores: Scores, arm: str) -> list[str]:
@@ -85,7 +68,7 @@ def note(lab: Lab, scores: Scores) -> str:
             "RedPajama, Wiki and C4: no folder of corpora was named (--data-dir or SPARSEMIX_DATA), so only the "
             "study's own text is scored."
         )
-    limit = TOKENS.get(lab.scale.name)
+    limit = MAX_TOKENS[lab.scale.name]
     part = f"the first documents within {limit:,} tokens of each source" if limit else "all documents of the suite"
     return (
         f"RedPajama, Wiki and C4: {part}, at the end of training. Perplexity is per token of each model's own "
