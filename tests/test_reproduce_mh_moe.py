@@ -162,9 +162,10 @@ def test_table_4_spends_the_same_within_a_group_for_the_same_steps():
     cells = {cell.arm: cell for cell in planned("mhmoe-table4").cells}
     groups = [[cells[arm] for arm in cells if (mh_moe_parts.WITH in arm) == having] for having in (False, True)]
     without, having = ({spent(cell)[0] for cell in group} for group in groups)
-    d = cells[SMOE].config.model.d_model
-    # Two matrices in each of two blocks.
-    assert [len(without), len(having)] == [1, 1] and having.pop() - without.pop() == 2 * 4 * d * d
+    model = cells[SMOE].config.model
+    # Two matrices of d_model by d_model in every second block.
+    more = 2 * 2 * model.d_model**2 * len(model.blocks) // 2
+    assert [len(without), len(having)] == [1, 1] and having.pop() - without.pop() == more
     assert len({cell.config.train.budget_flops for cell in groups[1]}) == 1
     assert cells[SMOE].config.steps == cells[f"{SMOE}{mh_moe_parts.WITH}"].config.steps
     assert spent(cells[mh_moe_parts.WIDE])[1] == spent(cells[SMOE])[1]
@@ -223,7 +224,7 @@ def loads(skew):
 
     def experts(cell):
         found = {}
-        for i in (1, 3):
+        for i in range(1, len(cell.config.model.blocks), 2):
             layer = cell.config.model.blocks[i].ffn
             path, layer = (
                 (f"blocks.{i}.ffn", layer) if isinstance(layer, MoEConfig) else (f"blocks.{i}.ffn.inner", layer.inner)
@@ -240,7 +241,7 @@ def test_activation_counts_experts_above_the_threshold_per_token_and_per_row(tmp
     cell = next(c for c in planned("mhmoe-activation").cells if c.arm == mh_moe_activation.HEADS)
     load = np.full(32, 0.5 / 31)
     load[0] = 0.5
-    record = made_run(tmp_path, cell, 4.0, {f"blocks.{i}.ffn.inner": {"load": load.tolist()} for i in (1, 3)})
+    record = made_run(tmp_path, cell, 4.0, {"blocks.1.ffn.inner": {"load": load.tolist()}})
     # Two picks a row and four rows a token: the rare experts have 0.129 picks a token and 0.032 a row.
     assert mh_moe_activation.active(record, 0.1) == 1
     assert mh_moe_activation.active(record, 0.1, per_row=True) == 1 / 32
