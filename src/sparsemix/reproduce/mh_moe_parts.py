@@ -126,7 +126,7 @@ def outcome5(lab: Lab) -> Outcome:
     )
     scores = score(lab)
     tables = [
-        paper_table("Perplexity", {arm: {"": arm} for arm in PAPER_NAMES}, scores, {"": paper}),
+        paper_table("Perplexity with layers left out", {arm: {"": arm} for arm in PAPER_NAMES}, scores, {"": paper}),
         loss_table("Loss on the study's text", runs),
         effects_table([difference(a, b, runs, paper) for a, b in pairs], COLUMNS),
     ]
