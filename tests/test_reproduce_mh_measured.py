@@ -141,6 +141,7 @@ def test_the_gap_of_ternary_weights_is_found_reversed_or_left_open(sign, times, 
     gap = float(found.tables[0].rows[0][1].replace("−", "-"))
     assert gap == pytest.approx(sign * 0.1, abs=2e-3)
     assert found.tables[1].rows[2][3] == f"{math.log(12.87 / 12.33):+.4f}"
+    assert found.tables[4].rows[0][2].count(":") == 1 and found.tables[4].rows[1][2] == "–"
     assert all(isinstance(table, TextTable) for table in found.tables)
 
 

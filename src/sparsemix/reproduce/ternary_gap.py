@@ -52,7 +52,7 @@ def outcome(lab: Lab) -> Outcome:
         *(_faster(kind, measured) for kind in KINDS),
     ]
     tables = [gap_table(runs), published(), bytes_table(measured), speed_table(measured)]
-    tables += [rates(runs), loss_table("Loss on the study's text", runs)]
+    tables += [rates(runs, lab.runs), loss_table("Loss on the study's text", runs)]
     notes = [NOTE, SPEED, f"Measured on {measured.hardware}."]
     return Outcome(tables, judge(tests), notes=notes, numbers={"decoding": measured._asdict()})
 
@@ -145,10 +145,15 @@ def sign_test(words: str, ratios: Sequence[float]) -> Test:
     return Test(words, wins * 2 > decided, p, f"{middle:.3g} x, faster in {wins} of {len(ratios)} rounds")
 
 
-def rates(runs: Mapping[str, Sequence[Record]]) -> TextTable:
-    """The learning rate of every model."""
-    rows = [[arm, ", ".join(sorted({exponent(r.lr) for r in records}))] for arm, records in runs.items()]
-    return TextTable("Learning rates, the best of each model's sweep", ("model", "learning rate"), rows)
+def rates(runs: Mapping[str, Sequence[Record]], tried: Mapping[str, Sequence[Record]]) -> TextTable:
+    """The learning rate of every model, and what its sweep tried."""
+    rows = []
+    for arm, records in runs.items():
+        losses = {r.lr: r.validation_bpb for r in tried[arm] if r.role == "rate"}
+        swept = ", ".join(f"{exponent(lr)}: {fixed(losses[lr], 4)}" for lr in sorted(losses)) or DASH
+        rows.append([arm, ", ".join(sorted({exponent(r.lr) for r in records})), swept])
+    columns = ("model", "learning rate", "tried: validation bits per byte, one seed")
+    return TextTable("Learning rates, the best of each model's sweep", columns, rows)
 
 
 REPRODUCTIONS: dict[str, Any] = {"ternary-gap": Reproduction(design, outcome)}
