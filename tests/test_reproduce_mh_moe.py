@@ -215,8 +215,10 @@ def test_more_heads_are_better_worse_or_the_same(sign, said, tmp_path):
     found = outcome("mhmoe-heads", lab_of(tmp_path, "mhmoe-heads", lambda arm: -0.02 * sign * order.index(arm)))
     assert outcomes(found) == [said] * 6
     assert [x for x, _ in found.figures[0].lines[0].points] == [1, 2, 3, 4, 6]
-    paper = {row[0]: row[1] for row in found.tables[2].rows}
-    assert (paper[SMOE], paper[M2], paper["MH-MoE h=12"]) == ("14.82", "12.87", "13.28")
+    assert [row[1] for row in found.tables[2].rows] == ["14.82", "14.77", "12.87", "12.72", "12.41", "12.95", "13.28"]
+    effects = {row[0]: row[4] for row in found.tables[1].rows}
+    assert effects[f"{M2} minus {SMOE}"] == f"{math.log(12.87 / 14.82):+.4f}".replace("-", "−")
+    assert effects[f"{M3} minus {SMOE}"] == "–"
 
 
 def loads(skew):

@@ -37,11 +37,11 @@ def outcome(lab: Lab) -> Outcome:
         ordering(Claim("splitting helps: two heads are better than one", runs[NAMES[2]], runs[NAMES[1]])),
         ranking("loss falls with the number of heads from 2 to 6", [runs[NAMES[h]] for h in several]),
     ]
-    rest = [(str(h), paper[str(h)]) for h in (8, 12)]
+    names = {"no head": "X-MoE", "1": "X-MoE with head and merge, nothing split"}
     table = TextTable(
         "Perplexity of the paper (English, 8 experts)",
         ("model", "perplexity"),
-        [[name, fixed(value, 2)] for name, value in [*theirs.items(), *((f"MH-MoE h={h}", v) for h, v in rest)]],
+        [[names.get(heads, f"MH-MoE h={heads}"), fixed(value, 2)] for heads, value in paper.items()],
     )
     against = [difference(NAMES[h], SMOE, runs, perplexities) for h in HEADS]
     tables = [loss_table("Loss by the number of heads", runs), effects_table(against, ["English"]), table]
