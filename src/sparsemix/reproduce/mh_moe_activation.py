@@ -22,7 +22,8 @@ NUM_EXPERTS, TOP_K, NUM_HEADS = 32, 2, 4
 METRIC = (
     "An expert is active if its picks divided by the tokens exceed a threshold (paper: below 1, not given), over all "
     "experts of all layers. A token of h heads is h rows, each with picks of its own, so per token the metric grows "
-    "h-fold by itself; per row it does not. Measured on the study's test text."
+    "h-fold by itself; per row it does not. The claims compare the mean share over thresholds from 1e-5 to 1, evenly "
+    "in the logarithm. Measured on the study's test text."
 )
 
 
@@ -139,7 +140,7 @@ def claims(lab: Lab) -> list[Test]:
 
 
 def _larger(more: str, less: str, runs: Mapping[str, Sequence[Record]], per_row: bool, how: str) -> Test:
-    words = f"{more}, activates more of its experts than {less} ({how}, mean over thresholds 1e-5 to 1)"
+    words = f"{more}, activates more of its experts than {less} ({how})"
     mine, theirs = ({r.seed: fmean(over_thresholds(r, per_row)) for r in runs[arm]} for arm in (more, less))
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     if differences and not any(differences):
