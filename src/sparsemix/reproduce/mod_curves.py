@@ -11,6 +11,7 @@ from sparsemix.report.numbers import DASH, exponent, fixed, is_number
 from sparsemix.report.records import Record
 from sparsemix.report.study_plots import short
 from sparsemix.reproduce.base import Lab
+from sparsemix.reproduce.trends import Claim, Test, ordering
 
 Analysis = dict[str, Any]
 Loss = Callable[[Record], float]
@@ -47,6 +48,24 @@ def at_optimum(runs: Sequence[Record], budget: float) -> list[Record]:
     return max(sizes, key=lambda size: (len(size), -fmean(r.nats for r in size)), default=[])
 
 
+def best_ordering(
+    analysis: Analysis, runs: Mapping[str, Sequence[Record]], budget: float, words: str, better: str, worse: str
+) -> Test:
+    """That one arm at its optimum is better than another at its own. Off its optimum an arm is worse than it could be,
+    so who loses must have sizes on both sides of it; else nothing is told."""
+    test = ordering(Claim(words, at_optimum(runs[better], budget), at_optimum(runs[worse], budget)))
+    loser = worse if test.as_claimed else better
+    if test.p_value is None or curve_of(analysis, loser, budget).get("bracketed"):
+        return test
+    return Test(words, False, None, f"{test.said}, but the optimum of {loser} is not bracketed")
+
+
+def bracketed(analysis: Analysis, arm: str, budget: float) -> dict[str, Any] | None:
+    """The optimum, if there are sizes on both sides of it."""
+    curve = curve_of(analysis, arm, budget)
+    return curve["optimum"] if curve.get("bracketed") else None
+
+
 def ratio(arm: dict[str, Any] | None, base: dict[str, Any] | None, key: str) -> tuple[float | None, list[float] | None]:
     """One optimum's size over another's with a 95 % interval, in logarithms, as if their errors were independent; None
     where one is not known."""
@@ -61,8 +80,9 @@ def ratio(arm: dict[str, Any] | None, base: dict[str, Any] | None, key: str) -> 
 
 def missing_optimum(analysis: Analysis, arms: Sequence[str], budget: float) -> str:
     """Why there is no ratio of optima."""
-    said = [f"{arm}: {curve_of(analysis, arm, budget)['said']}" for arm in arms]
-    return "; ".join(text for text in said if not text.endswith(": None")) or "an interval is not bounded"
+    curves = {arm: curve_of(analysis, arm, budget) for arm in arms}
+    said = [f"{arm}: {c['said'] or 'not bracketed'}" for arm, c in curves.items() if not c.get("bracketed")]
+    return "; ".join(said) or "an interval is not bounded"
 
 
 def within(value: float | None, ends: Sequence[float] | None, text: Callable[[float], str]) -> str:

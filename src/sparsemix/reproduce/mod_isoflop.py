@@ -11,7 +11,8 @@ from sparsemix.reproduce.mod_callouts import callouts
 from sparsemix.reproduce.mod_curves import (
     Analysis,
     analysis_of,
-    at_optimum,
+    best_ordering,
+    bracketed,
     curve_of,
     curves_chart,
     missing_optimum,
@@ -22,7 +23,7 @@ from sparsemix.reproduce.mod_curves import (
     relative_chart,
     within,
 )
-from sparsemix.reproduce.trends import Claim, Test, estimated, judge, ordering
+from sparsemix.reproduce.trends import Test, estimated, judge
 from sparsemix.sweep.arms import Arm
 
 HALF = routed(0.5)
@@ -50,7 +51,6 @@ def fig3_design(scale: Scale) -> Design:
 
 def fig3_outcome(lab: Lab) -> Outcome:
     analysis, budget = analysis_of(lab), one_budget(lab.scale)
-    best = {arm: at_optimum(runs, budget) for arm, runs in lab.runs.items()}
     pairs = [
         ("MoD at 12.5 % is better than dense", MOD, DENSE),
         ("MoD at 12.5 % is better than MoD at 50 %", MOD, HALF),
@@ -58,7 +58,7 @@ def fig3_outcome(lab: Lab) -> Outcome:
         ("random routing is worse than learned routing of as many tokens", HALF, RANDOM_HALF),
     ]
     found = callouts(lab, analysis, budget)
-    tests = [ordering(Claim(words, best[better.name], best[worse.name])) for words, better, worse in pairs]
+    tests = [best_ordering(analysis, lab.runs, budget, words, a.name, b.name) for words, a, b in pairs]
     tests.append(_more_params(analysis, budget))
     words = f"MoD of the dense optimum's loss makes steps over {percent(FASTER - 1, 0)} faster"
     tests.append(estimated(words, *found.faster, low=FASTER, unit=" times", missing=found.missing))
@@ -82,10 +82,8 @@ def fig4_outcome(lab: Lab) -> Outcome:
     budgets: list[float] = analysis["budgets"]
     tests: list[Test] = []
     for budget in budgets:
-        best = [at_optimum(lab.runs[arm], budget) for arm in arms]
-        tests.append(
-            ordering(Claim(f"{exponent(budget)} FLOPs: the best MoD is better than the best dense", best[1], best[0]))
-        )
+        words = f"{exponent(budget)} FLOPs: the best MoD is better than the best dense"
+        tests.append(best_ordering(analysis, lab.runs, budget, words, MOD.name, DENSE.name))
         tests.append(_more_params(analysis, budget))
         tests.append(_same_flops(analysis, budget))
         tests.append(fewer_flops(analysis, budget, 1.0))
@@ -123,14 +121,16 @@ def fewer_flops(analysis: Analysis, budget: float, at_most: float) -> Test:
     fewer = "fewer FLOPs" if at_most == 1 else f"{percent(at_most, 0)} of the FLOPs or less"
     words = f"{exponent(budget)} FLOPs: MoD reaches the dense optimum's loss with {fewer} per forward pass"
     missing = missing_optimum(analysis, (DENSE.name, MOD.name), budget)
-    if found.get("forward_ratio") is None and found.get("optimal_params"):
-        missing = "no MoD on the curve reaches that loss"
     values = found.get("forward_ratio"), found.get("forward_ratio_ci")
+    if bracketed(analysis, DENSE.name, budget) is None:
+        values = None, None
+    elif values[0] is None and found.get("optimal_params"):
+        missing = "no MoD on the curve reaches that loss"
     return estimated(words, *values, high=at_most, unit=" times", missing=missing)
 
 
 def _ratio(analysis: Analysis, budget: float, key: str) -> tuple[float | None, list[float] | None]:
-    mod, dense = (curve_of(analysis, arm, budget)["optimum"] for arm in (MOD.name, DENSE.name))
+    mod, dense = (bracketed(analysis, arm, budget) for arm in (MOD.name, DENSE.name))
     return ratio(mod, dense, key)
 
 
@@ -185,7 +185,7 @@ def _ratios(analysis: Analysis, paper: dict[str, Any]) -> TextTable:
                 within(*_ratio(analysis, budget, "params"), text),
                 within(*_ratio(analysis, budget, "forward_flops"), text),
                 within(q.get("forward_ratio"), q.get("forward_ratio_ci"), text),
-                within(q.get("flop_multiplier"), q.get("flop_multiplier_ci"), text),
+                within(q.get("flop_multiplier"), q.get("flop_multiplier_ci"), lambda value: f"{value:.3g}"),
             ]
         )
     rows.append(["paper", paper["params"], paper["forward_flops"], paper["parity"], DASH])

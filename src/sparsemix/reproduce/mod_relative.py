@@ -9,12 +9,20 @@ from sparsemix.report.numbers import DASH, fixed
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.reproduce.mod_arms import DENSE, MOD, MOE, STAGED
-from sparsemix.reproduce.mod_curves import analysis_of, at_optimum, by_size, reference, relative, relative_chart
+from sparsemix.reproduce.mod_curves import (
+    analysis_of,
+    at_optimum,
+    best_ordering,
+    by_size,
+    reference,
+    relative,
+    relative_chart,
+)
 from sparsemix.reproduce.mod_isoflop import fewer_flops, grid, one_budget
 from sparsemix.reproduce.mod_progress import progress_chart
 from sparsemix.reproduce.mod_tables import lookahead_nats, rates
 from sparsemix.reproduce.tables import spread
-from sparsemix.reproduce.trends import Claim, bounded, judge, ordering
+from sparsemix.reproduce.trends import bounded, judge
 
 # The curves "overlay": a difference that no eye sees at the figure's scale.
 OVERLAY = 0.3
@@ -29,9 +37,10 @@ def fig6_design(scale: Scale) -> Design:
 
 def fig6_outcome(lab: Lab) -> Outcome:
     analysis, budget = analysis_of(lab), one_budget(lab.scale)
-    dense, mod = (at_optimum(lab.runs[arm.name], budget) for arm in (DENSE, MOD))
+    mod = at_optimum(lab.runs[MOD.name], budget)
+    words = "autoregressively, MoD with its predictor is better than dense"
     tests = [
-        ordering(Claim("autoregressively, MoD with its predictor is better than dense", mod, dense)),
+        best_ordering(analysis, lab.runs, budget, words, MOD.name, DENSE.name),
         bounded(
             f"the predictor costs at most {OVERLAY:g} % of the loss under the top-k, either way",
             [100 * (r.nats / lookahead_nats(r) - 1) for r in mod],
@@ -105,12 +114,12 @@ def fig7_design(scale: Scale) -> Design:
 
 def fig7_outcome(lab: Lab) -> Outcome:
     analysis, budget = analysis_of(lab), one_budget(lab.scale)
-    best = {arm: at_optimum(runs, budget) for arm, runs in lab.runs.items()}
-    tests = [
-        ordering(Claim("MoE is better than dense", best[MOE.name], best[DENSE.name])),
-        ordering(Claim("MoDE is better than dense", best[STAGED.name], best[DENSE.name])),
-        ordering(Claim("MoDE is better than MoE: the gains compound", best[STAGED.name], best[MOE.name])),
+    claims = [
+        ("MoE is better than dense", MOE, DENSE),
+        ("MoDE is better than dense", STAGED, DENSE),
+        ("MoDE is better than MoE: the gains compound", STAGED, MOE),
     ]
+    tests = [best_ordering(analysis, lab.runs, budget, words, a.name, b.name) for words, a, b in claims]
     lines = {arm: relative(analysis, runs, budget, lambda r: r.nats) for arm, runs in lab.runs.items()}
     chart = relative_chart(lines, "mode", "Mixture-of-Depths and experts", [(i, i) for i in range(len(lines))])
     paper = entry("mod-fig7").numbers
