@@ -37,13 +37,25 @@ def test_a_sized_layer_builds_at_its_width(kind):
 @pytest.mark.parametrize("d_model", WIDTHS)
 def test_product_keys_find_as_many_rows_as_fit(kind, size, top_k, tables, d_model):
     layer, target = sized(kind, d_model), dense_at(d_model).cost(d_model, 1).flops
-    assert layer.d_key == d_model // 4 and layer.top_k == top_k
     n = math.isqrt(getattr(layer, size))
+    assert layer.d_key == d_model // 4
+    if d_model < 128:
+        picks = layer.top_k * layer.num_heads
+        assert n == 256 and layer.num_heads == round(d_model / 16) and picks >= top_k
+        assert abs(layer.cost(d_model, 1).flops / target - 1) <= 0.03
+        return
+    assert layer.top_k == top_k
     larger = layer.replace(**{size: (n + 1) ** 2})
     assert layer.cost(d_model, 1).flops <= target
     full = n + 1 > 1024 or tables * (n + 1) ** 2 * d_model > MAX_TABLE_PARAMS
     assert larger.cost(d_model, 1).flops > target or full
     assert tables * n**2 * d_model <= MAX_TABLE_PARAMS and n <= 1024
+
+
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_tables_grow_with_the_width(kind):
+    params = [sized(kind, width).cost(width, 1).params for width in (8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 160)]
+    assert params == sorted(params) and len(set(params)) == len(params)
 
 
 def test_pkm_spends_on_its_picks_what_peer_spends():
@@ -93,7 +105,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest_name():
 
 
 @pytest.mark.parametrize(
-    ("kind", "d_model", "d_ff"), [("peer", 4, 4), ("pkm", 4, 4), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)]
+    ("kind", "d_model", "d_ff"), [("pkm", 2, 1), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)]
 )
 def test_a_model_too_narrow_to_be_matched_is_refused(kind, d_model, d_ff):
     with pytest.raises(ConfigError, match=r"cannot be sized to the dense layer's .* widen the model or its d_ff"):

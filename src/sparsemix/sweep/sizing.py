@@ -87,28 +87,38 @@ def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
 
 
 def _peer(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
-    """16 experts a head, two rows each."""
+    """Two rows an expert; from width 128 on 16 experts a head."""
     n, lookup = _product_keys(target, d_model, 16, 2)
     return {"num_experts": n * n, **lookup}
 
 
 def _pkm(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
-    """32 values a head, one row each: the expert FLOPs of PEER."""
+    """One row a value; from width 128 on 32 values a head: the expert FLOPs of PEER."""
     n, lookup = _product_keys(target, d_model, 32, 1)
     return {"num_values": n * n, **lookup}
 
 
 def _product_keys(target: float, d_model: int, K: int, rows: int) -> tuple[int, dict[str, Any]]:
-    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4; as many heads (at most 8, as in the
-    papers, unless the tables are full) and then as many sub-keys as the FLOPs allow; a pick reads `rows` table rows."""
+    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4; a pick reads `rows` table rows.
+
+    Below width 128 a head for 16 channels and 256 sub-keys, and as many picks a head as the FLOPs allow: tables grow
+    with the width alone, as in PEER's paper. From 128 on 8 heads of K picks (more where the tables are full) and as
+    many sub-keys as the FLOPs allow, which meet the others there."""
     d_key = max(2, d_model // 8 * 2)
     largest = min(1024, int((MAX_TABLE_PARAMS / (rows * d_model)) ** 0.5))
+    heads = min(8, max(1, round(d_model / 16)))
 
     def side(heads: int) -> int:
         """Sub-keys a side that the FLOPs left after queries and looked-up rows pay for."""
         return int((target / heads - 2 * d_model * d_key - 2 * rows * K * d_model) / (2 * d_key))
 
-    heads = next((h for h in (8, 4, 2) if side(h) >= 32), 1)
+    def picks(n: int) -> int:
+        """Picks a head that the FLOPs left after queries and sub-keys pay for: PEER's, and PKM's of half the cost."""
+        return round((target / heads - 2 * d_key * (d_model + n)) / (4 * d_model)) * (2 // rows)
+
+    if d_model < 128:
+        n = next((n for n in (256, 128, 64, 32) if picks(n) >= K // 2), 16)
+        return n, {"num_heads": heads, "top_k": max(1, picks(n)), "d_key": d_key}
     while side(heads) > largest:
         heads += 1
     return max(math.isqrt(K - 1) + 1, side(heads)), {"num_heads": heads, "top_k": K, "d_key": d_key}
