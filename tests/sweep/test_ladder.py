@@ -108,6 +108,20 @@ def test_an_optimum_beyond_what_the_budget_pays_for_ends_the_ladder():
     assert found.side == -1 and min(r.size for r in tried) == 8
 
 
+def test_a_list_of_three_sizes_grows_to_the_five_that_a_curve_needs():
+    tried, found = extended(valley(made(8).forward_flops / 2), [made(w) for w in (8, 12, 16)])
+    assert found.side == -1 and [r.size for r in tried] == [8, 12, 16, 20, 24]
+    tried, found = extended(valley(made(48).forward_flops), [made(w) for w in (40, 48, 64)])
+    assert found.side == 0 and len(tried) == 5
+    assert found.forward_flops == pytest.approx(made(48).forward_flops)
+
+
+def test_sizes_far_from_the_best_do_not_move_the_vertex():
+    skewed = {r.forward_flops: valley(made(64).forward_flops)(r) for r in RUNGS[2:14]}
+    skewed[RUNGS[13].forward_flops] += 100.0
+    assert bottom(skewed).forward_flops == pytest.approx(made(64).forward_flops)
+
+
 def test_losses_without_a_minimum_go_on_at_their_lower_end():
     hill = {1.0: 2.0, 2.0: 2.1, 4.0: 2.2, 8.0: 2.15, 16.0: 2.1}
     assert bottom(hill).side == -1

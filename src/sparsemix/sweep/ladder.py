@@ -17,8 +17,10 @@ MIN_STEPS = 50
 SPACING = 1.2
 SMALLEST_WIDTH = 8
 # Training tokens per multiply-add of a token's forward pass (which is near the parameters that a token uses) at the
-# loss-optimal size: above 31 at 3e11 FLOPs and near 20 to 44 at 5e10 where it was measured (docs/isoflop.md).
-TOKENS_PER_MAC = 40.0
+# loss-optimal size: 22 at 3e11 FLOPs and 21 at 5e10, where it was measured (docs/isoflop.md).
+TOKENS_PER_MAC = 22.0
+# Sizes that a parabola is put through.
+FITTED = 5
 
 Size = int | str
 
@@ -106,29 +108,31 @@ def ladder(rungs: Sequence[Rung], budget: float, ratio: float, num_sizes: int) -
 
 
 def bottom(losses: Mapping[float, float]) -> Bottom:
-    """Of forward FLOPs -> loss: the vertex of a parabola in log FLOPs if it opens upwards and lies between the second
-    and the last but one of at least four sizes, else the best size and the side on which the loss is lower."""
+    """Of forward FLOPs -> loss: the vertex of a parabola in log FLOPs through the five sizes around the best, if it
+    opens upwards and two or more sizes lie on each side of it, which is what the report's fit asks for too; else the
+    best size and the side on which the loss is lower."""
     flops = sorted(losses)
     x, y = np.log(flops), np.array([losses[f] for f in flops])
     best, last = int(y.argmin()), len(flops) - 1
-    if len(flops) < 3:
-        return Bottom(flops[best], -1 if y[0] <= y[-1] else 1)
-    inner = (0, last) if last < 3 else (1, last - 1)
-    curvature, slope, _ = np.polyfit(x - x.mean(), y, 2)
-    vertex = x.mean() - slope / (2 * curvature) if curvature > 0 else None
-    if best == 0 or (vertex is not None and vertex < x[inner[0]]):
-        return Bottom(flops[best], -1)
-    if best == last or (vertex is not None and vertex > x[inner[1]]):
-        return Bottom(flops[best], 1)
-    if vertex is None:
-        return Bottom(flops[best], -1 if y[0] <= y[-1] else 1)
+    lower = -1 if y[0] <= y[-1] else 1
+    if len(flops) < FITTED:
+        return Bottom(flops[best], lower)
+    first = min(max(0, best - FITTED // 2), len(flops) - FITTED)
+    near = slice(first, first + FITTED)
+    curvature, slope, _ = np.polyfit(x[near] - x[best], y[near], 2)
+    if curvature <= 0:
+        return Bottom(flops[best], -1 if best == 0 else 1 if best == last else lower)
+    vertex = x[best] - slope / (2 * curvature)
+    if best in (0, last) or not x[1] <= vertex <= x[last - 1]:
+        return Bottom(flops[best], -1 if best == 0 or (best != last and vertex < x[1]) else 1)
     return Bottom(float(np.exp(vertex)), 0)
 
 
 def extension(rungs: Sequence[Rung], tried: Sequence[Rung], budget: float, side: int) -> Rung | None:
-    """The neighbour beyond the ladder's end on a side; None where the budget or the list of sizes ends."""
-    flops = [r.forward_flops for r in tried]
-    able = trainable(rungs, budget)
-    if side < 0:
-        return next((r for r in reversed(able) if r.forward_flops < min(flops)), None)
-    return next((r for r in able if r.forward_flops > max(flops)), None)
+    """The neighbour beyond the ladder's end on a side; None where the budget or the list of sizes ends, unless the
+    ladder has too few sizes for a curve: then its other neighbour."""
+    flops, able = [r.forward_flops for r in tried], trainable(rungs, budget)
+    below = next((r for r in reversed(able) if r.forward_flops < min(flops)), None)
+    above = next((r for r in able if r.forward_flops > max(flops)), None)
+    wanted, other = (below, above) if side < 0 else (above, below)
+    return wanted if wanted is not None or len(tried) >= FITTED else other
