@@ -104,9 +104,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest_name():
         sized_ffn("peeer", dense_at(64), 64, 128)
 
 
-@pytest.mark.parametrize(
-    ("kind", "d_model", "d_ff"), [("pkm", 2, 1), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)]
-)
+@pytest.mark.parametrize(("kind", "d_model", "d_ff"), [("pkm", 2, 1), ("moe", 8, 2), ("mh_moe", 8, 4), ("peer", 2, 1)])
 def test_a_model_too_narrow_to_be_matched_is_refused(kind, d_model, d_ff):
     with pytest.raises(ConfigError, match=r"cannot be sized to the dense layer's .* widen the model or its d_ff"):
         sized_ffn(kind, DenseConfig(d_ff=d_ff), d_model, 128)
