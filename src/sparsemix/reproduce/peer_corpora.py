@@ -41,7 +41,7 @@ class Corpora:
                 find(wanted[name], folder)
                 self.found[name] = wanted[name]
             except ConfigError as error:
-                self.missing[name] = str(error)
+                self.missing[name] = str(error).removesuffix(", and the corpus has no hub")
 
     def measure(self, record: Record, lookahead: bool, say: Callable[[str], None]) -> dict[str, Measured]:
         """Every corpus at hand by one run's model; what the run's folder holds already is not measured again."""
