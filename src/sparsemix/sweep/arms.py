@@ -27,10 +27,10 @@ class Arm(NamedTuple):
 
 
 def rate_by_rule(d_model: int) -> float:
-    """The learning rate without a sweep: 0.01 at width 64, 0.0035 at 128 (each near the best of a dense sweep).
+    """The learning rate without a sweep: 0.01 up to width 64, 0.0035 at 128 (each near the best of a dense sweep).
 
     Ternary weights get the same: at width 64 their best rate is no other (docs/LOG.md)."""
-    return 0.01 * (64 / d_model) ** 1.5
+    return 0.01 * min(1.0, 64 / d_model) ** 1.5
 
 
 def backbone(recipe: str, overrides: tuple[str, ...] = (), width: int | None = None) -> dict[str, Any]:

@@ -143,9 +143,9 @@ def totals(cells: Sequence[Planned], ladders: Ladders, workers: int) -> list[str
             f"({at}); an optimum that was found moves those of the next budget"
         )
     rule = {
-        "rule": "learning rate: 0.01 (64 / width)^1.5",
-        "sweep": "learning rate: 0.01 (64 / width)^1.5 times each kind's best factor of two, by validation loss at the "
-        "smallest budget",
+        "rule": "learning rate: 0.01 (64 / width)^1.5, 0.01 below width 64",
+        "sweep": "learning rate: the rule (0.01 (64 / width)^1.5, 0.01 below width 64) times each kind's best factor "
+        "of two, by validation loss at the smallest budget",
     }
     return [*lines, rule.get(grid.rates, f"learning rate: {grid.rates}")]
 
