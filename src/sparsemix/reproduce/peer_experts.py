@@ -159,7 +159,7 @@ def _counted(used: Mapping[At, Sequence[Usage]]) -> str:
     few = min((one for found in used.values() for one in found), key=lambda one: one.tokens / one.needed)
     said = (
         f"Usage and unevenness are of gate mass, by the causal rule, over at least {few.tokens} evaluation tokens; "
-        f"{VISITS} experts / (heads x top_k) are {few.needed}."
+        f"{VISITS} N / (heads x top_k) are {few.needed} for the largest pool."
     )
     return said if few.enough else f"{said} Where a text holds fewer tokens, usage is a lower bound (≥)."
 

@@ -5,7 +5,7 @@ from math import log2
 from typing import Any
 
 from sparsemix.report.figures import Chart, Line
-from sparsemix.report.numbers import DASH, fixed, interval, si
+from sparsemix.report.numbers import DASH, fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.report.stats import RESAMPLES
@@ -110,8 +110,9 @@ def _law(laws: Sequence[Mapping[str, Any]]) -> TextTable:
     ours = next((law for law in laws if law["arm"] == "peer"), None)
     rows = []
     for name, theirs in published.items():
-        bounds = interval(ours["ci"][name], 3) if ours else DASH
-        rows.append([name, fixed(ours[name] if ours else None, 3), bounds, f"{theirs:g}"])
+        value, bounds = (f"{ours[name]:.3g}", ours["ci"][name]) if ours else (DASH, None)
+        # Intervals of factors span many powers of ten where the runs do not tell them.
+        rows.append([name, value, f"[{bounds[0]:.3g}, {bounds[1]:.3g}]" if bounds else DASH, f"{theirs:g}"])
     return TextTable(f"The law {LAW}", ("parameter", "here, PEER", "95 %", "arXiv:2402.07871, mixtures"), rows)
 
 
