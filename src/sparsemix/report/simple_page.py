@@ -66,5 +66,6 @@ def drawn_figure(shape: Shape, caption: str, files: str = "") -> Markup:
 
 
 def _is_word(cell: str) -> bool:
-    # Numbers with their signs, units, intervals and dashes stay aligned right.
-    return not re.fullmatch(r"[<≥]?[\s\[]*[+−-]?\d.*|[–-]?", str(cell))
+    # Numbers with signs, units, intervals and dashes stay aligned right; a sentence that begins with one does not.
+    number = re.fullmatch(r"[<≥]?[\s\[]*[+−-]?\d.*|[–-]?", str(cell))
+    return not number or len(re.findall(r"[A-Za-z]{3,}", str(cell))) > 1

@@ -33,6 +33,7 @@ class RunStatus:
     budget: float
     width: int
     seed: int
+    lr: float | None = None
     state: State = "waiting"
     share: float = 0.0
     loss: float | None = None
@@ -83,7 +84,7 @@ def look(folder: Path, cell: dict[str, Any]) -> RunStatus:
 
 
 def _planned(cell: dict[str, Any]) -> dict[str, Any]:
-    return {name: cell[name] for name in ("arm", "budget", "width", "seed") if name in cell}
+    return {name: cell[name] for name in ("arm", "budget", "width", "seed", "lr") if name in cell}
 
 
 @lru_cache(maxsize=4096)
@@ -94,6 +95,7 @@ def _about(folder: Path) -> dict[str, Any]:
         "budget": float(settings["train"]["budget_flops"]),
         "width": settings["model"]["d_model"],
         "seed": settings["seed"],
+        "lr": settings["train"]["lr"],
     }
 
 
@@ -152,6 +154,7 @@ def table(runs: Sequence[RunStatus], rows: int | None = None) -> Table:
         ("budget", "right"),
         ("width", "right"),
         ("seed", "right"),
+        ("rate", "right"),
         ("state", "left"),
     ):
         made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -165,6 +168,7 @@ def table(runs: Sequence[RunStatus], rows: int | None = None) -> Table:
             f"{run.budget:.3g}",
             str(run.width),
             str(run.seed),
+            "" if run.lr is None else f"{run.lr:.3g}",
             f"[{STYLES[run.state]}]{run.state}[/]",
             f"{run.share:.0%}" if run.share else "",
             f"{run.loss:.3f}" if run.loss is not None else "",

@@ -84,7 +84,12 @@ class Study:
 def _planned(cell: Cell) -> dict[str, Any]:
     """What plan.yaml says of a cell: whose run it is, and what `sparsemix status` shows before it has begun."""
     config = cell.config
-    about = {"budget": config.train.budget_flops, "width": config.model.d_model, "seed": config.seed}
+    about = {
+        "budget": config.train.budget_flops,
+        "width": config.model.d_model,
+        "seed": config.seed,
+        "lr": config.train.lr,
+    }
     return {"arm": cell.arm, "run": cell.run, "role": cell.role, **about}
 
 
