@@ -5,9 +5,9 @@ from math import log2
 
 import numpy as np
 import pytest
+from made_runs import made_run
 
 from made_corpora import write_papers
-from made_runs import made_run
 from sparsemix.config import config_hash
 from sparsemix.data import DataConfig
 from sparsemix.report.records import read_run

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_reproduce_mh_moe import NO, UNCLEAR, YES, made_run
 
 from made_corpora import small_tokenizer, write_papers
 from sparsemix import saved
@@ -24,7 +25,6 @@ from sparsemix.reproduce.ternary_gap import FLOAT, TERNARY, sign_test
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.study import Cell
 from sparsemix.trained import load
-from test_reproduce_mh_moe import NO, UNCLEAR, YES, made_run
 from tiny import run_config
 
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-
 from made_mod_runs import made_seeds
+from test_reproduce_mod import TINY
+
 from sparsemix import train
 from sparsemix.report.records import read_run
 from sparsemix.reproduce import mod_pictures, mod_sampling, mod_speed
@@ -13,7 +14,6 @@ from sparsemix.reproduce.mod_arms import MOD, planned, router_bce
 from sparsemix.reproduce.mod_identity import compare_bits, identity
 from sparsemix.reproduce.mod_progress import by_then, over_steps
 from sparsemix.reproduce.mod_speed import Speed
-from test_reproduce_mod import TINY
 from tiny import prepared, run_config, unchecked_shapes
 
 

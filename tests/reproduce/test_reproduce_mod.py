@@ -1,8 +1,8 @@
 """Mixture-of-Depths: what its reproductions compare costs what it should, and their claims follow the runs."""
 
 import pytest
-
 from made_mod_runs import made_seeds
+
 from sparsemix.reproduce.base import SCALES, Lab
 from sparsemix.reproduce.lab import reproduction
 from sparsemix.reproduce.mod_arms import (

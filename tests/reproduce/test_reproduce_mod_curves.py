@@ -3,8 +3,9 @@
 import math
 
 import pytest
-
 from made_mod_runs import made_grid
+from test_reproduce_mod import TINY
+
 from sparsemix.config import parse
 from sparsemix.data import DataConfig
 from sparsemix.reproduce import mod_callouts
@@ -14,7 +15,6 @@ from sparsemix.reproduce.mod_arms import FAMILY, forward_flops
 from sparsemix.reproduce.mod_curves import analysis_of, at_optimum, ratio, relative
 from sparsemix.reproduce.mod_speed import Speed
 from sparsemix.sweep.grid import Grid
-from test_reproduce_mod import TINY
 
 WIDTHS = (20, 24, 32, 40, 48, 64)
 BUDGET = 2e9

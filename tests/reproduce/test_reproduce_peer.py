@@ -6,8 +6,8 @@ from math import exp, log2
 
 import numpy as np
 import pytest
-
 from made_runs import made_run
+
 from sparsemix.config import config_hash
 from sparsemix.layers import PEERConfig
 from sparsemix.reproduce import peer_experts, peer_granularity, peer_heads, peer_isoflop, peer_norm
