@@ -166,8 +166,7 @@ def test_table_4_spends_the_same_within_a_group_for_the_same_steps():
     # Two matrices of d_model by d_model in every second block.
     more = 2 * 2 * model.d_model**2 * len(model.blocks) // 2
     assert [len(without), len(having)] == [1, 1] and having.pop() - without.pop() == more
-    assert len({cell.config.train.budget_flops for cell in groups[1]}) == 1
-    assert cells[SMOE].config.steps == cells[f"{SMOE}{mh_moe_parts.WITH}"].config.steps
+    assert len({cell.config.steps for cell in cells.values()}) == 1
     assert spent(cells[mh_moe_parts.WIDE])[1] == spent(cells[SMOE])[1]
 
 

@@ -48,6 +48,9 @@ class Base(NamedTuple):
         return PAPER_BUDGET if as_published else self.scale.budget
 
     def design(self, arms: Sequence[Arm], sweep: bool = False) -> Design:
+        """Every arm for the steps that SMoE takes at the budget: the papers train for equal steps, and leave the router
+        out of the FLOPs that they hold equal."""
+        arms = [arm._replace(changes=(*arm.changes, f"train.budget_flops={self.budget_of(arm)!r}")) for arm in arms]
         if self.scale.name == "paper" and not sweep:
             # The rate of the paper's code; a rule made on small models is none for this width.
             arms = [arm._replace(changes=(*arm.changes, f"train.lr={self.raw['train']['lr']}")) for arm in arms]
@@ -57,11 +60,11 @@ class Base(NamedTuple):
         """The run of an arm, for its cost."""
         return run_config(arm, self.raw, DataConfig(vocab_size=self.raw["model"]["vocab_size"]), budget or self.budget)
 
-    def budget_of(self, arm: Arm, like: Arm) -> float:
-        """Training FLOPs of `arm` for as many steps as `like` takes."""
-        other, mine = self.config(like), self.config(arm, 1e30)
+    def budget_of(self, arm: Arm) -> float:
+        """Training FLOPs of `arm` for as many steps as SMoE takes."""
+        steps = self.config(arm_of(SMOE, self.smoe())).steps
         # Half a step more than whole steps, so that rounding takes none away.
-        return (other.steps + 0.5) * mine.step_flops
+        return (steps + 0.5) * self.config(arm, 1e30).step_flops
 
     def moe(self, num_experts: int, top_k: int, d_ff: int, **more: Any) -> dict[str, Any]:
         return {"kind": "moe", "num_experts": num_experts, "top_k": top_k, "d_ff": d_ff, **more}

@@ -10,7 +10,6 @@ from sparsemix.reproduce.mh_moe_arms import EXPERTS, FINE, H2, SMOE, Base, arm_o
 from sparsemix.reproduce.mh_moe_corpora import CORPORA, note, paper_table, score
 from sparsemix.reproduce.mh_moe_tables import Effect, difference, effects_table, loss_table
 from sparsemix.reproduce.trends import Claim, Terms, contrast, judge, ordering
-from sparsemix.sweep.arms import Arm
 
 COLUMNS = [f"50k {corpus}" for corpus in CORPORA.values()]
 WITH = " with head and merge"
@@ -32,15 +31,14 @@ def wide(base: Base) -> dict[str, Any]:
 
 
 def table4(scale: Scale) -> Design:
-    """Every mixture without and with head and merge. Models of a column group have equal FLOPs, and those with head and
-    merge a budget for as many steps as the others."""
+    """Every mixture without and with head and merge. Models of a column group have equal FLOPs; all take equal
+    steps."""
     base = base_of(scale)
     plain = {SMOE: base.smoe(), FINE: base.fine(), WIDE: wide(base) | {"head": False, "merge": False}}
     one_head = {name: {"kind": "mh_moe", "num_heads": 1, "inner": plain[name]} for name in (SMOE, FINE)}
     without = [arm_of(name, layer) for name, layer in plain.items()]
     more = [arm_of(f"{name}{WITH}", layer) for name, layer in {**one_head, H2: wide(base)}.items()]
-    budget = base.budget_of(more[0], without[0])
-    return base.design([*without, *(_at(arm, budget) for arm in more)])
+    return base.design([*without, *more])
 
 
 def table5(scale: Scale) -> Design:
@@ -54,11 +52,7 @@ def table5(scale: Scale) -> Design:
         MERGE: {"head": False},
     }
     arms = [arm_of(name, layer | without) for name, without in left_out.items()]
-    return base.design([*(_at(arm, base.budget_of(arm, both)) for arm in arms), both])
-
-
-def _at(arm: Arm, budget: float) -> Arm:
-    return arm._replace(changes=(*arm.changes, f"train.budget_flops={budget!r}"))
+    return base.design([*arms, both])
 
 
 def outcome4(lab: Lab) -> Outcome:

@@ -42,14 +42,13 @@ def at_half(record: Record) -> float | None:
 
 
 def router_note(runs: Mapping[str, Sequence[Record]]) -> str:
-    """What counting the router does to the comparison."""
-    tokens = {arm: fmean(r.tokens for r in records) for arm, records in runs.items()}
-    fewest = min(tokens, key=lambda arm: tokens[arm])
+    """What leaving the router out does to the comparison."""
+    flops = {arm: fmean(r.flops for r in records) for arm, records in runs.items()}
+    most = max(flops, key=lambda arm: flops[arm])
     return (
-        "The paper trains for equal steps and leaves the router out of its FLOPs. Here training FLOPs are equal and "
-        f"the router counts, so a model with many experts sees fewer tokens: {fewest}, "
-        f"{percent(1 - tokens[fewest] / max(tokens.values()))} fewer than the most. The smaller the width, the larger "
-        "the router's share; it works against many heads."
+        "As in the paper, models train for equal steps, and FLOPs are equal without the router. With it they are not: "
+        f"{most} spends {percent(flops[most] / min(flops.values()) - 1)} more than the least. The smaller the width, "
+        "the larger the router's share; it works for many heads."
     )
 
 
