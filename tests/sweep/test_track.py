@@ -85,6 +85,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
 
 TRACKED_RUN = """
 import sys
+from pathlib import Path
 from sparsemix.run import Run
 from sparsemix.track import tracking
 if __name__ == "__main__":
