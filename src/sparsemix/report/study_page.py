@@ -76,14 +76,7 @@ class Page:
 
     def _summary(self) -> Markup:
         a, base = self.analysis, self.analysis["baseline"]
-        lines = [
-            Markup(
-                f"<b>{escape(q['arm'])}</b> at {flops(q['budget'])}: {fixed(q.get('gap_nats'), 4, True)} "
-                f"{interval(q.get('gap_nats_ci'), 4, True)} nats: {escape(q.get('verdict'))}"
-            )
-            for q in a["quantities"]
-            if q["arm"] != base
-        ]
+        lines = [_gap(q) for q in a["quantities"] if q["arm"] != base]
         note = (
             f"Loss next to the optimum minus {base}'s at the same budget, 95\u00a0% interval, verdict; negative is "
             "better."
@@ -229,6 +222,14 @@ def _beside(parts: Sequence[str], css: str = "") -> Markup:
     """Parts in columns where there is room; one alone takes a figure's usual width."""
     kind = "pair" if len(parts) > 1 else "single"
     return Markup(f'<div class="{kind}{css}">{"".join(parts)}</div>') if parts else Markup("")
+
+
+def _gap(q: dict[str, Any]) -> Markup:
+    """An arm's difference from the baseline, where there is one, and its verdict."""
+    at = f"<b>{escape(q['arm'])}</b> at {flops(q['budget'])}: "
+    if q.get("gap_nats") is not None:
+        at += f"{fixed(q['gap_nats'], 4, True)} {interval(q.get('gap_nats_ci'), 4, True)} nats: "
+    return Markup(at + escape(q.get("verdict")))
 
 
 def _headline(analysis: Analysis) -> str:
