@@ -75,7 +75,7 @@ def test_controls_cost_per_token_what_they_are_compared_with(scale):
     control, mod = planned(scale, shallower(scale)), planned(scale, MOD)
     assert len(control.model.blocks) < len(mod.model.blocks)
     assert forward_flops(control) == pytest.approx(forward_flops(mod), rel=0.01)
-    assert forward_flops(planned(scale, DENSE)) > 1.4 * forward_flops(mod)
+    assert forward_flops(planned(scale, DENSE)) > 1.3 * forward_flops(mod)
     drops, integrated = planned(scale, dropping(scale)), planned(scale, INTEGRATED)
     assert forward_flops(drops) == pytest.approx(forward_flops(integrated), rel=0.01)
     assert drops.model.cost().params == pytest.approx(integrated.model.cost().params, rel=0.01)

@@ -22,7 +22,7 @@ def test_a_plan_needs_no_model_and_says_its_flops(name, scale, monkeypatch):
 
 def test_a_budget_and_seeds_overrule_the_scale():
     usual, given = plan("mod-capacity", ReproduceConfig()), plan("mod-capacity", ReproduceConfig(budget=1e11, seeds=2))
-    assert given.flops == pytest.approx(usual.flops / 2 / usual.scale.seeds * 2)
+    assert given.flops == pytest.approx(usual.flops * 1e11 / usual.scale.budget / usual.scale.seeds * 2)
     assert {cell.config.seed for cell in given.cells} == {0, 1}
 
 

@@ -34,7 +34,8 @@ class Scale(NamedTuple):
 # Steps of 512 tokens: at these budgets more, smaller steps reach further (docs/LOG.md).
 SHORT = ("train.batch_tokens=512", "train.test_tokens=40000")
 SCALES = {
-    "demo": Scale("demo", "30k", 2e11, (1e11, 3e11), None, 3, SHORT),
+    # The family has nearly bytes as tokens at this size, which read half the text a FLOP: 3.2 bits per byte, not 2.8.
+    "demo": Scale("demo", "30k", 3e11, (1e11, 3e11), None, 3, (*SHORT, "model.vocab_size=1024")),
     "laptop": Scale("laptop", "300k", 5e12, (2e12, 6e12), None, 5, SHORT),
     "gpu": Scale("gpu", "30M", 1.1e17, (3e16, 1e17), None, 5),
     "paper": Scale("paper", "paper", 6e18, (6e18, 2e19), None, 1),
