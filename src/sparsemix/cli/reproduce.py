@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -29,6 +29,7 @@ def reproduce(
     workers: Workers = None,
     launcher: LauncherName = "local",
     launch: Launch = None,
+    track: Track = None,
     retries: Annotated[int, typer.Option(help="Times that a failed run is tried again.", min=0)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its FLOPs, and stop.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Name every table and figure with its claim.")] = False,
@@ -42,6 +43,7 @@ def reproduce(
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
     from sparsemix.sweep.launch import make_launcher
+    from sparsemix.track import tracking
 
     settings = parse(
         ReproduceConfig,
@@ -61,7 +63,8 @@ def reproduce(
     say(f"{runs} runs, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
     if not dry_run:
         made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
-        _run(planned, settings, out, made, retries, data_dir)
+        with interruptible(), tracking(track, out):
+            _run(planned, settings, out, made, retries, data_dir)
 
 
 def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, corpora: Path | None) -> None:
@@ -70,15 +73,14 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
     from sparsemix.sweep.study import Study
     from sparsemix.sweep.watch import Stages
 
-    with interruptible():
-        study = Study(out, settings, say)
-        with Stages("data", say) as progress:
-            study.prepare(lab.data_config(planned.design, settings), progress)
-        planned = lab.plan(planned.entry.name, settings, study.data)
-        with launcher as made:
-            outcome, records = lab.run(planned, study, made, say, retries, corpora)
-        folder = out / planned.entry.name
-        write(planned, outcome, records, folder, shlex.join(["sparsemix", *sys.argv[1:]]))
+    study = Study(out, settings, say)
+    with Stages("data", say) as progress:
+        study.prepare(lab.data_config(planned.design, settings), progress)
+    planned = lab.plan(planned.entry.name, settings, study.data)
+    with launcher as made:
+        outcome, records = lab.run(planned, study, made, say, retries, corpora)
+    folder = out / planned.entry.name
+    write(planned, outcome, records, folder, shlex.join(["sparsemix", *sys.argv[1:]]))
     show(_tables(outcome))
     print(f"report: {folder / 'report.html'}")
 
