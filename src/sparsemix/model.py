@@ -26,13 +26,6 @@ from sparsemix.layers.norm import RMS, NormConfig
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.ops.cross_entropy import cross_entropy
 
-CONVENTION = (
-    "FLOPs count matrix multiplies, 2 per multiply-add: linear layers, attention scores and values over the full "
-    "square of the sequence, routers, predictors, experts (looked-up rows: PEER 4 * heads * top_k * d_model "
-    "a token, PKM half of that), and the logits. Index reads, norms, softmax and the embedding lookup count 0. "
-    "Training costs 3 x forward; where routing decides what runs, what ran is charged."
-)
-
 
 class ModelConfig(Config):
     """A decoder-only language model; every block is a layer of its own.

@@ -22,6 +22,16 @@ LOCK_WAIT_S = 2.0
 LOCK = ".lock"
 
 
+# How the FLOPs of every run are counted. Runs that hold no convention are from before results did, and were
+# counted so too: whoever changes it keeps this text for them.
+CONVENTION = (
+    "FLOPs count matrix multiplies, 2 per multiply-add: linear layers, attention scores and values over the full "
+    "square of the sequence, routers, predictors, experts (looked-up rows: PEER 4 * heads * top_k * d_model "
+    "a token, PKM half of that), and the logits. Index reads, norms, softmax and the embedding lookup count 0. "
+    "Training costs 3 x forward; where routing decides what runs, what ran is charged."
+)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or none of it; text as UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

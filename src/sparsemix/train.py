@@ -21,10 +21,10 @@ from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestima
 from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
 from sparsemix.machine import pick_compile, pick_device, pick_dtype
-from sparsemix.model import CONVENTION, LM, BlockRunner, after
+from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.impl import picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
-from sparsemix.run import Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, versions
 from sparsemix.settings import RunConfig
 from sparsemix.step import accumulate, activation_bytes, block_runner, read
 

@@ -18,7 +18,8 @@ from sparsemix.interop.card import bits_per_byte
 from sparsemix.interop.causal_rules import RULES, causal_rules
 from sparsemix.interop.export import export
 from sparsemix.layers import Ctx
-from sparsemix.model import CONVENTION, ModelConfig
+from sparsemix.model import ModelConfig
+from sparsemix.run import CONVENTION
 from sparsemix.train import train
 from tiny import ATTENTION, BLOCKS, D, T, V, mod, prepared, run_config, unchecked_shapes
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.report.records import FIRST_CONVENTION, Record
+from sparsemix.report.records import Record
+from sparsemix.run import CONVENTION
 
 TOKENS_PER_BYTE = 0.28
 TEST_TOKENS, NUM_DOCS = 90_000, 120
@@ -97,7 +98,7 @@ def made_record(
         "flops": budget, "seed": seed, "lr": lr, "tokens": int(tokens), "bpb": bpb, "validation_bpb": bpb + 0.01,
         "lookahead_bpb": bpb - 0.02 if arm == "mod" else None, "wall_s": wall, "tokens_per_s": tokens / wall,
         "peak_memory_bytes": 300_000_000 + 16 * params, "perplexity": float(np.exp(nats)), "steps": int(tokens / 2048),
-        "test_tokens": TEST_TOKENS, "routing": routing(arm), "convention": FIRST_CONVENTION,
+        "test_tokens": TEST_TOKENS, "routing": routing(arm), "convention": CONVENTION,
         "cost": {"params": params, "active_params": active, "flops_per_token": forward},
     }  # fmt: skip
     if docs is not None:

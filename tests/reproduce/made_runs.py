@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsemix.config import config_hash
-from sparsemix.report.records import FIRST_CONVENTION, Record
+from sparsemix.report.records import Record
+from sparsemix.run import CONVENTION
 
 NUM_DOCS = 40
 
@@ -27,7 +28,7 @@ def made_run(folder: Path, arm, config, nats, role="grid", routing=None, lookahe
     result = {
         "routing": {"passes": None, "predictor": {}, "experts": routing or {}},
         "perplexity": float(np.exp(nats)),
-        "convention": FIRST_CONVENTION,
+        "convention": CONVENTION,
         "cost": cost,
         "test_tokens": int(tokens.sum()),
         "steps": config.steps,

@@ -71,11 +71,14 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
     from sparsemix.sweep.study import Study
+    from sparsemix.sweep.texts import prepared
     from sparsemix.sweep.watch import Stages
 
     study = Study(out, settings, say)
     with Stages("data", say) as progress:
-        study.prepare(lab.data_config(planned.design, settings), progress)
+        text = lab.data_config(planned.design, settings)
+        # A text with too few test documents is refused before anything trains.
+        prepared(out, lambda: study.prepare(text, progress), planned.cells[0].config)
     planned = lab.plan(planned.entry.name, settings, study.data)
     with launcher as made:
         outcome, records = lab.run(planned, study, made, say, retries, corpora)

@@ -14,7 +14,8 @@ from sparsemix.config import config_hash, to_yaml
 from sparsemix.evaluate.estimate import ratio
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
-from sparsemix.model import CONVENTION, LM, ModelConfig
+from sparsemix.model import LM, ModelConfig
+from sparsemix.run import CONVENTION
 from sparsemix.settings import RunConfig
 
 Rows = Sequence[tuple[str, object]]

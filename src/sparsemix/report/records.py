@@ -13,10 +13,7 @@ import yaml
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
-from sparsemix.run import Run
-
-# Runs from before results held a cost were charged by the one convention there has been.
-FIRST_CONVENTION = "FLOPs count matrix multiplies, 2 per multiply-add"
+from sparsemix.run import CONVENTION, Run
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Record:
     @property
     def convention(self) -> str:
         """How its FLOPs were counted."""
-        return self.result.get("convention", FIRST_CONVENTION)
+        return self.result.get("convention", CONVENTION)
 
 
 def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record | None:
@@ -143,7 +140,7 @@ def same_terms(records: list[Record]) -> None:
         "corpus": lambda r: r.corpus[:16],
         "model.vocab_size": lambda r: r.settings["model"]["vocab_size"],
         "model.seq_len": lambda r: r.settings["model"]["seq_len"],
-        "FLOP convention": lambda r: r.convention[: len(FIRST_CONVENTION)],
+        "FLOP convention": lambda r: r.convention,
     }
     for name, term in terms.items():
         groups: dict[Any, Record] = {}

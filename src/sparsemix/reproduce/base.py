@@ -1,7 +1,7 @@
 """What a reproduction is: the runs that a table or figure of a paper needs, and what is said of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -91,7 +91,6 @@ class Lab:
     out: Path
     runs: dict[str, list[Record]]
     say: Callable[[str], None]
-    extra: dict[str, Any] = field(default_factory=dict)
     corpora: Path | None = None
 
     @property

@@ -7,12 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from sparsemix.config import Config, ConfigError, parse
+from sparsemix.config import Config, ConfigError
 from sparsemix.data import DataConfig
 from sparsemix.recipes import settings_of, sizes_of
 from sparsemix.report.records import Record
 from sparsemix.reproduce.base import SCALES, Design, Entry, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.sweep import texts
 from sparsemix.sweep.arms import backbone, run_config
+from sparsemix.sweep.isoflop import Grid, planned_cells, run_grid, run_seeds
 from sparsemix.sweep.study import Cell, Study
 
 
@@ -57,10 +59,10 @@ def plan(name: str, settings: ReproduceConfig, data: DataConfig | None = None) -
         scale = scale._replace(budget=settings.budget, budgets=tuple(b * ratio for b in scale.budgets))
     scale = scale._replace(seeds=settings.seeds or scale.seeds, overrides=(*scale.overrides, *settings.overrides))
     made_by = reproduction(name)
-    design = _filled(made_by.design(scale), scale)
+    design = _filled(made_by.design(scale), scale, settings.overrides)
     data = data or data_config(design, settings)
     if design.grid:
-        cells = [cell for grid in _grids(design) for cell in _isoflop().planned_cells(design.arms, grid, data)]
+        cells = [cell for grid in _grids(design) for cell in planned_cells(design.arms, grid, data)]
     else:
         raw = backbone(_recipe(design), design.overrides)
         cells = [
@@ -73,10 +75,9 @@ def plan(name: str, settings: ReproduceConfig, data: DataConfig | None = None) -
 
 def data_config(design: Design, settings: ReproduceConfig) -> DataConfig:
     """The text at the vocabulary of the design's recipe; at paper scale the recipe's own text, unless one is given."""
-    raw = settings_of(_recipe(design), design.overrides)
-    own = raw.get("data", {})
-    text = settings.text if settings.text != ("stdlib",) or "text" not in own else own["text"]
-    return parse(DataConfig, {"vocab_size": raw["model"]["vocab_size"], **own, "text": text})
+    own = settings_of(_recipe(design), design.overrides).get("data", {})
+    text = settings.text if settings.text != ("stdlib",) or "text" not in own else tuple(own["text"])
+    return texts.data_config(_recipe(design), design.overrides, text)
 
 
 def run(
@@ -91,10 +92,10 @@ def run(
     what asks for them. Raises ConfigError and KeyboardInterrupt."""
     design, scale = planned.design, planned.scale
     if design.grid:
-        grids = [_isoflop().run_grid(study, design.arms, grid, launcher) for grid in _grids(design)]
+        grids = [run_grid(study, design.arms, grid, launcher) for grid in _grids(design)]
         records: list[Record | None] = [record for found in grids for record in found]
     elif design.sweep:
-        records = list(_isoflop().run_seeds(study, design.arms, _grid(design), launcher))
+        records = list(run_seeds(study, design.arms, _grid(design), launcher))
     else:
         records = study.train(planned.cells, launcher, planned.entry.name, retries)
     runs: dict[str, list[Record]] = {arm.name: [] for arm in design.arms}
@@ -107,8 +108,8 @@ def run(
     return planned.made_by.outcome(lab), lab.all()
 
 
-def _filled(design: Design, scale: Scale) -> Design:
-    """The scale's values where the design gives none."""
+def _filled(design: Design, scale: Scale, asked: tuple[str, ...]) -> Design:
+    """The scale's values where the design gives none; what the user asked for overrules both."""
     size = design.size or scale.size
     known = sizes_of(design.recipe)
     if known and size not in known:
@@ -119,7 +120,7 @@ def _filled(design: Design, scale: Scale) -> Design:
         budgets=design.budgets or scale.budgets,
         sizes=design.sizes or scale.sizes,
         seeds=design.seeds or scale.seeds,
-        overrides=(*scale.overrides, *design.overrides),
+        overrides=(*scale.overrides, *design.overrides, *asked),
     )
 
 
@@ -142,7 +143,7 @@ def _grid(design: Design) -> Any:
     budgets = design.budgets if design.grid else (design.budget,)
     # Sizes by name take the place of the design's one size.
     named = any(isinstance(size, str) for size in design.sizes or ())
-    return _isoflop().Grid(
+    return Grid(
         recipe=design.recipe if named else _recipe(design),
         overrides=design.overrides,
         budgets=budgets,
@@ -151,7 +152,3 @@ def _grid(design: Design) -> Any:
         extend=design.extend,
         rates="sweep" if design.sweep else "rule",
     )
-
-
-def _isoflop() -> Any:
-    return importlib.import_module("sparsemix.sweep.isoflop")

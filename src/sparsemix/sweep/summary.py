@@ -10,9 +10,8 @@ import numpy as np
 from sparsemix.data import Shards
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
-from sparsemix.model import CONVENTION
 from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
-from sparsemix.run import Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, versions
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.compare import Comparison, settings_text
 from sparsemix.sweep.sizing import split_kind
