@@ -128,7 +128,7 @@ def _recipe(design: Design) -> str:
     return f"{design.recipe}:{design.size}" if design.size else design.recipe
 
 
-def _grids(design: Design) -> list[Any]:
+def _grids(design: Design) -> list[Grid]:
     """One grid, or one for each budget where each has its own sizes."""
     if design.sizes_by_budget is None:
         return [_grid(design)]
@@ -139,7 +139,9 @@ def _grids(design: Design) -> list[Any]:
     ]
 
 
-def _grid(design: Design) -> Any:
+def _grid(design: Design) -> Grid:
+    # `_filled` has given every value.
+    assert design.budget is not None and design.budgets is not None and design.seeds is not None
     budgets = design.budgets if design.grid else (design.budget,)
     # Sizes by name take the place of the design's one size.
     named = any(isinstance(size, str) for size in design.sizes or ())
