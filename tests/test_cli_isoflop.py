@@ -83,6 +83,13 @@ def test_the_plan_the_runs_a_stop_and_the_same_command_again(isoflop, here, tmp_
     code, tables, _ = isoflop(*STUDY)
     assert code == 0 and f"report: {out / 'report.html'}" in tables and (out / "analysis.json").is_file()
     assert len(list((out / "runs").iterdir())) == trained + 7
+    # The routing pictures of the page: of the optimum of the kind that routes, measured once.
+    assert err.count("inspect: measuring") == 1
+    (inspected,) = (out / "runs").glob("*/inspect/inspect.json")
+    assert 'id="mod-map-title"' in (out / "report.html").read_text(encoding="utf-8")
+    measured = inspected.stat().st_mtime_ns
+    isoflop(*STUDY)
+    assert inspected.stat().st_mtime_ns == measured
     code, _, err = isoflop(*STUDY[:-1], 3)
     assert code == 2 and "seeds=2 there, 3 asked" in err
 

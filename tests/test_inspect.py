@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsemix import cli
-from sparsemix.data import prepare
+from sparsemix.data import Shards, prepare
 from sparsemix.train import train
 from tiny import BLOCKS, MH_MOE, PEER, T, block, mod, run_config, unchecked_shapes, write_corpus
 
@@ -59,6 +59,10 @@ def test_a_run_is_inspected_on_its_own_test_split(runs, call, tmp_path):
     assert not inside["tokens"] or inside["picks_per_token"] == 8
     assert sum(heads["gate_histogram"]) == 1200 and sum(run["passes"]) == 300
     assert sum(run["mod"]["blocks.2"]["weights"]) == sum(run["mod"]["blocks.2"]["guess"]["counts"]) == 300
+    plain, *routed = run["map"]["blocks"]
+    assert plain == [1] * 128 and {taken for block in routed for taken in block} == {0, 1}
+    shards = Shards.open(runs / "data")
+    assert "".join(run["map"]["texts"]) == shards.tokenizer().decode(shards.tokens("test")[:128].tolist())
     assert {at["depth"] for at in run["loss_by_depth"]} <= {0, 1, 2}
     assert {"depth", "blocks.0.ffn.inner.top_gate", "blocks.2.scores", "blocks.2.routed"} <= set(run["correlation"])
     page = (tmp_path / "seen" / "inspect.html").read_text()

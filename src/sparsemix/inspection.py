@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import Batch, read_documents
+from sparsemix.data.detokenizer import Detokenizer
 from sparsemix.data.tokenizer import encode_stream
 from sparsemix.data.windows import Stream
 from sparsemix.evaluate.correlation import correlations
@@ -21,6 +23,9 @@ from sparsemix.trained import find_shards, load_run, run_tokenizer
 
 Progress = Callable[[str, int, int | None], None]
 HISTOGRAM_BINS = 20
+MAP_TOKENS = 128
+# What `sparsemix inspect` measures on unless told otherwise.
+TOKENS = 65_536
 
 
 def inspect_folder(
@@ -54,6 +59,7 @@ def inspect_run(
     model = load_run(folder, config)
     stream = read_stream(folder, config, text, tokens, data)
     total = int(stream.starts[-1])
+    tokenizer = run_tokenizer(folder, config, data)
     if total < seq_len:
         where = ", ".join(text) if text else "the test split"
         raise ConfigError(f"text={where} holds {total} tokens, less than one window of {seq_len}; add text")
@@ -73,6 +79,7 @@ def inspect_run(
         "experts": expert_layers(config, losses, series),
         "mod": mod_layers(config, losses, series),
         "passes": None if losses.passes is None else losses.passes.tolist(),
+        "map": taken_map(config, series, _texts(tokenizer, stream.tokens[:MAP_TOKENS])),
         "loss_by_depth": loss_by_depth(series),
         "correlation": {
             stat: {to: correlations(value, series[of], series["doc"]) for to, of in TARGETS.items()}
@@ -164,6 +171,25 @@ def mod_layers(config: RunConfig, losses: Losses, series: dict[str, np.ndarray])
             layer["predictor"] = predictor_report(losses.stats[f"{path}.confusion"])
         layers[path] = layer
     return layers
+
+
+def taken_map(config: RunConfig, series: dict[str, np.ndarray], texts: Sequence[str]) -> dict[str, Any] | None:
+    """Which blocks processed each of the first MAP_TOKENS tokens, by block from the first: 1 or 0; and what these
+    tokens say, as given. None if no block is routed."""
+    routed = [series.get(f"blocks.{i}.routed") for i in range(len(config.model.blocks))]
+    if all(block is None for block in routed):
+        return None
+    length = len(series["doc"][:MAP_TOKENS])
+    blocks = [[1] * length if at is None else (at[:MAP_TOKENS] == 1).astype(int).tolist() for at in routed]
+    return {"blocks": blocks, "texts": list(texts[:length])}
+
+
+def _texts(tokenizer: Tokenizer | None, tokens: np.ndarray) -> list[str]:
+    """What each token adds to the text; empty without a tokenizer."""
+    if tokenizer is None:
+        return []
+    text = Detokenizer(tokenizer)
+    return [text.add(int(token)) for token in tokens]
 
 
 def _histogram(values: np.ndarray) -> dict[str, list[float]]:

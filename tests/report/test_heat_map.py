@@ -1,5 +1,6 @@
 """Maps of shares: a cell for every number, in the SVG, the PNG and the CSV."""
 
+import dataclasses
 import re
 
 from sparsemix.report.figure_files import write_figure
@@ -19,6 +20,12 @@ def test_every_share_is_a_cell_as_opaque_as_it_is_large():
 
 def test_who_does_not_see_it_is_told_the_means():
     assert "block 0: 100.0 %; block 1: 25.0 %" in MAP.svg()
+
+
+def test_a_pointer_is_told_what_is_in_a_span():
+    said = dataclasses.replace(MAP, spans=["a <b>", "c", "d"]).svg()
+    assert "<title>block 1, c: 50 %</title>" in said and "block 0, a &lt;b&gt;: 100 %" in said
+    assert "<title>block 1, 2 to 4: 50 %</title>" in MAP.svg()
 
 
 def test_its_files_hold_every_number(tmp_path):

@@ -111,8 +111,8 @@ def test_the_routing_of_a_trained_model_is_looked_at_once(trained, monkeypatch):
     monkeypatch.setattr(mod_pictures, "TOKENS", 200)
     (out / "data").exists() or (out / "data").symlink_to(out / "shards")
     seen = mod_pictures.observed(lab, runs["mod"])
-    first, second = seen["map"]
-    assert set(first) == {1} and set(second) <= {0, 1} and len(second) == 16
+    first, second = seen["map"]["blocks"]
+    assert set(first) == {1} and set(second) <= {0, 1} and len(second) == 128
     assert sum(seen["weights"]) == sum(seen["passes"]) and list(seen["routed"]) == ["blocks.1"]
     monkeypatch.setattr(mod_pictures, "_observe", lambda *_: pytest.fail("looked again"))
     assert mod_pictures.observed(lab, runs["mod"]) == seen
@@ -126,7 +126,7 @@ def test_the_routing_of_a_trained_model_is_looked_at_once(trained, monkeypatch):
 def test_claims_about_routing_follow_what_was_seen(tmp_path, monkeypatch, above, together, said):
     seen = {
         "weights": [10] * 20, "above_half": above, "routed": {"blocks.1": 0.4, "blocks.3": 0.4}, "passes": together,
-        "entropy": 0.2 if said == "reproduced" else -0.2, "map": [[1] * 16, [0, 1] * 8],
+        "entropy": 0.2 if said == "reproduced" else -0.2, "map": {"blocks": [[1] * 16, [0, 1] * 8], "texts": []},
     }  # fmt: skip
     monkeypatch.setattr(
         mod_pictures,

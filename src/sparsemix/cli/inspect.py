@@ -13,7 +13,7 @@ from sparsemix.cli.output import interruptible, say, show
 def inspect(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a comparison's: then the first seed of each kind.")],
     text: Text = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to measure on: the first of the text.")] = 65536,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on: the first of the text.")] = 65_536,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; default: RUN/inspect.")] = None,
     data: Annotated[Path | None, typer.Option(help="The run's prepared text; default: beside the run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print inspect.json in place of the tables.")] = False,

@@ -89,12 +89,34 @@ def _number(word: str) -> float:
 def _report(out: Path, allow_repeats: bool) -> None:
     from sparsemix.report.isoflop import analyse
     from sparsemix.report.records import read_runs
+    from sparsemix.report.study_layers import routes
+    from sparsemix.report.study_losses import largest_optima
     from sparsemix.report.study_page import write_study
     from sparsemix.report.study_tables import console
 
     # All that the folder holds, as `sparsemix report` reads it.
     records = read_runs([out])
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
+    folders = {id(run): record.folder for run, record in zip(analysis["runs"], records, strict=True)}
+    _inspect([folders[id(run)] for run in largest_optima(analysis).values() if routes(run)])
     page = write_study(analysis, out, records)
     show(console(analysis))
     print(f"report: {page}")
+
+
+def _inspect(folders: list[Path]) -> None:
+    """`sparsemix inspect` of each of these runs that was not inspected yet, for the routing pictures of the page."""
+    from sparsemix.inspection import TOKENS, inspect_folder
+    from sparsemix.report.inspect_page import write_inspection
+    from sparsemix.report.study_details import INSPECTION
+    from sparsemix.sweep.watch import Stages
+
+    with Stages("inspect", say) as stages:
+        for folder in folders:
+            place = folder / INSPECTION
+            if place.is_file():
+                continue
+            try:
+                write_inspection(inspect_folder(folder, (), TOKENS, None, stages), place.parent)
+            except ConfigError as error:
+                say(f"not inspected: {error}")

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from sparsemix.report.figures import Bars, Chart, Line, legend
+from sparsemix.report.figures import Bars, Chart, HeatMap, Line, legend
 from sparsemix.report.numbers import Markup, si
 from sparsemix.report.plots import figure, load_caption, load_chart
 
@@ -14,7 +14,7 @@ class Drawn(NamedTuple):
     """A figure with its caption; `name` is unique within its run."""
 
     name: str
-    shape: Chart | Bars
+    shape: Chart | Bars | HeatMap
     caption: str
 
     def html(self) -> Markup:
@@ -82,6 +82,10 @@ def mod_figures(run: dict[str, Any], prefix: str) -> list[Drawn]:
         shape = Bars(f"{prefix}passes", "Tokens by depth", "layers that processed the token", run["passes"], ORANGE)
         text = f"How many of {len(run['passes']) - 1} layers processed a token ({si(sum(run['passes']))} tokens)."
         drawn.append(Drawn("passes", shape, text))
+    if found := run.get("map"):
+        shape = taken_map(found, f"{prefix}map", "Tokens that each block took")
+        text = f"The first {len(found['blocks'][0])} tokens of the text; filled where the block processed the token."
+        drawn.append(Drawn("map", shape, text))
     for i, (path, layer) in enumerate(layers.items()):
         if "weights" in layer:
             shape = Bars(
@@ -98,3 +102,12 @@ def mod_figures(run: dict[str, Any], prefix: str) -> list[Drawn]:
             text = f"{path}: the predictor's logits; a token above 0 is routed. The end bars hold what lies beyond."
             drawn.append(Drawn(f"guess-{i}", shape, text))
     return drawn
+
+
+def taken_map(found: dict[str, Any], id: str, title: str) -> HeatMap:
+    """Which blocks processed each token, as an inspection's `map` has it."""
+    blocks, texts = found["blocks"], found["texts"]
+    spans = [f"token {i}{f' ({text!r})' if text else ''}" for i, text in enumerate(texts)]
+    edges = range(len(blocks[0]) + 1)
+    names = [f"block {i}" for i in range(len(blocks))]
+    return HeatMap(id, title, "position in the text", "block", names, edges, blocks, spans=spans)

@@ -70,6 +70,11 @@ def routing_row(run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "kind": run["arm"], "leak": leak, "routing": run.get("routing") or {}}
 
 
+def routes(run: dict[str, Any]) -> bool:
+    """Whether the run's own evaluation says anything of routing."""
+    return any((run.get("routing") or {}).get(key) for key in ("passes", "predictor", "experts"))
+
+
 def routing(arm: str, style: int, run: dict[str, Any]) -> list[Captioned]:
     """What a run's own evaluation says of its routing."""
     told, drawn = run.get("routing") or {}, []

@@ -49,6 +49,17 @@ def runs_at_optimum(analysis: Analysis, arm: str, budget: float) -> list[dict[st
     return [r for r in runs if r["role"] != "rate"]
 
 
+def largest_optima(analysis: Analysis) -> dict[str, dict[str, Any]]:
+    """Of every arm the first run at its optimum of the largest budget that has one."""
+    shown = {}
+    for arm in analysis["arms"]:
+        for budget in reversed(analysis["budgets"]):
+            if runs := runs_at_optimum(analysis, arm, budget):
+                shown[arm] = runs[0]
+                break
+    return shown
+
+
 def envelope(analysis: Analysis) -> Captioned | None:
     """The lowest validation loss that any run of an arm reached by so many training FLOPs."""
     lines, style = [], styles(analysis)

@@ -127,17 +127,8 @@ class Page:
 
     def _routing(self) -> Markup:
         a, style = self.analysis, study_plots.styles(self.analysis)
-        shown = {
-            arm: runs[0]
-            for arm in a["arms"]
-            if (
-                runs := next(
-                    filter(None, (study_losses.runs_at_optimum(a, arm, b) for b in reversed(a["budgets"]))), []
-                )
-            )
-        }
-        rows = [study_layers.routing_row(run) for run in shown.values()]
-        routed = [row for row in rows if any(row["routing"].get(k) for k in ("passes", "predictor", "experts"))]
+        rows = [study_layers.routing_row(run) for run in study_losses.largest_optima(a).values()]
+        routed = [row for row in rows if study_layers.routes(row)]
         if not routed:
             return paragraph("No run of this study routes.")
         parts: list[str] = [

@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.config import parse
-from sparsemix.data import Shards
-from sparsemix.evaluate.per_token import on_tokens
-from sparsemix.evaluate.perplexity import context, evaluating, to_device
 from sparsemix.inspection import inspect_run
 from sparsemix.report.figures import Bars, HeatMap
+from sparsemix.report.inspect_plots import taken_map
 from sparsemix.report.numbers import percent
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
@@ -23,11 +20,9 @@ from sparsemix.reproduce.mod_arms import MOD, router_bce, single
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import bounded, judge
 from sparsemix.run import write_atomic
-from sparsemix.settings import RunConfig
-from sparsemix.trained import load_run
 
 BCE = router_bce(0.1)
-TOKENS, SPANS = 32_768, 64
+TOKENS = 32_768
 UNIT = tuple(i / 20 for i in range(21))
 # "About 12.5 %", rounded to whole eighths of what lies around it.
 ABOUT = (10.0, 15.0)
@@ -72,7 +67,7 @@ def outcome(lab: Lab) -> Outcome:
 
 
 NOTES = [
-    "Maps and depths are of the causal rule, on test text; a map is the first window of it, of seed 0.",
+    "Maps and depths are of the causal rule, on test text; a map is of its first tokens, of seed 0.",
     "Weights are sigmoids of the router's scores, of all tokens. With a predictor nothing says where a router's scores "
     "must lie, only which are larger; the cross-entropy puts those of the top-k above 0.5.",
 ]
@@ -80,7 +75,8 @@ NOTES = [
 
 def observed(lab: Lab, run: Record) -> dict[str, Any]:
     """What a trained model's routing does on test text, kept in the run's folder: histogram of weights and their share
-    above 0.5, share routed by layer, tokens by depth, correlation of depth with entropy, and a window's map."""
+    above 0.5, share routed by layer, tokens by depth, correlation of depth with entropy, and a map of the
+    first tokens."""
     path = run.folder / "mod-routing.json"
     if not path.is_file():
         lab.say(f"routing of {run.arm}, seed {run.seed}")
@@ -99,25 +95,8 @@ def _observe(data: Path, run: Record) -> dict[str, Any]:
         "routed": {path: layer["routed_rate"] for path, layer in layers.items()},
         "passes": found["passes"],
         "entropy": correlation,
-        "map": _window(data, run),
+        "map": found["map"],
     }
-
-
-def _window(data: Path, run: Record) -> list[list[int]]:
-    """Of the first test window, by block from the first: 1 where the block took the token."""
-    config = parse(RunConfig, run.settings)
-    model = load_run(run.folder, config)
-    T = config.model.seq_len
-    batch = next(iter(Shards.open(data).eval_batches("test", 1, T, T)))
-    with evaluating(model):
-        batch = to_device(batch, model.embed.weight.device)
-        stats = model(batch.tokens, context(batch, True)).aux.stats
-    found, _ = on_tokens(stats, batch.tokens.shape)
-    rows = []
-    for i in range(len(config.model.blocks)):
-        routed = found.get(f"blocks.{i}.routed")
-        rows.append([1] * T if routed is None else (routed[0] == 1).int().tolist())
-    return rows
 
 
 def _share(at: dict[str, Any], depth: int) -> float:
@@ -143,16 +122,9 @@ def _table(seen: dict[str, list[dict[str, Any]]]) -> TextTable:
 
 def _figures(arm: str, id: str, seen: dict[str, list[dict[str, Any]]]) -> list[HeatMap | Bars]:
     first = seen[arm][0]
-    T = len(first["map"][0])
-    edges = np.unique(np.linspace(0, T, min(SPANS, T) + 1).round().astype(int))
-    shares = [np.add.reduceat(row, edges[:-1]) / np.diff(edges) for row in first["map"]]
-    names = [f"block {i}" for i in range(len(shares))]
     weights = np.sum([at["weights"] for at in seen[arm]], axis=0).tolist()
     return [
-        HeatMap(
-            f"taken-{id}", f"{arm}: tokens that each block took", "position in the window", "block", names,
-            edges.tolist(), [row.tolist() for row in shares],
-        ),
+        taken_map(first["map"], f"taken-{id}", f"{arm}: tokens that each block took"),
         Bars(
             f"weights-{id}", f"{arm}: router weights", "sigmoid of the router's score", weights, 2, (), UNIT,
             y_label="tokens (%), all layers and seeds",

@@ -26,7 +26,8 @@ LEFT, ROW = 58, 24
 @dataclass(frozen=True)
 class HeatMap:
     """A cell for every row and span of x: `values` in [0, 1] by row, the first row lowest; `names` of the rows, and
-    `edges` of the spans, one more than each row has values. The style's colour is a share of 1, the ground one of 0."""
+    `edges` of the spans, one more than each row has values; `spans` say what is in each, for a pointer. The style's
+    colour is a share of 1, the ground one of 0."""
 
     id: str
     title: str
@@ -36,6 +37,7 @@ class HeatMap:
     edges: Sequence[float]
     values: Sequence[Sequence[float]]
     style: int = 1
+    spans: Sequence[str] = ()
 
     def svg(self) -> Markup:
         """The map as an <svg>. Needs at least one row and one span."""
@@ -43,14 +45,15 @@ class HeatMap:
         x_axis = Axis([0, 1], LEFT, WIDTH - RIGHT)
         x_axis.low, x_axis.high = self.edges[0], self.edges[-1]
         parts = [axis_titles(self.x_label, self.y_label, LEFT, bottom + BOTTOM)]
+        spans = self.spans or [f"{low:g} to {high:g}" for low, high in pairwise(self.edges)]
         for i, (name, row) in enumerate(zip(self.names, self.values, strict=True)):
             y = bottom - ROW * (i + 1)
             label = f'<text x="{LEFT - 6}" y="{y + ROW / 2:.1f}" dy=".35em" text-anchor="end">{escape(name)}</text>'
             cells = [
                 f'<rect class="bar s{self.style % COLOURS}" fill-opacity="{share:.2f}" x="{x_axis(low):.2f}" '
                 f'y="{y + 1}" width="{x_axis(high) - x_axis(low):.2f}" height="{ROW - 2}">'
-                f"<title>{escape(name)}, {low:g} to {high:g}: {fixed(100 * share, 0)} %</title></rect>"
-                for (low, high), share in zip(pairwise(self.edges), row, strict=True)
+                f"<title>{escape(name)}, {escape(span)}: {fixed(100 * share, 0)} %</title></rect>"
+                for (low, high), span, share in zip(pairwise(self.edges), spans, row, strict=True)
             ]
             parts.append(label + "".join(cells))
         ticks = nice_ticks(self.edges[0], self.edges[-1])
