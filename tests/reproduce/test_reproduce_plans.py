@@ -26,6 +26,14 @@ def test_a_budget_and_seeds_overrule_the_scale():
     assert {cell.config.seed for cell in given.cells} == {0, 1}
 
 
+def test_runs_that_try_learning_rates_are_in_the_plan():
+    planned = plan("ternary-gap", ReproduceConfig())
+    arms, budget = len(planned.design.arms), planned.scale.budget
+    assert planned.trials == 2 * arms
+    assert planned.flops == pytest.approx((len(planned.cells) + 2 * arms) * budget, rel=0.01)
+    assert plan("mod-capacity", ReproduceConfig()).trials == 0
+
+
 def test_an_unknown_name_has_a_neighbour():
     with pytest.raises(ConfigError, match="did you mean 'mod-capacity'"):
         entry("mod-capacit")

@@ -60,7 +60,8 @@ def reproduce(
     planned = plan(name, settings)
     say(f"{name}: {planned.entry.source}. {planned.entry.claim}")
     runs = len({cell.run for cell in planned.cells})
-    say(f"{runs} runs, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
+    trials = f" and at least {planned.trials} that try learning rates" if planned.trials else ""
+    say(f"{runs} runs{trials}, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
     if not dry_run:
         made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
         with interruptible(), tracking(track, out):

@@ -40,8 +40,14 @@ class Plan(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of the planned runs; runs of equal settings count once."""
-        return sum({cell.run: cell.config.train.budget_flops for cell in self.cells}.values())
+        """Training FLOPs of the planned runs and trials; runs of equal settings count once."""
+        budgets = {cell.run: cell.config.train.budget_flops for cell in self.cells}
+        return sum(budgets.values()) + self.trials * min(budgets.values())
+
+    @property
+    def trials(self) -> int:
+        """The least number of runs that only try learning rates: of three an arm, one is among the planned."""
+        return 2 * len(self.design.arms) if self.design.sweep else 0
 
 
 def reproduction(name: str) -> Reproduction:
