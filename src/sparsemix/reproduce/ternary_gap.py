@@ -31,7 +31,7 @@ SPEED = (
 
 
 def design(scale: Scale) -> Design:
-    """A dense and a multi-head model, each float and ternary, at the best rate of a sweep of its own."""
+    """A dense and a multi-head model, each float and ternary, at the rate of a sweep of its own."""
     base = base_of(scale)
     layers = {DENSE: None, H2: base.heads(2, 2, 8)}
     arms = [
@@ -153,7 +153,7 @@ def rates(runs: Mapping[str, Sequence[Record]], tried: Mapping[str, Sequence[Rec
         swept = ", ".join(f"{exponent(lr)}: {fixed(losses[lr], 4)}" for lr in sorted(losses)) or DASH
         rows.append([arm, ", ".join(sorted({exponent(r.lr) for r in records})), swept])
     columns = ("model", "learning rate", "tried: validation bits per byte, one seed")
-    return TextTable("Learning rates, the best of each model's sweep", columns, rows)
+    return TextTable("Learning rates, from each model's sweep", columns, rows)
 
 
 REPRODUCTIONS: dict[str, Any] = {"ternary-gap": Reproduction(design, outcome)}

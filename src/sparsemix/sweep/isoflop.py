@@ -99,8 +99,8 @@ def _collecting(study: Study, launcher: Launcher, retries: int, records: list[Re
 
 
 def _swept(study: Study, arms: Sequence[Arm], grid: Grid, sizes: Mapping[Arm, Size | None], train: Train) -> list[Arm]:
-    """The arms with their best rate on validation at a size and the smallest budget, as a multiple of the rule's,
-    which then serves every size."""
+    """The arms with their best rate on validation (`rates.vertex`) at a size and the smallest budget, as a multiple of
+    the rule's, which then serves every size."""
     budget = min(grid.budgets)
     configs = {arm.name: grid.config(arm, sizes[arm], study.data, budget) for arm in arms}
 
@@ -114,9 +114,10 @@ def _swept(study: Study, arms: Sequence[Arm], grid: Grid, sizes: Mapping[Arm, Si
     tried = rates.sweep({name: config.train.lr for name, config in configs.items()}, losses)
     found = []
     for arm in arms:
-        study.say(f"{arm.name}: learning rate {rates.described(tried[arm.name])}, at the smallest budget")
-        best = rates.best(tried[arm.name])
-        factor = best / configs[arm.name].train.lr if isfinite(tried[arm.name][best]) else 1.0
+        losses_of = tried[arm.name]
+        best = rates.vertex(losses_of)
+        study.say(f"{arm.name}: learning rate {rates.described(losses_of, best)}, at the smallest budget")
+        factor = best / configs[arm.name].train.lr if any(map(isfinite, losses_of.values())) else 1.0
         found.append(arm._replace(rate=arm.rate * factor))
     return found
 
