@@ -134,6 +134,17 @@ def test_kinds_and_recipes_are_listed(monkeypatch, capsys):
     assert "small" in out
 
 
+def test_reproductions_are_listed_with_what_came_out(monkeypatch, capsys, tmp_path):
+    code, before, _ = call(monkeypatch, capsys, "reproduce", "--list", "--out", tmp_path)
+    assert code == 0 and "peer-table2" in before and "came out" not in before
+    (tmp_path / "mod-fig5").mkdir()
+    outcomes = ["reproduced", "not resolved at this scale", "reproduced"]
+    trends = [{"claim": "c", "outcome": outcome, "evidence": "e"} for outcome in outcomes]
+    (tmp_path / "mod-fig5" / "result.json").write_text(json.dumps({"trends": trends}))
+    _, after, _ = call(monkeypatch, capsys, "reproduce", "--list", "--out", tmp_path)
+    assert "came out" in after and "2 reproduced" in after
+
+
 def test_parity_prints_the_published_sizes_and_a_layer_that_builds(monkeypatch, capsys):
     import yaml
 

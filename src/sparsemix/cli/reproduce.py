@@ -1,7 +1,9 @@
 """`sparsemix reproduce`. Heavy imports are inside: the command line answers at once."""
 
+import json
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +34,13 @@ def reproduce(
     track: Track = None,
     retries: Annotated[int, typer.Option(help="Times that a failed run is tried again.", min=0)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its FLOPs, and stop.")] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Name every table and figure with its claim.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Name every table and figure with its claim, and what came out in --out.")
+    ] = False,
 ) -> None:
     """Make a table or figure of the papers anew, with their numbers beside ours and their claims as tests."""
     if listing:
-        show(_listed())
+        show(_listed(out))
         return
     if name is None:
         raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
@@ -105,12 +109,21 @@ def _tables(outcome: Any) -> Any:
     return Group(*drawn, *outcome.notes)
 
 
-def _listed() -> Any:
+def _listed(out: Path) -> Any:
     from rich.table import Table
 
     from sparsemix.reproduce.base import entries
 
-    table = Table("name", "source", "claim", title="Tables and figures")
+    done = {name: said for name in entries() if (said := _outcomes(out / name / "result.json"))}
+    table = Table("name", "source", "claim", *([f"came out in {out}"] if done else []), title="Tables and figures")
     for entry in entries().values():
-        table.add_row(entry.name, entry.source, entry.claim)
+        table.add_row(entry.name, entry.source, entry.claim, *([done.get(entry.name, "–")] if done else []))
     return table
+
+
+def _outcomes(result: Path) -> str:
+    """'2 reproduced, 1 not resolved at this scale', empty where nothing came out yet."""
+    if not result.is_file():
+        return ""
+    counts = Counter(trend["outcome"] for trend in json.loads(result.read_text(encoding="utf-8"))["trends"])
+    return ", ".join(f"{number} {outcome}" for outcome, number in counts.most_common())
