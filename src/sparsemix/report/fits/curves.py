@@ -62,6 +62,14 @@ class Curve:
 
         return max(self.points, key=rank)
 
+    @cached_property
+    def clock(self) -> tuple[float, int]:
+        """(standard deviation of ln seconds among runs of one size, its degrees of freedom)."""
+        logs = [np.log([r.wall_s for r in point]) for point in self.points]
+        df = sum(len(seconds) - 1 for seconds in logs)
+        squares = sum(float(np.sum((seconds - seconds.mean()) ** 2)) for seconds in logs)
+        return (float(np.sqrt(squares / df)) if df else 0.0), df
+
     def at(self, x: float | np.ndarray, value: Callable[[Record], float]) -> Any:
         """A positive quantity at log10 params x: between sizes, and beyond them, as a power law of the parameters."""
         known = np.array([np.log10(point[0].params) for point in self.points])

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from sparsemix.report.fits.curves import Curve
 from sparsemix.report.fits.gaps import Gap
+from sparsemix.report.records import Record
 from sparsemix.report.stats import Interval
 
 # Budgets this many times beyond those that were run are extrapolated, and said to be.
@@ -61,12 +62,24 @@ def vertex_gap(arm: Optimum, base: Optimum, gap: Gap, rng: np.random.Generator) 
     return estimate - above[0] + above[1], draws - drawn[0] + drawn[1]
 
 
-def forward_ratio(
-    arm: Optimum, base: Optimum, gap: tuple[float, Float[np.ndarray, "R"]]
-) -> tuple[float, float, list[float] | None] | None:
-    """(size, ratio, interval): the smallest model of the arm, log10 params, that reaches the baseline's optimal loss on
-    its curve, and its FLOPs per forward pass over the baseline's. None if it does not reach it or is smaller than half
-    of the smallest size that was run, where the curve is a guess."""
+class Pair(NamedTuple):
+    """The baseline's optimum and the smallest model of the arm that reaches its loss, at log10 params x; xs: draws."""
+
+    arm: Optimum
+    base: Optimum
+    x: float
+    xs: Float[np.ndarray, "R"]
+
+    def ratio(self, value: Callable[[Record], float], noise: Any = 1.0) -> tuple[float, list[float] | None]:
+        """(the arm's value over the baseline's, its interval); noise: draws of what else moves the ratio."""
+        ratio = float(self.arm.curve.at(self.x, value) / self.base.curve.at(self.base.vertex, value))
+        ratios = self.arm.curve.at(self.xs, value) / self.base.curve.at(self.base.vertices, value) * noise
+        return ratio, interval_of(ratios[np.isfinite(ratios)], len(self.xs))
+
+
+def equal_pair(arm: Optimum, base: Optimum, gap: tuple[float, Float[np.ndarray, "R"]]) -> Pair | None:
+    """None if the arm's curve does not reach the baseline's optimal loss, or does with a model smaller than half of the
+    smallest size that was run, where the curve is a guess."""
     smallest = np.log10(arm.curve.points[0][0].params / 2)
 
     def size(vertex: Any, c: Any, nats: Any) -> Any:
@@ -76,11 +89,16 @@ def forward_ratio(
     x = float(size(arm.vertex, arm.c, gap[0]))
     if not x >= smallest:
         return None
-    ratio = float(arm.curve.forward_at(x) / base.curve.forward_at(base.vertex))
-    xs = size(arm.vertices, arm.curvatures, gap[1])
-    told = np.isfinite(xs) & np.isfinite(base.vertices)
-    ratios = arm.curve.forward_at(xs[told]) / base.curve.forward_at(base.vertices[told])
-    return x, ratio, interval_of(ratios, len(xs))
+    return Pair(arm, base, x, size(arm.vertices, arm.curvatures, gap[1]))
+
+
+def clock_noise(curves: Sequence[Curve], rng: np.random.Generator, resamples: int) -> Float[np.ndarray, "R"]:
+    """Draws of what a ratio of two curves' times is multiplied with by chance: seconds of runs of one size differ as
+    the machine is more or less busy, alike for all of them."""
+    noise = np.zeros(resamples)
+    for sd, df in (curve.clock for curve in curves):
+        noise += sd * rng.standard_t(df, resamples) if df else 0
+    return np.exp(noise)
 
 
 @dataclass(frozen=True)
@@ -123,10 +141,11 @@ def multipliers(
     base: Optimum,
     gap: tuple[float, Float[np.ndarray, "R"]],
     line: Line,
+    noise: Float[np.ndarray, "R"],
     by_law: Callable[[float, float], float] | None = None,
 ) -> dict[str, Any] | None:
     """flop_multiplier, wall_multiplier and their intervals; `budget`, which the baseline would need. None if the arm's
-    loss lies below the floor.
+    loss lies below the floor. noise: draws of the clocks' (`clock_noise`).
 
     ln m = ln((L_arm - floor) / (L_base - floor)) / slope of the line; with a joint law of the baseline,
     `by_law(budget, nats)` is the budget at which its optimal loss has changed by so many nats, and the line gives only
@@ -141,22 +160,18 @@ def multipliers(
         return None
     taken = float(arm.curve.at(arm.vertex, lambda r: r.wall_s))
     own = float(base.curve.at(base.vertex, lambda r: r.wall_s))
-    told = draws[np.isfinite(draws)]
+    known = np.isfinite(draws)
+    told = draws[known]
     return {
         "flop_multiplier": float(np.exp(log_m)),
         "flop_multiplier_ci": interval_of(np.exp(told), len(draws)),
         "wall_multiplier": float(own * np.exp(line.seconds * log_m) / taken),
-        "wall_multiplier_ci": interval_of(own * np.exp(line.seconds * told) / taken, len(draws)),
+        "wall_multiplier_ci": interval_of(own * np.exp(line.seconds * told) / taken * noise[known], len(draws)),
         "budget": float(arm.curve.budget * np.exp(log_m)),
     }
 
 
-def steps_ratio(arm: Curve, x: float, base: Optimum) -> float:
-    """Steps per second of the arm's model of log10 params x over those of the baseline's optimum."""
-    return float(arm.at(x, steps_per_s) / base.curve.at(base.vertex, steps_per_s))
-
-
-def steps_per_s(record: Any) -> float:
+def steps_per_s(record: Record) -> float:
     return record.tokens_per_s / record.settings["train"]["batch_tokens"]
 
 

@@ -11,10 +11,11 @@ from sparsemix.report.fits.equal_loss import (
     FAR_BUDGET,
     Line,
     Optimum,
-    forward_ratio,
+    clock_noise,
+    equal_pair,
     multipliers,
     optimum_of,
-    steps_ratio,
+    steps_per_s,
     vertex_gap,
 )
 from sparsemix.report.fits.gaps import Gap, gap_between
@@ -23,7 +24,7 @@ from sparsemix.report.stats import holm, smallest_visible, verdict
 NOTHING = dict.fromkeys((
     "gap_nats", "gap_nats_ci", "gap_percent", "gap_percent_ci", "gap_bpb", "gap_bpb_ci", "p_value", "test", "visible",
     "forward_ratio", "forward_ratio_ci", "flop_multiplier", "flop_multiplier_ci", "wall_multiplier",
-    "wall_multiplier_ci", "steps_per_s_ratio",
+    "wall_multiplier_ci", "steps_per_s_ratio", "steps_per_s_ratio_ci",
 ))  # fmt: skip
 
 
@@ -120,16 +121,16 @@ def _equal_loss(
     said = []
     between = vertex_gap(arm, base, gap, rng)
     name = f"{arm.curve.arm} at {arm.curve.budget:.3g} FLOPs"
-    if (reached := forward_ratio(arm, base, between)) is not None:
-        x, ratio, interval = reached
-        found = {"forward_ratio": ratio, "forward_ratio_ci": interval}
-        found["steps_per_s_ratio"] = steps_ratio(arm.curve, x, base)
-        if 10**x < arm.curve.points[0][0].params:
+    noise = clock_noise([arm.curve, base.curve], rng, len(arm.vertices))
+    if (pair := equal_pair(arm, base, between)) is not None:
+        found["forward_ratio"], found["forward_ratio_ci"] = pair.ratio(lambda r: r.forward_flops)
+        found["steps_per_s_ratio"], found["steps_per_s_ratio_ci"] = pair.ratio(steps_per_s, noise)
+        if 10**pair.x < arm.curve.points[0][0].params:
             said.append(
                 f"{name}: the smallest model that reaches the baseline's loss is "
                 "smaller than any that was run; its FLOPs are extrapolated"
             )
-    if line is not None and (more := multipliers(arm, base, between, line, terms.by_law)) is not None:
+    if line is not None and (more := multipliers(arm, base, between, line, noise, terms.by_law)) is not None:
         needed = more.pop("budget")
         found |= more
         if not line.low / FAR_BUDGET <= needed <= line.high * FAR_BUDGET:
