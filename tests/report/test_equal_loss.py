@@ -121,11 +121,11 @@ def test_intervals_hold_the_planted_values():
     assert max(missed.values()) <= 4  # of 20; 1 is expected, 5 in less than 3 studies of 1000
 
 
-def test_between_sizes_a_quantity_is_a_power_law_of_the_parameters():
+def test_between_sizes_a_quantity_is_a_power_law_of_the_flops():
     study = made_study({"dense": DENSE}, (1e13,), rates=False)
     (curve,) = curves_of(study, ["dense"], 0.4)
     for x in (4.5, 5.37, 6.4):
-        assert curve.forward_at(x) == pytest.approx(2 * 10**x, rel=1e-4)
+        assert curve.params_at(x) == pytest.approx(10**x / 2, rel=1e-4)
 
 
 def test_a_third_budget_uses_the_joint_law():

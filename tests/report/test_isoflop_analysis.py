@@ -145,3 +145,18 @@ def test_runs_that_cannot_be_fitted_are_refused():
         analyse([replace(study[0], bpb=2 * study[0].bpb), *study[1:]])
     with pytest.raises(ConfigError, match="not finite"):
         analyse([replace(study[0], nats=float("nan")), *study[1:]])
+
+
+def test_a_table_that_jumps_from_one_size_to_the_next_does_not_move_the_optimum():
+    study = made_study({"dense": DENSE}, (1e13,), rates=False)
+    first = min(r.params for r in study)
+    jumped = [replace(r, params=r.params * (1 if r.params == first else 7)) for r in study]
+    (quiet,), (found,) = (analyse(records)["curves"] for records in (study, jumped))
+    assert found["bracketed"] and found["optimum"]["forward_flops"] == quiet["optimum"]["forward_flops"]
+    assert found["optimum"]["params"] == pytest.approx(7 * quiet["optimum"]["params"], rel=1e-6)
+    # Tables that shrink as models grow have no order of their own.
+    shrunk = [replace(r, params=10**9 // r.params) for r in study]
+    (folded,) = analyse(shrunk)["curves"]
+    low, high = folded["optimum"]["params_ci"]
+    assert low < folded["optimum"]["params"] < high
+    assert [p["forward_flops"] for p in folded["points"]] == [p["forward_flops"] for p in quiet["points"]]

@@ -118,7 +118,7 @@ def curves(tmp_path, arms, best, budgets=(1e11, 3e11)):
                         4
                         - 0.2 * i
                         + best[arm.name]
-                        + 0.1 * log2(flops / 6.5e4) ** 2
+                        + 0.1 * log2(flops / 1.1e5) ** 2
                         + noise(f"{arm.name} {width}", seed)
                     )
                     role = "seed" if seed else "grid"

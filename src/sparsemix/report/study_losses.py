@@ -42,7 +42,7 @@ def runs_at_optimum(analysis: Analysis, arm: str, budget: float) -> list[dict[st
         return []
     best = curve.get("optimum")
     if best:
-        point = min(curve["points"], key=lambda p: abs(np.log(p["params"] / best["params"])))
+        point = min(curve["points"], key=lambda p: abs(np.log(p["forward_flops"] / best["forward_flops"])))
     else:
         point = min(curve["points"], key=lambda p: p["nats"])
     runs = [r for r in analysis["runs"] if (r["arm"], r["budget"], r["params"]) == (arm, budget, point["params"])]

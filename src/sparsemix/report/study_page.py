@@ -94,7 +94,8 @@ class Page:
         parts: list[str] = [
             paragraph(
                 "Each mark is a run, each colour a budget. A star is the optimum of a parabola in the logarithm of the "
-                "parameters, with its 95\u00a0% interval; on other measures of size the same parabola is drawn."
+                "forward FLOPs per token, with its 95\u00a0% interval; on other measures of size the same parabola is "
+                "drawn."
             ),
             _switch(sizes) if len(sizes) > 1 else "",
         ]

@@ -73,7 +73,7 @@ def isoflop(analysis: Analysis, size: Size) -> list[Captioned]:
                 f"isoflop-{slug(arm)}-{size.key.replace('_', '-')}", f"{arm}: loss against {size.label}", size.label,
                 LOSS, lines, log_x=True, x_text=short, y_span=(min(losses), max(losses)),
             )  # fmt: skip
-            note = f" A fit over parameters is no curve here, as {size.label} do not grow with them." if unlike else ""
+            note = f" The fit is no curve here, as {size.label} do not grow with the FLOPs." if unlike else ""
             drawn.append(Captioned(chart, f"{arm}. {_optima_said(analysis, arm)}{note}"))
     return drawn
 
@@ -89,17 +89,17 @@ def _optima_said(analysis: Analysis, arm: str) -> str:
 
 
 def _isoflop_line(curve: dict[str, Any], size: Size, style: int) -> Line | None:
-    points = sorted(curve["points"], key=lambda point: point["params"])
+    points = sorted(curve["points"], key=lambda point: point["forward_flops"])
     runs = [(point[size.key], nats) for point in points for nats in point["seeds"] if is_number(nats)]
     if not runs:
         return None
-    known, other = (np.log10([point[key] for point in points]) for key in ("params", size.key))
+    known, other = (np.log10([point[key] for point in points]) for key in ("forward_flops", size.key))
 
-    def there(params: float) -> float:
+    def there(forward_flops: float) -> float:
         # Between two sizes of the grid every measure of size grows evenly, in logarithms.
-        return float(10 ** np.interp(np.log10(params), known, other))
+        return float(10 ** np.interp(np.log10(forward_flops), known, other))
 
-    # A fit over parameters is no curve over a size that does not grow with them (a table's rows may shrink).
+    # A fit over FLOPs is no curve over a size that does not grow with them (a table's rows may shrink).
     grows = bool((np.diff(other) > 0).all())
     path: list[Point] = []
     if (q := curve.get("quadratic")) and grows:
@@ -109,9 +109,9 @@ def _isoflop_line(curve: dict[str, Any], size: Size, style: int) -> Line | None:
     star = None
     own = size.key in (curve.get("optimum") or ())
     if (best := curve.get("optimum")) and (own or grows):
-        ends = span(best.get("params_ci"))
+        ends = span(best.get("forward_flops_ci"))
         star = Star(
-            best[size.key] if own else there(best["params"]), best["nats"],
+            best[size.key] if own else there(best["forward_flops"]), best["nats"],
             span(best.get(f"{size.key}_ci")) if own else ends and (there(ends[0]), there(ends[1])),
             span(best.get("nats_ci")),
         )  # fmt: skip

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from sparsemix.report.figures import Chart, Line, Point, Star
 from sparsemix.report.isoflop import analyse
 from sparsemix.report.numbers import DASH, exponent, fixed, is_number
@@ -124,9 +126,11 @@ def _fit(curve: dict[str, Any]) -> list[Point]:
     q = curve.get("quadratic")
     if not q:
         return []
-    low, high = (math.log10(curve["points"][i]["params"]) for i in (0, -1))
-    xs = [low + (high - low) * i / 40 for i in range(41)]
-    return [(10**x, q["a"] + q["b"] * (z := x - curve["centre"]) + q["c"] * z * z) for x in xs]
+    flops, params = (np.log10([point[key] for point in curve["points"]]) for key in ("forward_flops", "params"))
+    xs = np.linspace(flops[0], flops[-1], 41)
+    sizes = 10 ** np.interp(xs, flops, params)
+    z = xs - curve["centre"]
+    return list(zip(sizes.tolist(), (q["a"] + q["b"] * z + q["c"] * z * z).tolist(), strict=True))
 
 
 def reference(analysis: Analysis, budget: float) -> tuple[float, float]:

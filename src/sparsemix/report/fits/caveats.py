@@ -71,7 +71,7 @@ def _of_curve(curve: Curve) -> list[str]:
 
 
 def _sizes(logs: Sequence[float]) -> str:
-    return ", ".join(f"{_amount(10**x)} parameters" for x in logs)
+    return ", ".join(f"{_amount(10**x)} FLOPs a token" for x in logs)
 
 
 def _duplicates(records: Sequence[Record]) -> list[str]:

@@ -13,7 +13,8 @@ from sparsemix.report.records import Record
 
 @dataclass(frozen=True)
 class Curve:
-    """Runs of one arm and budget by size, ascending in parameters; `bpb` is bits per byte of one nat per token."""
+    """Runs of one arm and budget by size, ascending in forward FLOPs per token, which are the size of a fit; `bpb` is
+    bits per byte of one nat per token."""
 
     arm: str
     budget: float
@@ -57,7 +58,7 @@ class Curve:
         vertex = self.optimum.vertex if self.optimum else None
 
         def rank(point: tuple[Record, ...]) -> tuple[int, float]:
-            away = np.mean([r.nats for r in point]) if vertex is None else abs(np.log10(point[0].params) - vertex)
+            away = np.mean([r.nats for r in point]) if vertex is None else abs(size_of(point[0]) - vertex)
             return len(point), -float(away)
 
         return max(self.points, key=rank)
@@ -71,17 +72,11 @@ class Curve:
         return (float(np.sqrt(squares / df)) if df else 0.0), df
 
     def at(self, x: float | np.ndarray, value: Callable[[Record], float]) -> Any:
-        """A positive quantity at log10 params x: between sizes, and beyond them, as a power law of the parameters."""
-        known = np.array([np.log10(point[0].params) for point in self.points])
-        logs = np.array([np.log(np.mean([value(r) for r in point])) for point in self.points])
-        if len(known) == 1:
-            return np.exp(logs[0]) + 0 * np.asarray(x)
-        i = np.clip(np.searchsorted(known, x) - 1, 0, len(known) - 2)
-        slope = (logs[i + 1] - logs[i]) / (known[i + 1] - known[i])
-        return np.exp(logs[i] + slope * (x - known[i]))
+        """A positive quantity at size x: between sizes, and beyond them, as a power law of the FLOPs per token."""
+        return 10 ** between(x, [(size_of(p[0]), np.log10(np.mean([value(r) for r in p]))) for p in self.points])
 
-    def forward_at(self, x: float | np.ndarray) -> Any:
-        return self.at(x, lambda r: r.forward_flops)
+    def params_at(self, x: float | np.ndarray) -> Any:
+        return self.at(x, lambda r: r.params)
 
     def as_data(self) -> dict[str, Any]:
         """The entry of `curves`."""
@@ -103,9 +98,9 @@ class Curve:
             return None
         nats, half = fit.minimum
         ends = fit.vertex_interval
-        found = {"params": 10**fit.vertex, "params_ci": [10**x for x in ends], "nats": nats}
-        found |= {"forward_flops": float(self.forward_at(fit.vertex))}
-        found |= {"forward_flops_ci": [float(self.forward_at(x)) for x in ends]}
+        found = {"forward_flops": 10**fit.vertex, "forward_flops_ci": [10**x for x in ends], "nats": nats}
+        found |= {"params": float(self.params_at(fit.vertex))}
+        found |= {"params_ci": sorted(float(self.params_at(x)) for x in ends)}
         found |= {"nats_ci": [nats - half, nats + half], "bpb": nats * self.bpb}
         return found | {"bpb_ci": [(nats - half) * self.bpb, (nats + half) * self.bpb]}
 
@@ -118,15 +113,35 @@ def curves_of(records: Sequence[Record], arms: Sequence[str], bpb: float) -> lis
         # A run may be both a size of the grid and a seed of the optimum: it counts once.
         sizes.setdefault(record.params, {}).setdefault(record.seed, record)
     return [
-        Curve(
-            arms[arm], budget, tuple(tuple(seeds[s] for s in sorted(seeds)) for _, seeds in sorted(sizes.items())), bpb
-        )
+        Curve(arms[arm], budget, tuple(sorted(map(_by_seed, sizes.values()), key=lambda p: size_of(p[0]))), bpb)
         for (arm, budget), sizes in sorted(cells.items())
     ]
 
 
+def size_of(record: Record) -> float:
+    """log10 of the forward FLOPs per token. They split a budget into size and text, whatever the kind; parameters do
+    not, for a table's rows cost a token nothing, and need not grow with them."""
+    return float(np.log10(record.forward_flops))
+
+
+def between(x: float | np.ndarray, points: Sequence[tuple[float, float]]) -> Any:
+    """y at x on the line through the neighbours of x, or through the last two beyond them; points of one x are one."""
+    same: dict[float, list[float]] = {}
+    for at, y in points:
+        same.setdefault(at, []).append(y)
+    known, ys = np.array(sorted(same)), np.array([np.mean(same[at]) for at in sorted(same)])
+    if len(known) == 1:
+        return ys[0] + 0 * np.asarray(x)
+    i = np.clip(np.searchsorted(known, x) - 1, 0, len(known) - 2)
+    return ys[i] + (ys[i + 1] - ys[i]) / (known[i + 1] - known[i]) * (x - known[i])
+
+
+def _by_seed(seeds: dict[int, Record]) -> tuple[Record, ...]:
+    return tuple(seeds[seed] for seed in sorted(seeds))
+
+
 def _sized(point: tuple[Record, ...]) -> Sized:
-    return Sized(float(np.log10(point[0].params)), tuple(r.seed for r in point), tuple(r.nats for r in point))
+    return Sized(size_of(point[0]), tuple(r.seed for r in point), tuple(r.nats for r in point))
 
 
 def _point(point: tuple[Record, ...]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sparsemix.report.fits.curves import Curve
+from sparsemix.report.fits.curves import Curve, size_of
 from sparsemix.report.fits.gaps import Gap
 from sparsemix.report.records import Record
 from sparsemix.report.stats import Interval
@@ -21,7 +21,7 @@ REACHES = 0.975
 
 @dataclass(frozen=True)
 class Optimum:
-    """A curve's optimum with draws of what the data leave open: vertex (log10 params), nats, and the curvature c."""
+    """A curve's optimum with draws of what the data leave open: vertex (a size), nats, and the curvature c."""
 
     curve: Curve
     vertex: float
@@ -53,7 +53,7 @@ def vertex_gap(arm: Optimum, base: Optimum, gap: Gap, rng: np.random.Generator) 
     share cancels, and moved from the sizes with the seeds to the optima."""
     if gap.seeds < 2 or not gap.difference.interval.seeds_seen:
         return arm.nats - base.nats, arm.levels - base.levels
-    sides = [(side, np.log10(side.curve.seeded[0].params)) for side in (arm, base)]
+    sides = [(side, size_of(side.curve.seeded[0])) for side in (arm, base)]
     above = [side.c * (x - side.vertex) ** 2 for side, x in sides]
     drawn = [side.curvatures * (x - side.vertices) ** 2 for side, x in sides]
     interval = gap.difference.interval
@@ -63,7 +63,7 @@ def vertex_gap(arm: Optimum, base: Optimum, gap: Gap, rng: np.random.Generator) 
 
 
 class Pair(NamedTuple):
-    """The baseline's optimum and the smallest model of the arm that reaches its loss, at log10 params x; xs: draws."""
+    """The baseline's optimum and the smallest model of the arm that reaches its loss, at size x; xs: draws."""
 
     arm: Optimum
     base: Optimum
@@ -80,7 +80,7 @@ class Pair(NamedTuple):
 def equal_pair(arm: Optimum, base: Optimum, gap: tuple[float, Float[np.ndarray, "R"]]) -> Pair | None:
     """None if the arm's curve does not reach the baseline's optimal loss, or does with a model smaller than half of the
     smallest size that was run, where the curve is a guess."""
-    smallest = np.log10(arm.curve.points[0][0].params / 2)
+    smallest = size_of(arm.curve.points[0][0]) - np.log10(2)
 
     def size(vertex: Any, c: Any, nats: Any) -> Any:
         with np.errstate(invalid="ignore"):
@@ -179,14 +179,15 @@ def exponent(arm: str, optima: Sequence[Optimum]) -> dict[str, Any]:
     """The entry of `optimum_against_budget`: N* ~ C^a by least squares over the arm's optima; null below two."""
     points = []
     for optimum in optima:
-        low, high = optimum.curve.optimum.vertex_interval  # type: ignore[union-attr,misc]
-        points.append([optimum.curve.budget, 10**optimum.vertex, 10**low, 10**high])
+        ends = optimum.curve.optimum.vertex_interval  # type: ignore[union-attr]
+        sizes = (optimum.vertex, *ends)  # type: ignore[misc]
+        points.append([optimum.curve.budget, *(float(optimum.curve.params_at(x)) for x in sizes)])
     entry: dict[str, Any] = {"arm": arm, "exponent": None, "exponent_ci": None, "points": points}
     if len(optima) < 2:
         return entry
     budgets = np.log10([o.curve.budget for o in optima])
-    slopes = _slope(budgets, np.stack([o.vertices for o in optima]))
-    found = float(_slope(budgets, np.array([[o.vertex] for o in optima]))[0])
+    slopes = _slope(budgets, np.log10([o.curve.params_at(o.vertices) for o in optima]))
+    found = float(_slope(budgets, np.log10([[o.curve.params_at(o.vertex)] for o in optima]))[0])
     return entry | {"exponent": found, "exponent_ci": interval_of(slopes[np.isfinite(slopes)], len(slopes))}
 
 

@@ -1,7 +1,7 @@
 """The joint law L = E + A / N^alpha + B / D^beta (arXiv:2203.15556, approach 3), fitted in two ways."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq, minimize
 
 from sparsemix.report.fits.bootstrap import percentiles, resampled, runs_of
-from sparsemix.report.fits.curves import Curve
+from sparsemix.report.fits.curves import Curve, between
 from sparsemix.report.fits.varpro import Projection
 
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -145,9 +145,13 @@ def budget_by_law(entries: Sequence[dict[str, Any]], curves: Sequence[Curve]) ->
     laws = [_law(entry) for entry in entries if entry["method"] == "varpro"]
     if not laws or laws[0].at_an_edge:
         return None
-    points = {point[0].params: point for curve in curves for point in curve.points}
-    whole = replace(curves[0], points=tuple(points[n] for n in sorted(points)))
-    return lambda budget, change: budget_for(laws[0], whole.forward_at, (min(points), max(points)), budget, change)
+    sizes = {point[0].params: point[0].forward_flops for curve in curves for point in curve.points}
+    points = [(float(np.log10(n)), float(np.log10(flops))) for n, flops in sizes.items()]
+
+    def forward_at(logs: Any) -> Any:
+        return 10 ** between(logs, points)
+
+    return lambda budget, change: budget_for(laws[0], forward_at, (min(sizes), max(sizes)), budget, change)
 
 
 def _law(entry: dict[str, Any]) -> JointLaw:

@@ -19,7 +19,7 @@ SEEDS_FOR_LEVEL = 3
 
 
 class Sized(NamedTuple):
-    """The runs of one size: log10 of its parameters, and (seed, nats) of each."""
+    """The runs of one size: its log10, and (seed, nats) of each."""
 
     x: float
     seeds: tuple[int, ...]
@@ -32,7 +32,7 @@ class Sized(NamedTuple):
 
 @dataclass(frozen=True)
 class Quadratic:
-    """nats = coef . (1, u, u^2), u = log10 params - centre, from the sizes between `low` and `high` (log10 params).
+    """nats = coef . (1, u, u^2), u = log10 of the size - centre, from the `sizes` (log10).
 
     cov: of coef, times a t variable of df degrees of freedom; level: mean nats, its standard error and degrees of
     freedom at the size `at` that has the seeds (at None: the curve's own). scatter: whether the sizes scatter about
@@ -51,7 +51,7 @@ class Quadratic:
 
     @property
     def vertex(self) -> float:
-        """log10 params where the slope is 0."""
+        """log10 of the size where the slope is 0."""
         return float(self.centre - self.coef[1] / (2 * self.coef[2]))
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.report.fits.curves import Curve
+from sparsemix.report.fits.curves import Curve, size_of
 from sparsemix.report.fits.equal_loss import (
     FAR_BUDGET,
     Line,
@@ -125,7 +125,7 @@ def _equal_loss(
     if (pair := equal_pair(arm, base, between)) is not None:
         found["forward_ratio"], found["forward_ratio_ci"] = pair.ratio(lambda r: r.forward_flops)
         found["steps_per_s_ratio"], found["steps_per_s_ratio_ci"] = pair.ratio(steps_per_s, noise)
-        if 10**pair.x < arm.curve.points[0][0].params:
+        if pair.x < size_of(arm.curve.points[0][0]):
             said.append(
                 f"{name}: the smallest model that reaches the baseline's loss is "
                 "smaller than any that was run; its FLOPs are extrapolated"
