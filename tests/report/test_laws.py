@@ -121,6 +121,9 @@ def test_granularity_is_recovered_and_needs_three_granularities():
     assert entry["arm"] == "moe" and entry["granularities"] == [1, 2, 4, 8]
     assert "2 to 16 experts" in granularity_warnings([entry])[0]
     assert granularity_warnings([entry | {"expansions": [64.0]}]) == []
+    for name, limit in (("gamma", 0.05), ("beta", 1.5), ("g", 0.0)):
+        (said,) = granularity_warnings([entry | {"expansions": [64.0], name: limit}])
+        assert "do not tell" in said
     assert granularity_laws([r for r in runs if grains_of(r).granularity < 4], 20) == []
 
 

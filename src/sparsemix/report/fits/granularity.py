@@ -58,8 +58,15 @@ def granularity_laws(records: Sequence[Record], resamples: int) -> list[dict[str
 
 
 def granularity_warnings(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Of the entries whose runs differ in what the law holds fixed."""
-    return [
+    """Of the entries whose runs differ in what the law holds fixed, or do not tell its parameters."""
+    edges = [
+        f"{entry['arm']}: these runs do not tell the law of granularity's parameters: a term or an exponent is at its "
+        "limit"
+        for entry in entries
+        if any(not EXPONENTS[1] < entry[name] < EXPONENTS[-2] for name in ("gamma", "alpha", "beta"))
+        or min(entry[name] for name in ("c", "g", "a", "b")) <= 0
+    ]
+    return edges + [
         f"{entry['arm']}: the law of granularity holds the expansion rate fixed, and these runs have "
         f"{entry['expansions'][0]:.3g} to {entry['expansions'][-1]:.3g} experts for each that is picked"
         for entry in entries
