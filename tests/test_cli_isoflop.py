@@ -110,6 +110,7 @@ def test_a_text_read_often_is_said_in_the_plan(isoflop, here):
         (["--budgets", "1e4"], "must pay for 50 steps at 5 sizes, as"),
         (["--budgets", "1e12", "--kinds", "dense,pear"], "did you mean 'peer'?"),
         (["--budgets", "1e12", "--kinds", "moe"], "must hold dense"),
+        (["--budgets", "1e12", "--size-seeds", "6"], "size_seeds=6 must be at most seeds=5"),
         (["--budgets", "1e12", "--sizes", "8,12,8"], "must name each size once"),
         (["--budgets", "1e12", "--sizes", "8,12"], "must name at least 3"),
         (["--budgets", "1e12", "--sizes", "8,13,16"], "sizes=13 must be an even width"),

@@ -95,6 +95,24 @@ def test_a_good_prediction_trains_five_sizes_and_the_other_seeds_at_the_optimum_
     assert len(launcher.trained) == len(set(launcher.trained)) == len(records) == 14
 
 
+def test_sizes_with_several_seeds_are_bracketed_by_their_mean(opened):
+    study, at = opened(), predicted(BUDGETS[0])
+
+    def of(flops, seed, rate):
+        # Each seed alone has its optimum elsewhere.
+        return valley(at)(flops, 0, rate) + (0.4 if seed else -0.4) * log(flops / at)
+
+    grid = grid_of(budgets=BUDGETS[:1], size_seeds=2)
+    records = run_grid(study, ARMS[:1], grid, Planted(of))
+    best = nearest_width(study, at)
+    every = sizes(records, "grid")
+    assert len(every) == 5 and sizes(records, "seed") == [(width, 1) for width, _ in every] + [(best, 2)]
+    assert measured_ratio(records[:10], "dense", BUDGETS[1]) == pytest.approx(ratio_of(BUDGETS[0], at), rel=1e-3)
+    assert sorted(study.folder(cell) for cell in planned_cells(ARMS[:1], grid, study.data)) == sorted(
+        r.folder for r in records
+    )
+
+
 @pytest.mark.parametrize("times", [0.3, 8.0])
 def test_a_poor_prediction_is_extended_to_the_optimum_and_mended_for_the_next_budget(opened, times):
     study, said = opened(said := []), said

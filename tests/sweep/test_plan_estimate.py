@@ -35,3 +35,7 @@ def test_totals_are_those_of_the_cells_the_seeds_and_the_rates():
     )
     assert f"{(5 * 2 + 3 * 2) * 4e12 + 6 * 1e12:.3g} FLOPs" in line
     assert "about 3\u00a0min 10\u00a0s with 2 at a time" in line
+    ladders.grid = grid._replace(size_seeds=3)
+    line = totals(cells, ladders, 2)[0]
+    assert line.startswith("60 runs of 3 seeds, 4 of other seeds at the optima, at least 6 for learning rates: 70 runs")
+    assert f"{(15 * 2 + 2) * 4e12 + 6 * 1e12:.3g} FLOPs" in line

@@ -23,7 +23,10 @@ def isoflop(
     sizes: Annotated[
         str, typer.Option(help="auto (five around the predicted optimum), widths (48,64,80), or names of a recipe's.")
     ] = "auto",
-    seeds: Annotated[int, typer.Option(help="Seeds at each kind's optimum; other sizes have one.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Seeds at each kind's optimum.")] = 5,
+    size_seeds: Annotated[
+        int, typer.Option(help="Seeds at every other size: more tell a curve from its noise where models are small.")
+    ] = 1,
     lr: Annotated[str, typer.Option(help="A rate, `rule` (by width), or `sweep` (per kind, on validation).")] = "rule",
     placement: Annotated[str, typer.Option(help="Where routed feed-forwards go: middle, every-2, every.")] = "middle",
     recipe: Annotated[str, typer.Option(help="The dense backbone: a packaged recipe or a YAML file.")] = "tiny",
@@ -52,6 +55,7 @@ def isoflop(
         "kinds": _words(kinds),
         "sizes": None if sizes == "auto" else tuple(int(w) if w.isdecimal() else w for w in _words(sizes)),
         "seeds": seeds,
+        "size_seeds": size_seeds,
         "lr": lr,
         "placement": placement,
         "recipe": recipe,

@@ -125,15 +125,17 @@ def totals(cells: Sequence[Planned], ladders: Ladders, workers: int) -> list[str
         groups.setdefault((cell.arm, cell.budget), []).append(cell)
     middles = [sorted(group, key=lambda c: c.seconds)[len(group) // 2] for group in groups.values()]
     rates = 3 * arms if grid.rates == "sweep" else 0
-    seeds = (grid.seeds - 1) * len(groups)
-    flops = sum(c.budget for c in cells) + (grid.seeds - 1) * sum(c.budget for c in middles)
+    first, more = grid.size_seeds, grid.seeds - grid.size_seeds
+    flops = first * sum(c.budget for c in cells) + more * sum(c.budget for c in middles)
     flops += rates * min(grid.budgets)
-    seconds = sum(c.seconds for c in cells) + (grid.seeds - 1) * sum(c.seconds for c in middles)
+    seconds = first * sum(c.seconds for c in cells) + more * sum(c.seconds for c in middles)
     seconds += 3 * sum(c.seconds for c in middles if rates and c.budget == min(grid.budgets))
-    parts = [f"{len(cells)} runs of one seed", f"{seeds} of other seeds at the optima"]
+    sized, seeds = first * len(cells), more * len(groups)
+    parts = [f"{sized} runs of {'one seed' if first == 1 else f'{first} seeds'}"]
+    parts += [f"{seeds} of other seeds at the optima"] if seeds else []
     parts += [f"at least {rates} for learning rates"] if rates else []
     lines = [
-        f"{', '.join(parts)}: {len(cells) + seeds + rates} runs, {flops:.3g} FLOPs, about "
+        f"{', '.join(parts)}: {sized + seeds + rates} runs, {flops:.3g} FLOPs, about "
         f"{duration(seconds / workers)} with {workers} at a time; more where an optimum is not bracketed"
     ]
     if grid.sizes is None:
@@ -144,8 +146,8 @@ def totals(cells: Sequence[Planned], ladders: Ladders, workers: int) -> list[str
         )
     rule = {
         "rule": "learning rate: 0.01 (64 / width)^1.5, 0.01 below width 64",
-        "sweep": "learning rate: the rule (0.01 (64 / width)^1.5, 0.01 below width 64) times each kind's best factor "
-        "of two, by validation loss at the smallest budget",
+        "sweep": "learning rate: the rule (0.01 (64 / width)^1.5, 0.01 below width 64) times a factor of "
+        "each kind's own, by validation loss at the smallest budget",
     }
     return [*lines, rule.get(grid.rates, f"learning rate: {grid.rates}")]
 

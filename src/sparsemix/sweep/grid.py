@@ -21,7 +21,8 @@ REACH = 300.0
 class Grid(NamedTuple):
     """The runs of a study. sizes: widths of the recipe's backbone or names of its sizes, None for `num_sizes` of them
     around the predicted optimum; extend: add widths until the optimum is bracketed; seeds: at an optimum, elsewhere
-    one; retries: of a run that fails; rates: `rule`, `sweep` (of every arm, at the smallest budget), or a number."""
+    `size_seeds`; retries: of a run that fails; rates: `rule`, `sweep` (of every arm, at the smallest budget), or a
+    number."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class Grid(NamedTuple):
     sizes: tuple[Size, ...] | None = None
     num_sizes: int = 5
     seeds: int = 5
+    size_seeds: int = 1
     retries: int = 1
     extend: bool = True
     rates: str = "rule"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite, log
+from statistics import fmean
 from typing import NamedTuple
 
 from sparsemix.data import DataConfig
@@ -27,8 +28,8 @@ class Optimum(NamedTuple):
 
 
 def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Launcher) -> list[Record]:
-    """Every run of the grid that ends: seed 0 at the sizes of each arm and budget, more sizes until the optimum by
-    validation loss is bracketed, then the other seeds there. Records of role `rate`, `grid`, `seed`, in that order.
+    """Every run of the grid that ends: the first seeds at the sizes of each arm and budget, more sizes until the
+    optimum by mean validation loss is bracketed, then the other seeds there. Records of role `rate`, `grid`, `seed`.
 
     The study's text must be prepared. Budgets go from small to large: where an optimum was found it moves the sizes of
     the next budget. A run that fails is said and left out. Raises ConfigError, and KeyboardInterrupt with all saved."""
@@ -43,9 +44,9 @@ def run_grid(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Launcher) 
         for arm, optimum in _bracketed(study, arms, ladders, budget, records, train).items():
             optima[arm, budget] = optimum
     others = [
-        Cell(arm.name, grid.config(arm, optimum.rung.size, study.data, budget, seed), "seed")
+        _cell(grid, arm, optimum.rung.size, study.data, budget, seed)
         for (arm, budget), optimum in optima.items()
-        for seed in range(1, grid.seeds)
+        for seed in range(grid.size_seeds, grid.seeds)
     ]
     if others:
         train(others, "seeds")
@@ -60,7 +61,7 @@ def run_seeds(study: Study, arms: Sequence[Arm], grid: Grid, launcher: Launcher)
     if grid.rates == "sweep":
         arms = _swept(study, arms, grid, dict.fromkeys(arms), train)
     cells = [
-        Cell(arm.name, grid.config(arm, None, study.data, budget, seed), "seed" if seed else "grid")
+        _cell(grid, arm, None, study.data, budget, seed)
         for budget in sorted(grid.budgets)
         for seed in range(grid.seeds)
         for arm in arms
@@ -76,12 +77,15 @@ def planned_cells(arms: Sequence[Arm], grid: Grid, data: DataConfig) -> list[Cel
     cells = []
     for budget in sorted(grid.budgets):
         for arm in arms:
-            cells += [Cell(arm.name, grid.config(arm, r.size, data, budget)) for r in ladders.first(arm, budget)]
+            pairs = [(r.size, seed) for r in ladders.first(arm, budget) for seed in range(grid.size_seeds)]
             size = ladders.middle(arm, budget).size
-            cells += [
-                Cell(arm.name, grid.config(arm, size, data, budget, seed), "seed") for seed in range(1, grid.seeds)
-            ]
+            pairs += [(size, seed) for seed in range(grid.size_seeds, grid.seeds)]
+            cells += [_cell(grid, arm, size, data, budget, seed) for size, seed in pairs]
     return cells
+
+
+def _cell(grid: Grid, arm: Arm, size: Size | None, data: DataConfig, budget: float, seed: int) -> Cell:
+    return Cell(arm.name, grid.config(arm, size, data, budget, seed), "seed" if seed else "grid")
 
 
 Train = Callable[[Sequence[Cell], str], list[Record | None]]
@@ -131,10 +135,13 @@ def _bracketed(
     limits = {arm: len(rungs) + MAX_EXTRA for arm, rungs in todo.items()}
     tried: dict[Arm, dict[Rung, float]] = {arm: {} for arm in arms}
     while todo:
-        pairs = [(arm, rung) for arm, rungs in todo.items() for rung in rungs]
-        cells = [Cell(arm.name, ladders.grid.config(arm, rung.size, study.data, budget)) for arm, rung in pairs]
-        for (arm, rung), record in zip(pairs, train(cells, f"{budget:.3g} FLOPs"), strict=True):
-            tried[arm][rung] = inf if record is None else record.validation_bpb
+        runs = [(a, r, seed) for a, rungs in todo.items() for r in rungs for seed in range(ladders.grid.size_seeds)]
+        cells = [_cell(ladders.grid, arm, rung.size, study.data, budget, seed) for arm, rung, seed in runs]
+        seen: dict[tuple[Arm, Rung], list[float]] = {}
+        for (arm, rung, _), record in zip(runs, train(cells, f"{budget:.3g} FLOPs"), strict=True):
+            seen.setdefault((arm, rung), []).extend([record.validation_bpb] if record else [])
+        for (arm, rung), losses in seen.items():
+            tried[arm][rung] = fmean(losses) if losses else inf
         todo = {}
         for arm in arms:
             side = _bottom(tried[arm]).side
@@ -172,11 +179,10 @@ def measured_ratio(records: Sequence[Record], arm: str, budget: float) -> float:
     """Tokens per multiply-add at the arm's optimum at the largest budget below `budget` where runs bracket it, or the
     usual one."""
     for smaller in sorted({r.budget for r in records if r.budget < budget}, reverse=True):
-        # Of the runs of one size the first is seed 0's.
-        losses: dict[float, float] = {}
+        losses: dict[float, list[float]] = {}
         for r in records:
-            if r.arm == arm and r.budget == smaller and r.role == "grid":
-                losses.setdefault(r.forward_flops, r.validation_bpb)
-        if losses and (found := bottom(losses)).side == 0:
+            if r.arm == arm and r.budget == smaller and r.role != "rate":
+                losses.setdefault(r.forward_flops, []).append(r.validation_bpb)
+        if losses and (found := bottom({flops: fmean(seeds) for flops, seeds in losses.items()})).side == 0:
             return ratio_of(smaller, found.forward_flops)
     return TOKENS_PER_MAC

@@ -36,6 +36,7 @@ class IsoflopConfig(Config):
     kinds: tuple[str, ...] = ("dense", "moe", "peer", "mod")
     sizes: tuple[Size, ...] | None = None
     seeds: int = Field(default=5, ge=1)
+    size_seeds: int = Field(default=1, ge=1)
     lr: str = "rule"
     placement: Literal["every", "every-2", "middle"] = "middle"
     recipe: str = "tiny"
@@ -51,6 +52,7 @@ class IsoflopConfig(Config):
             self.rule(len(set(self.sizes)) == len(self.sizes), "sizes", "must name each size once")
             self.rule(len(self.sizes) >= 3, "sizes", "must name at least 3, for a curve has three coefficients")
             self.rule(len({type(size) for size in self.sizes}) == 1, "sizes", "must be all widths or all names")
+        self.rule(self.size_seeds <= self.seeds, "size_seeds", f"must be at most seeds={self.seeds}")
         if self.lr not in ("rule", "sweep"):
             self.rule(_is_positive(self.lr), "lr", "must be a positive number, rule, or sweep")
         for override in self.overrides:
@@ -61,7 +63,8 @@ class IsoflopConfig(Config):
     @property
     def grid(self) -> Grid:
         budgets = tuple(sorted(self.budgets))
-        return Grid(self.recipe, self.overrides, budgets, self.sizes, seeds=self.seeds, rates=self.lr)
+        seeds, size_seeds = self.seeds, self.size_seeds
+        return Grid(self.recipe, self.overrides, budgets, self.sizes, seeds=seeds, size_seeds=size_seeds, rates=self.lr)
 
     @property
     def arms(self) -> list[Arm]:
