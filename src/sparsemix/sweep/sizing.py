@@ -12,6 +12,9 @@ from sparsemix.layers.ternary import PRECISIONS
 TOLERANCE = 0.10
 # Adam keeps three tensors of a table's size; beyond this a laptop's memory goes to one layer.
 MAX_TABLE_PARAMS = 128_000_000
+# A query meets half of d_key channels on each side. With 3 or 4 of them most of 256 sub-keys lie inside the others'
+# hull, where no query finds them among its best (docs/LOG.md).
+MIN_KEY = 16
 
 
 def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict[str, Any]:
@@ -99,12 +102,12 @@ def _pkm(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
 
 
 def _product_keys(target: float, d_model: int, K: int, rows: int) -> tuple[int, dict[str, Any]]:
-    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4; a pick reads `rows` table rows.
+    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4, at least 16; a pick reads `rows` rows.
 
-    Below width 128 a head for 16 channels and 256 sub-keys, and as many picks a head as the FLOPs allow: tables grow
-    with the width alone, as in PEER's paper. From 128 on 8 heads of K picks (more where the tables are full) and as
-    many sub-keys as the FLOPs allow, which meet the others there."""
-    d_key = max(2, d_model // 8 * 2)
+    Below width 128 a head for 16 channels, the largest power of two up to 256 sub-keys that leaves K / 2 picks a head,
+    and as many picks as the FLOPs allow: tables grow with the width, as in PEER's paper. From 128 on 8 heads of K picks
+    (more where the tables are full) and as many sub-keys as the FLOPs allow, which meet the others there."""
+    d_key = max(MIN_KEY, d_model // 8 * 2)
     largest = min(1024, int((MAX_TABLE_PARAMS / (rows * d_model)) ** 0.5))
     heads = min(8, max(1, round(d_model / 16)))
 
