@@ -137,6 +137,12 @@ def test_claims_about_routing_follow_what_was_seen(tmp_path, monkeypatch, above,
     lab = Lab(TINY, tmp_path, {a.name: made_seeds(tmp_path, a, lambda a: planned(TINY, a), 3.0) for a in arms}, print)
     outcome = mod_pictures.outcome(lab)
     assert {trend.outcome for trend in outcome.trends} == {said}
+    alone = {"routed": {"blocks.1": 0.4}, "passes": [600, 400]}
+    monkeypatch.setattr(mod_pictures, "observed", lambda *_: seen | alone)
+    told = {trend.claim: trend for trend in mod_pictures.outcome(lab).trends}
+    for words in ("pass all routed blocks", "pass none of them"):
+        (trend,) = [trend for claim, trend in told.items() if words in claim]
+        assert trend.outcome == "not resolved at this scale" and trend.evidence == "these models have one routed block"
     assert [figure.id for figure in outcome.figures] == [
         "taken-predictor",
         "weights-predictor",

@@ -18,7 +18,7 @@ from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.reproduce.mod_arms import MOD, router_bce, single
 from sparsemix.reproduce.tables import spread
-from sparsemix.reproduce.trends import bounded, judge
+from sparsemix.reproduce.trends import Test, bounded, judge
 from sparsemix.run import write_atomic
 
 BCE = router_bce(0.1)
@@ -43,18 +43,7 @@ def outcome(lab: Lab) -> Outcome:
             *ABOUT,
             unit=" %",
         ),
-        bounded(
-            "more tokens pass all routed blocks than if blocks chose independently",
-            [100 * (_share(at, -1) - prod(at["routed"].values())) for at in main],
-            0,
-            unit=" points",
-        ),
-        bounded(
-            "more tokens pass none of them than if blocks chose independently",
-            [100 * (_share(at, 0) - prod(1 - rate for rate in at["routed"].values())) for at in main],
-            0,
-            unit=" points",
-        ),
+        *_together(main),
         bounded(
             "blocks that a token passes correlate with the entropy of its prediction",
             [at["entropy"] for at in main if at["entropy"] is not None],
@@ -64,6 +53,17 @@ def outcome(lab: Lab) -> Outcome:
     ]
     figures = [figure for arm, id in ((MOD.name, "predictor"), (BCE.name, "bce")) for figure in _figures(arm, id, seen)]
     return Outcome([_table(seen)], judge(tests), figures, NOTES, {"seen": seen})
+
+
+def _together(seen: Sequence[dict[str, Any]]) -> list[Test]:
+    """Whether blocks choose the same tokens, which takes two that choose."""
+    every = "more tokens pass all routed blocks than if blocks chose independently"
+    none = "more tokens pass none of them than if blocks chose independently"
+    if len(seen[0]["routed"]) < 2:
+        return [Test(words, False, None, "these models have one routed block") for words in (every, none)]
+    together = [100 * (_share(at, -1) - prod(at["routed"].values())) for at in seen]
+    past = [100 * (_share(at, 0) - prod(1 - rate for rate in at["routed"].values())) for at in seen]
+    return [bounded(every, together, 0, unit=" points"), bounded(none, past, 0, unit=" points")]
 
 
 NOTES = [
