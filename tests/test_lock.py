@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sparsemix import checkpoint, run, train
+from sparsemix.durable import write_atomic
 from sparsemix.errors import RunBusyError
-from sparsemix.run import LOCK, Run, is_locked, locked, write_atomic
+from sparsemix.run import LOCK, Run, is_locked, locked
 from tiny import prepared, result_of, run_config, unchecked_shapes
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no advisory locks")

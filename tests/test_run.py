@@ -6,7 +6,8 @@ import yaml
 
 from sparsemix import run as run_module
 from sparsemix.config import ConfigError, parse
-from sparsemix.run import Run, hardware, versions, write_atomic
+from sparsemix.durable import write_atomic
+from sparsemix.run import Run, hardware, versions
 from sparsemix.settings import RunConfig
 from tiny import run_config, write_corpus
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from sparsemix.config import Config, ConfigError, parse, to_yaml
+from sparsemix.durable import write_atomic
 from sparsemix.errors import RunBusyError
 
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
@@ -30,19 +31,6 @@ CONVENTION = (
     "a token, PKM half of that), and the logits. Index reads, norms, softmax and the embedding lookup count 0. "
     "Training costs 3 x forward; where routing decides what runs, what ran is charged."
 )
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none of it; text as UTF-8."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

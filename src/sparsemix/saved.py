@@ -19,9 +19,9 @@ from sparsemix import __version__
 from sparsemix.checkpoint import save_weights
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
+from sparsemix.durable import write_atomic
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
-from sparsemix.run import write_atomic
 
 # Raised when an older library could misread what a newer one writes.
 FORMAT = 1

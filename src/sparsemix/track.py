@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsemix.config import ConfigError, nearest
+from sparsemix.durable import write_atomic
 from sparsemix.report.records import arm_of
-from sparsemix.run import Run, write_atomic
+from sparsemix.run import Run
 
 LOOK_EVERY_S = 2.0
 # In a run's folder: the last step that each tracker was given. A resumed run logs some steps again.

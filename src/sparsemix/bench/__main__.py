@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sparsemix.bench.works import WORKS
+from sparsemix.durable import write_atomic
 from sparsemix.ops.impl import picked
-from sparsemix.run import write_atomic
 
 
 def main(name: str, file: str, threads: str, mode: str = "") -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from sparsemix.bench.floors import FLOORS
 from sparsemix.config import ConfigError, nearest
-from sparsemix.run import hardware, versions, write_atomic
+from sparsemix.durable import write_atomic
+from sparsemix.run import hardware, versions
 
 SCHEMA = 1
 PEERS = ("PEER-pytorch", "product-key-memory", "st-moe-pytorch", "mixture-of-experts", "transformers")

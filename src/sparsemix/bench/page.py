@@ -9,8 +9,8 @@ from sparsemix.bench import pictures
 from sparsemix.bench.harness import SCHEMA, numbers, unmeasured
 from sparsemix.bench.tables import amount, floor_of, time, verdict
 from sparsemix.config import ConfigError
+from sparsemix.durable import write_atomic
 from sparsemix.report.numbers import DASH, percent, si
-from sparsemix.run import write_atomic
 
 BEGIN, END = "<!-- by hand: kept when the page is written anew -->", "<!-- end of what is kept -->"
 NOTES = "Nothing was noted yet."

@@ -56,9 +56,9 @@ def compare(
 def _report(comparison: Any, runs: Any) -> None:
     import json
 
+    from sparsemix.durable import write_atomic
     from sparsemix.report.console import tables
     from sparsemix.report.page import write_report
-    from sparsemix.run import write_atomic
     from sparsemix.sweep.summary import summarise
 
     result = summarise(comparison, runs, shlex.join(["sparsemix", *sys.argv[1:]]))

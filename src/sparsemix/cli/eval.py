@@ -94,9 +94,9 @@ def _suite(model: Path, suite: str, only: list[str], data_dir: Path | None, sett
 
 def _tasks(model: Path, tasks: list[str], options: dict[str, Any], out: Path) -> Any:
     """(what was asked for, all of the result, its tables)."""
+    from sparsemix.durable import write_atomic
     from sparsemix.evaluate.suite import fingerprint, opened
     from sparsemix.report.eval_tables import task_table
-    from sparsemix.run import write_atomic
 
     try:
         from sparsemix.interop.harness import run_tasks

@@ -29,10 +29,10 @@ def generate(
 ) -> None:
     """Continue a text with a trained model, token by token."""
     from sparsemix.config import parse
+    from sparsemix.durable import write_atomic
     from sparsemix.generation import Sampling
     from sparsemix.play import Play
     from sparsemix.report.generation_page import generation_page
-    from sparsemix.run import write_atomic
 
     text = read_prompt(prompt, prompt_file)
     sampling = parse(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed})

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from sparsemix.config import Config, ConfigError
 from sparsemix.data.corpus import sha256
 from sparsemix.data.tokenizer import end_of_text
+from sparsemix.durable import write_atomic
 from sparsemix.evaluate.corpora import CorpusConfig, Found, Passage, find, passages
 from sparsemix.evaluate.estimate import Estimate, exponential, ratio, share
 from sparsemix.evaluate.sliding import Scores, score
 from sparsemix.model import LM
-from sparsemix.run import hardware, versions, write_atomic
+from sparsemix.run import hardware, versions
 
 Progress = Callable[[str, int, int | None], None]
 CONVENTION = (

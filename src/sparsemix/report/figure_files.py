@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.figures import CSS, Chart, Shape
 from sparsemix.report.figures.axes import RIGHT, WIDTH
 from sparsemix.report.figures.chart import sample
 from sparsemix.report.numbers import escape
 from sparsemix.report.palette import LIGHT
-from sparsemix.run import write_atomic
 
 SANS = '"Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 TITLE, ROW = 26, 18

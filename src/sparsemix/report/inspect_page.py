@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.inspect_plots import Drawn, expert_figures, mod_figures
 from sparsemix.report.inspect_tables import DEPTHS, EXPERTS, correlations
 from sparsemix.report.numbers import Markup, escape, fixed, si
 from sparsemix.report.page import join, listed, paragraph, render, warned
 from sparsemix.report.pictures import png
-from sparsemix.run import write_atomic
 
 READING = (
     "Usage grows with the text: with few visits per expert it is a lower bound, and only runs measured on the same "

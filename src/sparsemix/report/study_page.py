@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsemix.durable import write_atomic
 from sparsemix.report import study_layers, study_losses, study_plots, study_tables
 from sparsemix.report.figure_files import write_figure
 from sparsemix.report.numbers import Markup, escape, fixed, interval, is_number, si
@@ -14,7 +15,6 @@ from sparsemix.report.simple_page import drawn_figure
 from sparsemix.report.study_details import TEXT, details
 from sparsemix.report.study_plots import Analysis, Captioned, flops
 from sparsemix.report.tables import experts_table, leak_table, predictor_table, table
-from sparsemix.run import write_atomic
 
 FIGURES = "figures"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsemix.durable import write_atomic
 from sparsemix.inspection import inspect_run
 from sparsemix.report.figures import Bars, HeatMap
 from sparsemix.report.inspect_plots import taken_map
@@ -19,7 +20,6 @@ from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, 
 from sparsemix.reproduce.mod_arms import MOD, router_bce, single
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import Test, bounded, judge
-from sparsemix.run import write_atomic
 
 BCE = router_bce(0.1)
 TOKENS = 32_768

@@ -11,10 +11,11 @@ import torch
 from sparsemix.checkpoint import TrainState
 from sparsemix.config import config_hash
 from sparsemix.data import Shards
+from sparsemix.durable import write_atomic
 from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype, use_threads
 from sparsemix.optim import build_optimizer
 from sparsemix.reproduce.base import Lab
-from sparsemix.run import hardware, write_atomic
+from sparsemix.run import hardware
 from sparsemix.settings import RunConfig
 from sparsemix.step import block_runner
 from sparsemix.train import train_step, training_batches

@@ -6,8 +6,8 @@ from math import exp
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.records import Record
-from sparsemix.run import write_atomic
 
 # Tokens of each source of a corpus; None: the corpora's own number of documents.
 MAX_TOKENS = {"demo": 20_000, "laptop": 50_000, "gpu": None, "paper": None}

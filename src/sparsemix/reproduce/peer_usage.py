@@ -6,9 +6,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.records import Record
 from sparsemix.reproduce.peer import layer
-from sparsemix.run import write_atomic
 
 # Visits that each expert would get if use were even.
 VISITS = 10

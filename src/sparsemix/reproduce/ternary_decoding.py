@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsemix import saved
+from sparsemix.durable import write_atomic
 from sparsemix.generation import Sampling, generate
 from sparsemix.layers.packed import TernaryWeight, pack_ternary
 from sparsemix.model import LM
 from sparsemix.report.records import Record
-from sparsemix.run import hardware, write_atomic
+from sparsemix.run import hardware
 from sparsemix.trained import load
 
 FLOAT_FORMS = ("fp32", "bf16")

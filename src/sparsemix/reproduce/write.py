@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Outcome
 from sparsemix.reproduce.lab import Plan
-from sparsemix.run import hardware, versions, write_atomic
+from sparsemix.run import hardware, versions
 
 
 def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Path, command: str) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.durable import write_atomic
 from sparsemix.errors import TrainingError
-from sparsemix.run import Run, write_atomic
+from sparsemix.run import Run
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, run_config

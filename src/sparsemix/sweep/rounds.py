@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from sparsemix.config import ConfigError
+from sparsemix.durable import write_atomic
 from sparsemix.errors import RunBusyError, TrainingError
-from sparsemix.run import Run, write_atomic
+from sparsemix.run import Run
 from sparsemix.sweep.jobs import ERROR, Job, train_job
 from sparsemix.sweep.launch import Launcher
 

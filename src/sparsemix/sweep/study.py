@@ -8,8 +8,9 @@ import yaml
 
 from sparsemix.config import Config, ConfigError, config_hash
 from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.durable import write_atomic
 from sparsemix.report.records import Record, read_run
-from sparsemix.run import locked, write_atomic
+from sparsemix.run import locked
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.jobs import Job
 from sparsemix.sweep.launch import Launcher
