@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Real
+from jaxtyping import Float, Int, Real
 from scipy import special
 from scipy.optimize import root_scalar
 
@@ -13,13 +14,16 @@ from sparsemix.config import ConfigError
 LEVEL = 0.05
 RESAMPLES = 2000
 SMALLEST_P = 1e-12
+# Fewer documents of equal weight say too little of other documents: their parts stand in for them.
+ENOUGH_DOCUMENTS = 10
 
 
 @dataclass(frozen=True)
 class Interval:
     """A 95 % interval [low, high] around an estimate, in bits per byte; se^2 = se_seeds^2 + se_docs^2.
 
-    With one seed nothing is known of other seeds: se_seeds = df_seeds = 0 and the interval is over documents only."""
+    With one seed nothing is known of other seeds: se_seeds = df_seeds = 0 and the interval is over documents only.
+    effective_docs: how many equally long documents would weigh the same (0: none were looked at)."""
 
     estimate: float
     low: float
@@ -29,6 +33,13 @@ class Interval:
     se_docs: float
     df_seeds: int
     df_docs: float
+    effective_docs: float = 0.0
+
+    @property
+    def limit(self) -> str:
+        """`seeds` or `documents`: of which there are too few, the part that makes the interval as wide as it is."""
+        seeds = _t(self.df_seeds, LEVEL) * self.se_seeds if self.seeds_seen else np.inf
+        return "seeds" if seeds >= _t(self.df_docs, LEVEL) * self.se_docs else "documents"
 
     @property
     def seeds_seen(self) -> bool:
@@ -44,6 +55,35 @@ class Difference:
 
     interval: Interval
     p_value: float
+
+
+class Units(NamedTuple):
+    """What an interval resamples: losses (S, U) and bytes (U,) of documents, or of their parts where there are few."""
+
+    nats: Float[np.ndarray, "S U"]
+    bytes: Int[np.ndarray, " U"]
+    by_part: bool
+
+
+def effective(weights: Real[np.ndarray, " D"]) -> float:
+    """(sum w)^2 / sum w^2: how many equal weights would weigh the same."""
+    return float(weights.sum(dtype=np.float64) ** 2 / np.square(weights, dtype=np.float64).sum())
+
+
+def units(
+    nats: Real[np.ndarray, "S P"], bytes_: Int[np.ndarray, " P"], groups: Int[np.ndarray, " P"] | None = None
+) -> Units:
+    """The parts of each group (a document, or near-copies of one) summed, for parts of one text are not independent.
+
+    Groups that weigh no more than 10 equally long ones could say nothing of other texts. Their parts are taken for
+    independent then, and the interval speaks of more text of these documents, not of other documents."""
+    if groups is None or len(np.unique(groups)) == len(groups):
+        return Units(nats, bytes_, by_part=False)
+    _, of = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(of, weights=bytes_).astype(bytes_.dtype)
+    if effective(sizes) < ENOUGH_DOCUMENTS:
+        return Units(nats, bytes_, by_part=True)
+    return Units(np.stack([np.bincount(of, weights=row) for row in nats]), sizes, by_part=False)
 
 
 def bits_per_byte(nats: Real[np.ndarray, "S D"], bytes_: Real[np.ndarray, "D"], resamples: int = RESAMPLES) -> Interval:
@@ -64,9 +104,9 @@ def bits_per_byte(nats: Real[np.ndarray, "S D"], bytes_: Real[np.ndarray, "D"], 
     estimate = float(ratios.mean())
     se_seeds = float(ratios.std(ddof=1)) / num_seeds**0.5 if num_seeds > 1 else 0.0
     se_docs = _document_se(bits.mean(axis=0), weights, resamples)
-    df_docs = max(float(weights.sum() ** 2 / (weights**2).sum()) - 1, 1.0)
+    docs = effective(weights)
     se = float(np.hypot(se_seeds, se_docs))
-    point = Interval(estimate, estimate, estimate, se, se_seeds, se_docs, num_seeds - 1, df_docs)
+    point = Interval(estimate, estimate, estimate, se, se_seeds, se_docs, num_seeds - 1, max(docs - 1, 1.0), docs)
     half = float(_half_width(point, LEVEL))
     return replace(point, low=estimate - half, high=estimate + half)
 
@@ -127,7 +167,8 @@ def verdict(difference: Difference, adjusted_p: float, visible: float, untuned: 
     elif adjusted_p <= LEVEL:
         text = "better" if difference.interval.estimate < 0 else "worse"
     else:
-        text = f"not resolved: could have seen a difference of {visible:.2g} bits/byte"
+        more = "seeds" if difference.interval.limit == "seeds" else "test text"
+        text = f"not resolved: could have seen a difference of {visible:.2g} bits/byte; more {more} would see more"
     return text + (", untuned" if untuned else "")
 
 
