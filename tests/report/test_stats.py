@@ -7,15 +7,14 @@ from scipy import special
 from scipy import stats as scipy_stats
 
 from sparsemix.config import ConfigError
+from sparsemix.evaluate.estimate import effective, units
 from sparsemix.report.stats import (
     Difference,
     Interval,
     bits_per_byte,
     difference,
-    effective,
     holm,
     smallest_visible,
-    units,
     verdict,
 )
 

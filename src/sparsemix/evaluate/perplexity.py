@@ -62,7 +62,8 @@ def evaluating(model: nn.Module, causal: bool = True) -> Iterator[None]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if t is None else t.to(device) for t in batch))
+    valid, part_ids = (None if t is None else t.to(device) for t in (batch.valid, batch.part_ids))
+    return Batch(*(t.to(device) for t in batch[:4]), valid=valid, part_ids=part_ids)
 
 
 def context(batch: Batch, causal: bool) -> Ctx:

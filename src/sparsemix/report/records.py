@@ -13,7 +13,7 @@ import yaml
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
-from sparsemix.report.stats import Units, units
+from sparsemix.evaluate.estimate import Units, units
 from sparsemix.run import CONVENTION, Run
 
 

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 
 from sparsemix.data import Shards
+from sparsemix.evaluate.estimate import Units, effective
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
 from sparsemix.report.records import document_units
 from sparsemix.report.stats import (
     Difference,
-    Units,
     bits_per_byte,
     difference,
-    effective,
     holm,
     smallest_visible,
     verdict,
@@ -115,8 +114,8 @@ def _limits(losses: Units, differences: dict[str, Difference], seeds: int, corpu
     )
     if losses.by_part:
         said += (
-            f"; the {scored['documents']} documents themselves are too few or too unequal, so that the intervals speak "
-            "of more text of these documents, not of other documents"
+            f"; they are of {scored['documents']} document{'s' * (scored['documents'] != 1)}, too few or too unequal to "
+            "speak for others, so that the intervals are about more text of the same documents"
         )
     few_seeds, few_documents = (
         [kind for kind, d in differences.items() if d.interval.limit == limit] for limit in ("seeds", "documents")
