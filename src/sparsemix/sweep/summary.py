@@ -113,9 +113,10 @@ def _limits(losses: Units, differences: dict[str, Difference], seeds: int, corpu
         f"{effective(losses.bytes):.3g} of equal length"
     )
     if losses.by_part:
+        number = f"{scored['documents']} document{'s' * (scored['documents'] != 1)}"
         said += (
-            f"; they are of {scored['documents']} document{'s' * (scored['documents'] != 1)}, too few or too unequal to "
-            "speak for others, so that the intervals are about more text of the same documents"
+            f"; they are of {number}, too few or too unequal to speak for others, so that the intervals are about more "
+            "text of the same documents"
         )
     few_seeds, few_documents = (
         [kind for kind, d in differences.items() if d.interval.limit == limit] for limit in ("seeds", "documents")
