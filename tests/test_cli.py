@@ -242,14 +242,15 @@ def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch, capsys, tmp_path
     assert err == "sparsemix: interrupted; what was done is saved, and the same command resumes\n"
 
 
-def test_one_test_document_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, corpus):
+def test_a_text_of_no_whole_window_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, corpus):
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted(corpus.iterdir())[:4]:
         path.rename(few / path.name)
+        (few / path.name).write_text(path.name)
     code, _, err = call(monkeypatch, capsys, "compare", "--out", tmp_path / "out", "--text", few, "--budget", "1e11")
     assert code == 2
-    assert "leaves 1 test document" in err
+    assert "seq_len=128 must be below the training split's" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
