@@ -36,7 +36,7 @@ def test_a_missing_compiler_is_said_with_the_way_out(monkeypatch):
 
 
 def test_a_compiler_that_cannot_build_is_said_at_the_op(monkeypatch):
-    monkeypatch.setattr("sparsemix.doctor.native.unusable", lambda source: "cc cannot build an_op: broken")
+    monkeypatch.setattr("sparsemix.doctor.build.unusable", lambda source: "cc cannot build an_op: broken")
     (kernels, *_) = all_kernels()
     mine = Kernels(kernels.op, source=Path(__file__))
     monkeypatch.setattr("sparsemix.doctor.all_kernels", lambda: [mine])

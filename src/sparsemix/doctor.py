@@ -13,7 +13,7 @@ import torch
 from sparsemix import ops
 from sparsemix.errors import ConfigError
 from sparsemix.machine import pick_device, pick_dtype, product_rates, thread_rates
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.impl import Kernels
 from sparsemix.run import hardware, versions
 
@@ -75,20 +75,20 @@ def _dtype() -> Finding:
 
 
 def _compiler() -> Finding:
-    if path := native.compiler():
+    if path := build.compiler():
         return Finding("C compiler", path)
     return Finding("C compiler", "none", "install gcc or clang: without one the ops run on PyTorch's slower kernels")
 
 
 def _instruction_set() -> Finding:
     try:
-        return Finding("instruction set", f"{native.isa()} (the processor has {native.machine_isa()})")
+        return Finding("instruction set", f"{build.isa()} (the processor has {build.machine_isa()})")
     except ConfigError as error:
-        return Finding("instruction set", native.machine_isa(), str(error))
+        return Finding("instruction set", build.machine_isa(), str(error))
 
 
 def _cache() -> Finding:
-    folder = native.cache_folder()
+    folder = build.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if os.access(there, os.W_OK):
         return Finding("compiled kernels", str(folder))
@@ -119,5 +119,5 @@ def _op(kernels: Kernels, device: str) -> Finding:
     if refusal is None:
         return Finding(kernels.op, fast)
     # What the lines above have said, or what nobody can mend, needs no advice here.
-    told = native.compiler() is None or refusal.startswith("the op has no such")
+    told = build.compiler() is None or refusal.startswith("the op has no such")
     return Finding(kernels.op, "torch", "" if told else refusal)

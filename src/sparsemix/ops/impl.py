@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import native
+from sparsemix.ops import build, native
 
 # reference reads like the equation; torch uses PyTorch's own kernels; native is C on the CPU; triton is for GPUs.
 IMPLS = ("auto", "reference", "torch", "native", "triton")
@@ -34,7 +34,7 @@ class Kernels:
             return f"the kernel takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}"
         if impl == "native":
             assert self.source is not None
-            return "native kernels run on the CPU" if device != "cpu" else native.unusable(self.source)
+            return "native kernels run on the CPU" if device != "cpu" else build.unusable(self.source)
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
         return None
