@@ -88,11 +88,16 @@ def _instruction_set() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = build.cache_folder()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(there, os.W_OK):
-        return Finding("compiled kernels", str(folder))
-    return Finding("compiled kernels", f"{folder} cannot be written", "set SPARSEMIX_CACHE to a folder that can")
+    """The folder of compiled kernels, or why none is used."""
+    try:
+        folder = build.cache_folder()
+        build.private_folder(folder)
+    except OSError as error:
+        return Finding("compiled kernels", "not run", str(error.strerror))
+    kept = f"{folder} ({len(list(folder.glob('*.so')))} libraries)"
+    if os.access(folder, os.W_OK):
+        return Finding("compiled kernels", kept)
+    return Finding("compiled kernels", f"{kept} cannot be written", "set SPARSEMIX_CACHE to a folder that can")
 
 
 def _huge_pages() -> Finding:
@@ -119,5 +124,5 @@ def _op(kernels: Kernels, device: str) -> Finding:
     if refusal is None:
         return Finding(kernels.op, fast)
     # What the lines above have said, or what nobody can mend, needs no advice here.
-    told = build.compiler() is None or refusal.startswith("the op has no such")
+    told = build.compiler() is None or refusal.startswith("the op has no such") or refusal == _cache().advice
     return Finding(kernels.op, "torch", "" if told else refusal)
