@@ -1,6 +1,8 @@
 """Which implementation of an op runs: `auto` picks by device and dtype, a name asks for one and gets it or an error."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,5 +63,18 @@ class Kernels:
 
 
 def picked() -> dict[str, str]:
-    """Op -> the implementation that ran last in this process."""
+    """Op -> the implementation that ran last in this process, or since `own_picks` began."""
     return dict(sorted(_picked.items()))
+
+
+@contextmanager
+def own_picks() -> Iterator[None]:
+    """`picked` tells of the block alone, not of what the process did before."""
+    before = dict(_picked)
+    _picked.clear()
+    try:
+        yield
+    finally:
+        inside = dict(_picked)
+        _picked.clear()
+        _picked.update(before | inside)
