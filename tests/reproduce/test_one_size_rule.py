@@ -3,14 +3,14 @@
 import pytest
 
 from sparsemix.config import parse
+from sparsemix.data import DataConfig
 from sparsemix.interop.plan import ConvertConfig, plan
 from sparsemix.layers import AttentionConfig, BlockConfig, DenseConfig, LayerConfig, MoDConfig, PEERConfig, PKMConfig
 from sparsemix.layers.sizing import MIN_KEY, example, key_width, mod_wrap, predictor_width, sized_ffn
 from sparsemix.model import ModelConfig
 from sparsemix.recipes import recipes, settings_of, sizes_of
-from sparsemix.reproduce.base import SCALES, entries
-from sparsemix.reproduce.lab import ReproduceConfig
-from sparsemix.reproduce.lab import plan as plan_of
+from sparsemix.reproduce.base import SCALES
+from sparsemix.reproduce.lab import reproduction
 from sparsemix.reproduce.peer import methods
 from sparsemix.sweep.arms import Arm, backbone, rate_by_rule, run_config
 
@@ -37,7 +37,7 @@ def all_layers(model):
 def decoder(d_model, activation="swiglu"):
     ffn = DenseConfig(d_ff=4 * d_model, activation=activation)
     block = BlockConfig(mixer=AttentionConfig(num_heads=4), ffn=ffn)
-    return ModelConfig(d_model=d_model, vocab_size=64, seq_len=32, blocks=(block, block))
+    return ModelConfig(d_model=d_model, vocab_size=272, seq_len=32, blocks=(block, block))
 
 
 @pytest.mark.parametrize("kind", ["peer", "pkm", "mh_moe"])
@@ -50,7 +50,7 @@ def test_a_comparison_a_conversion_and_the_example_have_one_size(kind, d_model):
     assert plan(model, ConvertConfig(ffn={"kind": kind}, init="fresh")).model.blocks[0].ffn == wanted
     raw = {"model": model.model_dump(mode="json"), "train": {}}
     raw["model"]["blocks"] = {"count": 2, "each": raw["model"]["blocks"][0]}
-    compared = run_config(Arm(kind, kind), raw, plan_of("peer-fig3a", ReproduceConfig()).cells[0].config.data, 1e11)
+    compared = run_config(Arm(kind, kind), raw, DataConfig(vocab_size=272), 1e11)
     assert compared.model.blocks[1].ffn == wanted
     thirds = DenseConfig(d_ff=d_model * 8 // 3)
     assert example(kind, d_model, 32) == LayerConfig.model_validate(sized_ffn(kind, thirds, d_model, 32))
@@ -70,15 +70,15 @@ def test_a_conversion_gives_no_sub_key_below_the_floor(d_model):
             assert added.d_key == key_width(d_model) >= MIN_KEY
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", [name for name in entries() if name.startswith("peer")])
+@pytest.mark.parametrize("scale", ["demo", "laptop", "gpu"])
+@pytest.mark.parametrize("name", ["peer-fig1", "peer-fig3a", "peer-fig3b", "peer-fig4", "peer-granularity"])
 def test_a_reproduction_gives_no_sub_key_below_the_floor(name, scale):
-    cells = plan_of(name, ReproduceConfig(scale=scale, seeds=1)).cells
-    tables = [(c.config.model.d_model, layer) for c in cells for layer in all_layers(c.config.model)]
-    widths = {(d, layer.d_key) for d, layer in tables if isinstance(layer, (PEERConfig, PKMConfig))}
-    assert widths
-    # The paper's is one number over all its widths.
-    assert all(d_key == (256 if scale == "paper" else key_width(d)) >= MIN_KEY for d, d_key in widths)
+    arms = [arm for arm in reproduction(name).design(SCALES[scale]).arms if arm.kind in ("peer", "pkm")]
+    assert arms
+    for d_model in range(16, 1025, 8):
+        for arm in arms:
+            d_key = arm.sized(DenseConfig(d_ff=4 * d_model), d_model)["d_key"]
+            assert d_key == key_width(d_model) >= MIN_KEY
 
 
 @pytest.mark.parametrize("scale", ["demo", "laptop", "gpu"])
@@ -86,8 +86,8 @@ def test_a_reproduction_gives_no_sub_key_below_the_floor(name, scale):
 def test_a_recipe_of_the_papers_family_is_what_its_reproduction_trains(recipe, scale):
     size = SCALES[scale].size
     arm = next(arm for arm in methods(SCALES[scale]) if arm.name == FAMILY[recipe])
-    data = plan_of("peer-fig3a", ReproduceConfig()).cells[0].config.data
-    reproduced = run_config(arm, backbone(f"peer-dense:{size}"), data, 1e11)
+    raw = backbone(f"peer-dense:{size}")
+    reproduced = run_config(arm, raw, DataConfig(vocab_size=raw["model"]["vocab_size"]), 1e16)
     assert reproduced.model.blocks == model_of(f"{recipe}:{size}").blocks
 
 
@@ -103,8 +103,7 @@ def test_a_recipe_has_no_sub_key_below_the_floor_and_the_rules_predictor(recipe)
 
 @pytest.mark.parametrize("kind", ["peer", "mod"])
 def test_a_tiny_recipe_is_what_compare_makes_of_tiny(kind):
-    data = plan_of("peer-fig3a", ReproduceConfig()).cells[0].config.data
-    compared = run_config(Arm(kind, kind), backbone("tiny"), data, 7e11)
+    compared = run_config(Arm(kind, kind), backbone("tiny"), DataConfig(vocab_size=1024), 7e11)
     assert model_of(f"tiny-{kind}").blocks == compared.model.blocks
 
 
