@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from sparsemix import checkpoint, train
 from sparsemix.config import to_yaml
+from sparsemix.ops import impl
 from sparsemix.run import Run
 from tiny import prepared, run_config, unchecked_shapes
 
 STEPS = 8
-# Kernels are those that a process called: one that resumes at the end only evaluates.
-CLOCK = ("wall_s", "tokens_per_s", "peak_memory_bytes", "kernels")
+# Times, and what the system says of memory: nothing else may differ between two runs.
+CLOCK = ("wall_s", "tokens_per_s", "peak_memory_bytes")
 MOMENTS = ("train_step", "optimizer_step", "log", "weights_file", "rename")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed process is forked: POSIX only")
 
@@ -49,14 +50,14 @@ def without_clock(line):
     return {name: value for name, value in line.items() if name not in CLOCK}
 
 
-def assert_same_end(run, reference):
+def assert_same_end(run, reference, steps=STEPS):
     for file in ("model", "optimizer"):
         there, expected = tensors(run, file), tensors(reference, file)
         assert there.keys() == expected.keys()
         for name in expected:
             assert torch.equal(there[name], expected[name]), name
     lines, logged = ([without_clock(line) for line in Run(folder).metrics()] for folder in (run, reference))
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert lines == logged
     assert without_clock(Run(run).result) == without_clock(Run(reference).result)
     nats = [np.load(folder / "documents.npz")["nats"] for folder in (run, reference)]
@@ -122,6 +123,28 @@ def test_random_routing_draws_from_seed_and_step_alone(unbroken, tmp_path):
     torch.manual_seed(3)
     train.train(config, tmp_path / "twice", shards)
     assert_same_end(tmp_path / "twice", tmp_path / "whole")
+
+
+def test_a_run_says_the_same_again_and_when_it_was_resumed_at_its_end(unbroken, tmp_path):
+    data, shards = unbroken[0].data, unbroken[1]
+    config = run_config(data, "mode", STEPS)
+    config = config.replace(train=config.train.replace(checkpoint_s=1e6))
+
+    results = [train.train(config, tmp_path / name, shards).result for name in ("once", "again")]
+    steps = results[0]["steps"]
+
+    def interrupt(line):
+        if line["step"] == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "resumed", shards, interrupt)
+    # What this process has called in between is no part of the run.
+    impl.Kernels("an_op").pick("auto", torch.ones(1))
+    train.train(config, tmp_path / "resumed", shards)
+    for name in ("again", "resumed"):
+        assert_same_end(tmp_path / name, tmp_path / "once", steps)
+    assert results[0]["kernels"] and "an_op" not in Run(tmp_path / "resumed").result["kernels"]
 
 
 @pytest.fixture

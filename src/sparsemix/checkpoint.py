@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from torch import nn
 @dataclass
 class TrainState:
     """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent;
-    dtype, compiled and threads were picked at its start (None: not yet)."""
+    dtype, compiled and threads were picked at its start (None: not yet); kernels and peak_memory_bytes are those of all
+    processes that trained it."""
 
     step: int = 0
     cursor: int = 0
@@ -25,6 +26,8 @@ class TrainState:
     dtype: str | None = None
     compiled: bool | None = None
     threads: int | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,7 @@ from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
 from sparsemix.machine import pick_compile, pick_device, pick_dtype
 from sparsemix.model import LM, BlockRunner, after
-from sparsemix.ops.impl import picked
+from sparsemix.ops.impl import own_picks, picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import CONVENTION, Run, hardware, versions
 from sparsemix.settings import RunConfig
@@ -32,6 +32,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 @machine.own_threads()
+@own_picks()
 def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
     """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
     at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError, TrainingError, and RunBusyError where
@@ -96,6 +97,8 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
                 )
                 state.flops += spent
                 state.wall_s = time.monotonic() - began
+                state.kernels |= picked()
+                state.peak_memory_bytes = max(state.peak_memory_bytes, peak.bytes())
                 tokens = state.cursor * config.model.seq_len
                 line |= {"step": state.step, "flops": state.flops, "tokens": tokens, "wall_s": state.wall_s}
                 line |= {"lr": config.train.lr * rate, "tokens_per_s": tokens / state.wall_s}
@@ -124,13 +127,17 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
         "tokens": state.cursor * config.model.seq_len,
         "wall_s": state.wall_s,
         "tokens_per_s": state.cursor * config.model.seq_len / state.wall_s,
-        "peak_memory_bytes": peak.bytes(),
+        "peak_memory_bytes": max(state.peak_memory_bytes, peak.bytes()),
         "dtype": state.dtype,
         "compiled": state.compiled,
         "threads": state.threads,
     }
     about = {"cost": config.costs(), "convention": CONVENTION}
-    about |= {"versions": versions(), "hardware": hardware(), "kernels": picked()}
+    about |= {
+        "versions": versions(),
+        "hardware": hardware(),
+        "kernels": dict(sorted((state.kernels | picked()).items())),
+    }
     found = evaluate(config, model, shards, folder)
     # Eager blocks: compiled ones would be compiled anew for its smaller batch. Last, as it may draw random numbers.
     plain = block_runner(model, False, config.train.recompute_blocks)

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 
 
 def assert_same(op, reference, *inputs, expanded=False):
@@ -64,6 +64,6 @@ def assert_errs_at_most_twice(op, theirs, reference, *inputs, direction):
 
 def usable(isa, monkeypatch):
     """Kernels are built for this instruction set, or the test is skipped."""
-    if isa not in list(native.ISAS)[: list(native.ISAS).index(native.machine_isa()) + 1]:
+    if isa not in list(build.ISAS)[: list(build.ISAS).index(build.machine_isa()) + 1]:
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("SPARSEMIX_ISA", isa)

@@ -3,10 +3,10 @@ import torch
 from compare import poisoned, randn, usable
 from torch.library import opcheck
 
+from sparsemix.ops.build import ISAS
 from sparsemix.ops.expert_mlp import expert_mlp
 from sparsemix.ops.expert_mlp.reference import expert_mlp as reference
 from sparsemix.ops.flop_counter import count_flops
-from sparsemix.ops.native import ISAS
 
 FAST = ["native", "torch", "triton"]
 CASES = {

@@ -4,7 +4,7 @@ from compare import assert_same, poisoned, randn, usable
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.grouped_mm import grouped_mm
 from sparsemix.ops.grouped_mm.reference import grouped_mm as reference
@@ -89,7 +89,7 @@ def test_low_precision_errs_no_more_than_plain_products_whichever_kernel_runs(co
     assert out[counts.sum() :].abs().sum() == 0
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", build.ISAS)
 @pytest.mark.parametrize(
     ("counts", "D", "F"),
     [
@@ -117,7 +117,7 @@ def test_low_precision_of_every_instruction_set_errs_no_more_than_plain_products
         assert float(mine) <= 2 * float(theirs) + 1e-6
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", build.ISAS)
 def test_what_is_no_number_stays_in_its_row(isa, monkeypatch):
     # 5 and 3 are odd: neighbours in memory must not be taken for the other half of a pair.
     usable(isa, monkeypatch)

@@ -6,14 +6,14 @@ from row_cases import CASES, IMPLS, lookup
 from torch.library import opcheck
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.row_grad import KERNELS, RowGrad, joined, record_rows, row_norm, sort_rows, table_grad, take_rows
 from sparsemix.ops.row_grad.reference import table_grad as reference
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_case = pytest.mark.parametrize("case", CASES)
-needs_compiler = pytest.mark.skipif(native.unusable(KERNELS.source) is not None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(build.unusable(KERNELS.source) is not None, reason="no C compiler")
 
 
 def exact(grad, M):

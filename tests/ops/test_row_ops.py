@@ -8,7 +8,7 @@ from compare import assert_errs_at_most_twice, assert_fp32_is, assert_same, rand
 from torch.library import opcheck
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_dot.reference import row_dot as dot_reference
 from sparsemix.ops.row_grad import table_grad, take_rows
@@ -226,7 +226,7 @@ def test_nothing_is_recorded_for_a_table_that_needs_no_gradient():
     assert take_rows(table) == []
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="no C compiler on this machine")
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 @pytest.mark.parametrize("wrong", [-1, 9])
 @pytest.mark.parametrize("name", OPS)
 def test_an_id_of_no_row_is_an_error_not_a_read_past_the_table(name, wrong):

@@ -1,6 +1,8 @@
 """Which implementation of an op runs: `auto` picks by device and dtype, a name asks for one and gets it or an error."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import native
+from sparsemix.ops import build, native
 
 # reference reads like the equation; torch uses PyTorch's own kernels; native is C on the CPU; triton is for GPUs.
 IMPLS = ("auto", "reference", "torch", "native", "triton")
@@ -34,7 +36,7 @@ class Kernels:
             return f"the kernel takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}"
         if impl == "native":
             assert self.source is not None
-            return "native kernels run on the CPU" if device != "cpu" else native.unusable(self.source)
+            return "native kernels run on the CPU" if device != "cpu" else build.unusable(self.source)
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
         return None
@@ -61,5 +63,18 @@ class Kernels:
 
 
 def picked() -> dict[str, str]:
-    """Op -> the implementation that ran last in this process."""
+    """Op -> the implementation that ran last in this process, or since `own_picks` began."""
     return dict(sorted(_picked.items()))
+
+
+@contextmanager
+def own_picks() -> Iterator[None]:
+    """`picked` tells of the block alone, not of what the process did before."""
+    before = dict(_picked)
+    _picked.clear()
+    try:
+        yield
+    finally:
+        inside = dict(_picked)
+        _picked.clear()
+        _picked.update(before | inside)

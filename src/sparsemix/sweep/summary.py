@@ -22,8 +22,8 @@ from sparsemix.report.stats import (
 )
 from sparsemix.run import CONVENTION, Run, hardware, versions
 from sparsemix.settings import RunConfig
+from sparsemix.sweep.arms import split_kind
 from sparsemix.sweep.compare import Comparison, settings_text
-from sparsemix.sweep.sizing import split_kind
 
 Runs = dict[str, list[tuple[RunConfig, Path]]]
 
