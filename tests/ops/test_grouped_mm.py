@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
-from compare import assert_same, poisoned, randn, usable
+from compare import assert_rounded, assert_same, poisoned, randn, sizes, usable
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -82,10 +84,10 @@ def test_low_precision_errs_no_more_than_plain_products_whichever_kernel_runs(co
     wanted = torch.autograd.grad(reference(rows, weight, counts), (rows, weight), direction)
     plain = reference(low, low_weight, counts)
     plain_grads = torch.autograd.grad(plain, (low, low_weight), direction.to(dtype))
-    for got, other, want in zip((out, *grads), (plain, *plain_grads), (exact, *wanted), strict=True):
-        # The whole error: the largest of a few fp32 roundings is chance.
-        mine, theirs = ((x.detach().double() - want.detach()).norm() for x in (got, other))
-        assert float(mine) <= 2 * float(theirs) + 1e-6
+    size = sizes(partial(reference, counts=counts), (rows, weight), direction)
+    others = (plain, *plain_grads)
+    for got, want, other, s in zip((out, *grads), (exact, *wanted), others, size, strict=True):
+        assert_rounded(got, want, s, dtype, max(R, D, F), other)
     assert out[counts.sum() :].abs().sum() == 0
 
 
@@ -112,9 +114,9 @@ def test_low_precision_of_every_instruction_set_errs_no_more_than_plain_products
         with poisoned():
             y = op(*moving, counts, *settings)
             found.append([y, *torch.autograd.grad(y, moving, grad.bfloat16().to(dtype))])
-    for got, other, want in zip(*found, strict=True):
-        mine, theirs = ((x.detach().double() - want.detach()).norm() for x in (got, other))
-        assert float(mine) <= 2 * float(theirs) + 1e-6
+    size = sizes(partial(reference, counts=counts), (rows, weight), grad)
+    for got, other, want, s in zip(*found, size, strict=True):
+        assert_rounded(got, want, s, torch.bfloat16, 1, other)
 
 
 @pytest.mark.parametrize("isa", build.ISAS)
@@ -243,3 +245,41 @@ BAD_COUNTS = {
 def test_counts_that_reach_past_the_rows_are_an_error(counts, says, impl):
     with pytest.raises(ValueError, match=says):
         torch.ops.sparsemix.grouped_mm(torch.randn(9, 4), torch.randn(3, 6, 4), torch.tensor(counts), impl)
+
+
+def cut_to_tf32(rows, weight, counts):
+    """Ten bits of the fraction are left, as in a GPU's tf32."""
+    cut = [(x.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (rows, weight)]
+    return reference(*cut, counts)
+
+
+def summed_in_its_own_type(rows, weight, counts):
+    """Every partial sum is rounded to the type, as a kernel that does not widen bf16 would."""
+    out = torch.zeros(len(rows), weight.shape[1], dtype=rows.dtype)
+    for d in range(rows.shape[1]):
+        out += rows[:, d : d + 1] * weight[0, :, d]
+    return out
+
+
+def less_one_term(rows, weight, counts):
+    return reference(rows[:, 1:], weight[..., 1:], counts)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        (cut_to_tf32, torch.float32),
+        (less_one_term, torch.float32),
+        (less_one_term, torch.bfloat16),
+        (summed_in_its_own_type, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(("D", "F"), [(64, 24), (640, 32)])
+def test_the_bound_of_rounding_lets_no_faulty_product_pass(D, F, fault, dtype):
+    rows, weight, counts = randn(21, D).to(dtype), randn(1, F, D).to(dtype), torch.tensor([21])
+    exact = reference(rows.double(), weight.double(), counts)
+    size = reference(rows.double().square(), weight.double().square(), counts).sqrt()
+    plain = reference(rows, weight, counts)
+    assert_rounded(plain, exact, size, dtype, D)
+    with pytest.raises(AssertionError, match="by rounding"):
+        assert_rounded(fault(rows, weight, counts), exact, size, dtype, D, plain)
