@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -187,15 +186,14 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
             x, aux = self.model.hidden(input_ids, ctx, self._runner(states))
         if observes:
             self.running.take(self.model, aux.stats)
-        head = self.model.head
         loss, auxiliary = None, sum(aux.losses.values()) if aux.losses else None
         if targets is not None:
             added = auxiliary if self.training else None
-            loss = loss_of(x, head, targets, ctx.valid, added, num_items_in_batch)  # type: ignore[arg-type]
+            loss = loss_of(self.model, x, targets, ctx.valid, added, num_items_in_batch)  # type: ignore[arg-type]
         logits = None
         if targets is None or not chosen(skip_logits, self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = F.linear(x[:, keep], head)
+            logits = self.model.logits(x[:, keep])
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,  # type: ignore[arg-type]
