@@ -18,6 +18,7 @@ from sparsemix.interop.hf_remote import AUTO_MAP, FILES
 from sparsemix.interop.hf_steps import RunningState, settle
 from sparsemix.layers import Aux, Ctx
 from sparsemix.model import LM, BlockRunner, after
+from sparsemix.ops.transforms import transformed
 from sparsemix.step import recomputed
 
 # How this version of transformers names the cache in outputs and in `generate`: past_key_values before 5.24.
@@ -179,7 +180,8 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         ctx = self.model.placed(input_ids, ctx)
         states = [] if chosen(output_hidden_states, self.config.output_hidden_states) else None
         routers = chosen(output_router_logits, self.config.output_router_logits)
-        observes = self.training and torch.is_grad_enabled()
+        # What torch.func differentiates has no state, and its tensors end with its call.
+        observes = self.training and torch.is_grad_enabled() and not transformed()
         if observes:
             self.running.begin(self.model)
         with router_outputs(self.model if routers else None) as scores:
