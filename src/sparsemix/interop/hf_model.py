@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
@@ -17,6 +19,7 @@ from sparsemix.interop.hf_inputs import context, known_cache, loss_of, router_ou
 from sparsemix.interop.hf_remote import AUTO_MAP, FILES
 from sparsemix.interop.hf_steps import RunningState, settle
 from sparsemix.layers import Aux, Ctx
+from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.transforms import transformed
 from sparsemix.step import recomputed
@@ -96,13 +99,19 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the two files that trust_remote_code=True runs."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Today's names, whichever the weights were read under.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         for name, text in FILES.items():
             (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
+        if (exit_at := generation_config.assistant_early_exit) is not None:
+            raise ValueError(
+                f"assistant_early_exit={exit_at} needs a head after every block, which these models do not learn; "
+                "leave it out, or give an assistant_model"
+            )
         asked = generation_config.cache_implementation
         # The last is what assisted decoding asks for before transformers 5.24: a cache that forgets nothing by itself.
         if asked not in (None, "dynamic", "dynamic_full"):
@@ -210,4 +219,9 @@ def chosen(argument: bool | None, default: bool | None) -> bool:
     return bool(default if argument is None else argument)
 
 
+register_checkpoint_conversion_mapping(
+    SparsemixConfig.model_type,
+    [WeightRenaming(rf"\.{old}$", f".{new}") for old, new in RENAMED.items()],
+    overwrite=True,
+)
 AutoModelForCausalLM.register(SparsemixConfig, SparsemixForCausalLM, exist_ok=True)

@@ -19,6 +19,10 @@ from sparsemix.ops.product_key_topk import product_key_topk
 DENSE_OUTPUT_VARIANCE = 0.356
 
 
+# torch.nn.utils.parametrize keeps parameters by name in a ModuleDict, whose methods are called keys and values.
+RENAMED = {"keys": "sub_keys", "values": "value_vectors"}
+
+
 @runtime_checkable
 class ProductKeySettings(Protocol):
     """Settings that say how rows are found among n * n."""
@@ -44,7 +48,7 @@ class ProductKeyLayer(Protocol):
 
     query: Linear
     query_norm: QueryNorm
-    keys: nn.Parameter
+    sub_keys: nn.Parameter
 
     @property
     def config(self) -> ProductKeySettings: ...
@@ -116,5 +120,5 @@ def look_up(
         query = layer.query(at_least_fp32(tokens)).view(-1, config.num_heads, config.d_key)
         query, stats = layer.query_norm(query, valid, causal)
         halves = query.view(-1, config.num_heads, 2, config.d_key // 2)
-        left, right, i, j = product_key_topk(halves, layer.keys, config.top_k)  # (N, H, K) each
+        left, right, i, j = product_key_topk(halves, layer.sub_keys, config.top_k)  # (N, H, K) each
     return Found(left + right, i * config.n + j, {f"query_norm.{name}": value for name, value in stats.items()})
