@@ -75,5 +75,5 @@ def test_a_jacobian_is_rows_of_gradients():
 @pytest.mark.parametrize("name", ["moe", "mh_moe", "mode"])
 def test_experts_under_vmap_are_refused_in_one_line(name):
     parameters, loss = of_parameters(hf_model(name).train())
-    with pytest.raises(ValueError, match="vmap cannot run experts: .* loop over the examples instead"):
+    with pytest.raises(ValueError, match=r"vmap cannot run experts: .* loop over the examples instead"):
         vmap(lambda values, ids: loss(values, ids[None]), (None, 0))(parameters, tokens())

@@ -213,7 +213,7 @@ def check_observed(num_updates: Int[Tensor, ""], what: str, training: bool, inst
     """Raises RuntimeError where running state that a causal rule reads was never observed; an exported program too."""
     way = "train first (sparsemix.update(module, aux.stats) after every step; a transformers model does so itself)"
     if training:
-        way = "a training call without labels, or with Ctx(causal=True), reads them: pass labels, or train otherwise first"
+        way = "a training call without labels, or with Ctx(causal=True), reads them: pass labels, or train first"
     message = f"{what} were never observed: {way}, or {instead}"
     if torch.compiler.is_exporting():
         torch._check(num_updates.item() > 0, lambda: message)
