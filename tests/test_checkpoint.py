@@ -4,6 +4,7 @@ from safetensors.torch import save_file
 
 from sparsemix import build_model, build_optimizer, checkpoint
 from sparsemix.layers import Ctx, update
+from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import token_nats
 from tiny import BLOCKS, D, T, V
 
@@ -110,3 +111,23 @@ def test_weights_with_another_name_or_shape_are_refused(tmp_path):
     moe, _ = trained(steps=1, kind="moe")
     with pytest.raises(RuntimeError, match=r"blocks\.1\.ffn"):
         checkpoint.load_weights(moe, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_a_checkpoint_under_the_names_of_earlier_versions_is_read_with_its_moments(kind, tmp_path):
+    model, optimizer = trained(kind=kind)
+    expected, old = bits(model, optimizer), {new: name for name, new in RENAMED.items()}
+    todays = model.state_dict().keys()
+
+    def under_old_names(module, state, prefix, metadata):
+        for key in list(state):
+            head, dot, own = key.rpartition(".")
+            state[f"{head}{dot}{old.get(own, own)}"] = state.pop(key)
+
+    hook = model.register_state_dict_post_hook(under_old_names)
+    assert model.state_dict().keys() != todays
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=2), model, optimizer)
+    hook.remove()
+    other, other_optimizer = trained(steps=1, kind=kind)
+    checkpoint.load(tmp_path, other, other_optimizer)
+    assert_same(bits(other, other_optimizer), expected)

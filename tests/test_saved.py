@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsemix import load_model, saved, trained
+from sparsemix import checkpoint, load_model, saved, trained
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import prepare
 from sparsemix.data.tokenizer import train_tokenizer
 from sparsemix.layers import Ctx, update
 from sparsemix.layers.packed import pack_ternary
+from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import ModelConfig
 from sparsemix.train import train
 from tiny import BLOCKS, D, T, V, run_config, unchecked_shapes, write_corpus
@@ -82,8 +83,8 @@ BAD = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "is no JSON": lambda folder: (folder / "config.json").write_text("{"),
     "model_type=llama must be sparsemix": lambda folder: edit(folder, model_type="llama"),
-    "format=2 must be 1": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
-    "written by 9.0": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
+    "format=3 must be at most 2": lambda folder: edit(folder, format=3, sparsemix_version="9.0"),
+    "written by 9.0": lambda folder: edit(folder, format=3, sparsemix_version="9.0"),
     "holds no settings": lambda folder: edit(folder, settings=None),
     "d_model=1": lambda folder: edit(
         folder, settings=json.loads((folder / "config.json").read_text())["settings"] | {"d_model": 1}
@@ -167,3 +168,32 @@ def test_a_packed_model_whose_warm_up_is_over_is_read_and_a_damaged_one_refused(
     save_file(tensors, tmp_path / saved.WEIGHTS)
     with pytest.raises(ConfigError, match=r"does not fit the settings .*q\.weight\.codes: packed weights hold a code"):
         saved.read(tmp_path)
+
+
+def old_names(path):
+    """The weights as versions before format 2 wrote them."""
+    old = {new: name for name, new in RENAMED.items()}
+    tensors = {name: name.rpartition(".") for name in load_file(path)}
+    assert any(own in old for _, _, own in tensors.values())
+    save_file(
+        {f"{head}{dot}{old.get(own, own)}": load_file(path)[name] for name, (head, dot, own) in tensors.items()}, path
+    )
+
+
+@pytest.mark.parametrize("name", ["peer", "pkm", "nested"])
+def test_weights_under_the_names_of_earlier_versions_are_read(name, tmp_path):
+    model, again = built(name), built(name)
+    saved.write(model, tmp_path / "m")
+    checkpoint.save_weights(model, tmp_path / "weights.safetensors")
+    wanted = load_file(tmp_path / "m" / saved.WEIGHTS)
+    for path in (tmp_path / "m" / saved.WEIGHTS, tmp_path / "weights.safetensors"):
+        old_names(path)
+        assert load_file(path).keys() != wanted.keys()
+    edit(tmp_path / "m", format=1)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    checkpoint.load_weights(again, tmp_path / "weights.safetensors")
+    for state in (again.state_dict(), saved.read(tmp_path / "m").model.state_dict()):
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in state.items())

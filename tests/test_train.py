@@ -147,7 +147,7 @@ def test_weight_decay_leaves_norms_embeddings_biases_and_tables_alone(corpus):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    kept = ("embed", "norm", "mixer_norm", "ffn_norm", "query_norm", "keys", "w_in", "w_out", "bias")
+    kept = ("embed", "norm", "mixer_norm", "ffn_norm", "query_norm", "sub_keys", "w_in", "w_out", "bias")
     for name, parameter in model.named_parameters():
         if set(name.split(".")) & set(kept):
             assert torch.equal(parameter, before[name]), name

@@ -24,7 +24,9 @@ from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 
 # Raised when an older library could misread what a newer one writes.
-FORMAT = 1
+FORMAT = 2
+# Of those that this one reads: in format 1 `sub_keys` and `value_vectors` had other names (layers/product_keys.py).
+FORMATS = (1, FORMAT)
 WEIGHTS = "model.safetensors"
 
 
@@ -119,10 +121,10 @@ def read_settings(folder: Path) -> ModelConfig:
         raise ConfigError(
             f"{path}: model_type={raw.get('model_type')} must be sparsemix; `sparsemix convert` reads other decoders"
         )
-    if raw.get("format") != FORMAT:
+    if raw.get("format") not in FORMATS:
         wrote = raw.get("sparsemix_version", "another version")
         raise ConfigError(
-            f"{path}: format={raw.get('format')} must be {FORMAT}, which this version ({__version__}) reads; "
+            f"{path}: format={raw.get('format')} must be at most {FORMAT}, which this version ({__version__}) reads; "
             f"it was written by {wrote}: install that one"
         )
     if not isinstance(raw.get("settings"), dict):

@@ -10,13 +10,15 @@ import pytest
 import torch
 from hf_models import hf_model, settings
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import sparsemix
 from sparsemix import saved
 from sparsemix.config import ConfigError
 from sparsemix.data.tokenizer import encode_batch, end_of_text, train_tokenizer
-from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, wrap_tokenizer
+from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, SparsemixModel, wrap_tokenizer
+from sparsemix.layers.product_keys import RENAMED
 from tiny import BLOCKS, MOE, D, T, V, block, mod, unchecked_shapes
 
 
@@ -119,6 +121,83 @@ def test_missing_weights_are_drawn_and_loaded_ones_stay(tmp_path):
     assert not again[gone[1]].any()
 
 
+@pytest.mark.parametrize("name", ["peer", "pkm"])
+def test_folders_of_earlier_versions_load_and_are_saved_under_todays_names(name, tmp_path):
+    model = away(hf_model(name).float())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    wanted = load_file(path)
+    old = {f".{new}": f".{name}" for name, new in RENAMED.items()}
+    tensors = dict(wanted)
+    for new, before in old.items():
+        tensors = {key.replace(new, before): tensor for key, tensor in tensors.items()}
+    assert tensors.keys() != wanted.keys()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 1}))
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert_same(model, again)
+    for which, loaded in enumerate((model, again)):
+        loaded.save_pretrained(tmp_path / str(which))
+        assert load_file(tmp_path / str(which) / "model.safetensors").keys() == wanted.keys()
+        assert json.loads((tmp_path / str(which) / "config.json").read_text())["format"] == saved.FORMAT
+
+
+@pytest.mark.parametrize("name", ["nested", "untied"])
+def test_a_model_without_its_head_gives_what_the_head_would_read(name, tmp_path):
+    model, ids = hf_model(name).float(), torch.randint(V, (2, T))
+    model.save_pretrained(tmp_path)
+    headless, told = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(headless) is SparsemixModel and not told["missing_keys"] and not told["unexpected_keys"]
+    assert not any("lm_head" in key for key in headless.state_dict())
+    out = headless(ids, output_hidden_states=True, output_router_logits=True)
+    wanted = model(ids, output_hidden_states=True, output_router_logits=True)
+    assert torch.equal(out.last_hidden_state, wanted.hidden_states[-1])
+    torch.testing.assert_close(F.linear(out.last_hidden_state, model.model.head), wanted.logits)
+    assert len(out.router_logits) == len(wanted.router_logits) and len(out.hidden_states) == len(wanted.hidden_states)
+    more = headless(ids[:, :1], past_key_values=out.past_key_values).last_hidden_state
+    assert torch.equal(
+        more, model(ids[:, :1], past_key_values=wanted.past_key_values, output_hidden_states=True).hidden_states[-1]
+    )
+    headless.save_pretrained(tmp_path / "again")
+    assert_same(headless, AutoModel.from_pretrained(tmp_path / "again"))
+    if name == "nested":
+        assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+    with pytest.raises(ValueError, match="no head to generate with: load it by AutoModelForCausalLM"):
+        headless.generate(ids)
+    with pytest.raises(ValueError, match="labels: a loss needs a head"):
+        headless(ids, labels=ids)
+
+
+def test_tying_can_be_asked_for_under_transformers_name(tmp_path):
+    config = SparsemixConfig(settings=settings("dense"), tie_word_embeddings=False)
+    assert config.settings["tie_embeddings"] is config.tie_word_embeddings is False
+    model = SparsemixForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and again.get_output_embeddings() is not None
+    assert_same(model, again)
+    config.tie_word_embeddings = True
+    tied = SparsemixForCausalLM(config)
+    assert tied.get_output_embeddings() is None and SparsemixConfig().tie_word_embeddings
+    with pytest.raises(ConfigError, match="tie_embeddings=maybe input should be a valid boolean"):
+        config.tie_word_embeddings = "maybe"
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "num_local_experts", "max_position_embeddings"])
+def test_a_setting_that_follows_from_others_is_refused_in_one_line(name, caplog):
+    for setting in (
+        lambda: SparsemixConfig(settings=settings("dense"), **{name: 32}),
+        lambda: setattr(SparsemixConfig(settings=settings("dense")), name, 32),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^{name}=32 cannot be set: it follows from `settings`; change it there$"
+        ):
+            setting()
+    assert not caplog.text
+
+
 def test_settings_are_read_under_the_usual_names():
     config = SparsemixConfig(settings=settings("moe"))
     told = {
@@ -148,8 +227,8 @@ def test_settings_that_are_none_or_of_another_version_are_refused(tmp_path):
     bad = [BLOCKS["moe"][0], block(MOE | {"top_k": 9})]
     with pytest.raises(ConfigError, match=r"blocks\.1\.ffn\.top_k=9 must lie in"):
         SparsemixConfig(settings=settings("own", blocks=bad))
-    with pytest.raises(ConfigError, match="format=2 must be 1"):
-        SparsemixConfig(settings=settings("moe"), format=2)
+    with pytest.raises(ConfigError, match="format=3 must be at most 2"):
+        SparsemixConfig(settings=settings("moe"), format=3)
     with pytest.raises(ConfigError, match="settings is missing"):
         SparsemixForCausalLM(SparsemixConfig())
 

@@ -235,6 +235,19 @@ def test_what_is_not_supported_is_refused():
     }.items():
         with pytest.raises(ValueError, match=told):
             model(**call)
+    with pytest.raises(ValueError, match=r"^assistant_early_exit=1 needs a head after every block, .*; leave it out"):
+        model.generate(ids, assistant_early_exit=1, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["peer", "pkm", "threshold"])
+def test_a_training_call_without_labels_is_named_as_the_cause(name):
+    model = fresh(name)
+    with pytest.raises(RuntimeError, match=r"never observed: a training call without labels.*: pass labels"):
+        model(tokens())
+    with pytest.raises(RuntimeError, match="never observed: train first"):
+        model.eval()(tokens())
+    model.train()(tokens(), labels=tokens())
+    assert model(tokens()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["moe", "untied"])

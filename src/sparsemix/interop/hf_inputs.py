@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.layers import Ctx
 from sparsemix.layers.router import Router
-from sparsemix.ops.cross_entropy import NO_TARGET, cross_entropy
+from sparsemix.model import LM
+from sparsemix.ops.cross_entropy import NO_TARGET
 
 
 def known_cache(cache: Any) -> SparsemixCache | None:
@@ -61,8 +62,8 @@ def shifted(labels: Int[Tensor, "B T"], mask: Tensor | None) -> Int[Tensor, "B T
 
 
 def loss_of(
+    model: LM,
     x: Float[Tensor, "B T D"],
-    head: Float[Tensor, "V D"],
     targets: Int[Tensor, "B T"],
     valid: Tensor | None,
     auxiliary: Float[Tensor, ""] | None,
@@ -72,7 +73,7 @@ def loss_of(
     targets that are here."""
     if valid is not None:
         targets = targets.masked_fill(~valid, NO_TARGET)
-    mean, _ = cross_entropy(x.flatten(0, 1), head, targets.flatten())
+    mean, _ = model.nats(x, targets)
     total = mean if auxiliary is None else mean + auxiliary
     return total if num_items is None else total * ((targets != NO_TARGET).sum().to(total.dtype) / num_items)
 

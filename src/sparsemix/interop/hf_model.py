@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
@@ -18,7 +19,9 @@ from sparsemix.interop.hf_inputs import context, known_cache, loss_of, router_ou
 from sparsemix.interop.hf_remote import AUTO_MAP, FILES
 from sparsemix.interop.hf_steps import RunningState, settle
 from sparsemix.layers import Aux, Ctx
+from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import LM, BlockRunner, after
+from sparsemix.ops.transforms import transformed
 from sparsemix.step import recomputed
 
 # How this version of transformers names the cache in outputs and in `generate`: past_key_values before 5.24.
@@ -96,13 +99,19 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the two files that trust_remote_code=True runs."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Today's names, whichever the weights were read under.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         for name, text in FILES.items():
             (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
+        if (exit_at := generation_config.assistant_early_exit) is not None:
+            raise ValueError(
+                f"assistant_early_exit={exit_at} needs a head after every block, which these models do not learn; "
+                "leave it out, or give an assistant_model"
+            )
         asked = generation_config.cache_implementation
         # The last is what assisted decoding asks for before transformers 5.24: a cache that forgets nothing by itself.
         if asked not in (None, "dynamic", "dynamic_full"):
@@ -180,22 +189,22 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         ctx = self.model.placed(input_ids, ctx)
         states = [] if chosen(output_hidden_states, self.config.output_hidden_states) else None
         routers = chosen(output_router_logits, self.config.output_router_logits)
-        observes = self.training and torch.is_grad_enabled()
+        # What torch.func differentiates has no state, and its tensors end with its call.
+        observes = self.training and torch.is_grad_enabled() and not transformed()
         if observes:
             self.running.begin(self.model)
         with router_outputs(self.model if routers else None) as scores:
             x, aux = self.model.hidden(input_ids, ctx, self._runner(states))
         if observes:
             self.running.take(self.model, aux.stats)
-        head = self.model.head
         loss, auxiliary = None, sum(aux.losses.values()) if aux.losses else None
         if targets is not None:
             added = auxiliary if self.training else None
-            loss = loss_of(x, head, targets, ctx.valid, added, num_items_in_batch)  # type: ignore[arg-type]
+            loss = loss_of(self.model, x, targets, ctx.valid, added, num_items_in_batch)  # type: ignore[arg-type]
         logits = None
         if targets is None or not chosen(skip_logits, self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = F.linear(x[:, keep], head)
+            logits = self.model.logits(x[:, keep])
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,  # type: ignore[arg-type]
@@ -210,4 +219,9 @@ def chosen(argument: bool | None, default: bool | None) -> bool:
     return bool(default if argument is None else argument)
 
 
+register_checkpoint_conversion_mapping(
+    SparsemixConfig.model_type,
+    [WeightRenaming(rf"\.{old}$", f".{new}") for old, new in RENAMED.items()],
+    overwrite=True,
+)
 AutoModelForCausalLM.register(SparsemixConfig, SparsemixForCausalLM, exist_ok=True)

@@ -57,8 +57,9 @@ class RunningState:
 
 def observed(model: nn.Module) -> dict[Layer, dict[str, str]]:
     """Every layer, and under which key of the statistics each of its observations comes."""
-    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, Layer)}
-    return {layer: {entry: f"{name}.{entry}" for entry in layer.observes} for layer, name in layers.items()}
+    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
+    # Not the module's name, to which an adapter around a layer adds its own.
+    return {layer: {entry: f"{layer.path}.{entry}" for entry in layer.observes} for layer in layers}
 
 
 def settle(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -156,8 +156,18 @@ class Layer(nn.Module):
     tables: ClassVar[tuple[str, ...]] = ()
     row_grads: bool = False
 
+    # Old name -> today's, of parameters in weights that earlier versions wrote.
+    renamed: ClassVar[Mapping[str, str]] = {}
+
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        # torch hands over a dictionary of its own, not the caller's.
+        for old, new in self.renamed.items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def default_ctx(self) -> Ctx:
         """What `layer(x)` alone means: causal unless training."""
@@ -197,6 +207,18 @@ def rank_means(stats: dict[str, Tensor]) -> dict[str, Tensor]:
     dist.all_reduce(flat)
     parts = (flat / dist.get_world_size()).split([value.numel() for value in stats.values()])
     return {key: part.view_as(stats[key]).to(stats[key]) for key, part in zip(stats, parts, strict=True)}
+
+
+def check_observed(num_updates: Int[Tensor, ""], what: str, training: bool, instead: str) -> None:
+    """Raises RuntimeError where running state that a causal rule reads was never observed; an exported program too."""
+    way = "train first (sparsemix.update(module, aux.stats) after every step; a transformers model does so itself)"
+    if training:
+        way = "a training call without labels, or with Ctx(causal=True), reads them: pass labels, or train first"
+    message = f"{what} were never observed: {way}, or {instead}"
+    if torch.compiler.is_exporting():
+        torch._check(num_updates.item() > 0, lambda: message)
+    elif not num_updates:
+        raise RuntimeError(message)
 
 
 def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, ""]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
+    RENAMED,
     check,
     look_up,
     look_up_cost,
@@ -73,18 +74,19 @@ class PEER(Layer):
     of the feed-forward it replaces."""
 
     tables = ("w_in", "w_out")
+    renamed = RENAMED
 
     def __init__(self, config: PEERConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
         self.query, self.query_norm = new_query(config, d_model)
-        self.keys = new_keys(config)
+        self.sub_keys = new_keys(config)
         self.w_in = new_table(config.num_experts, d_model)
         self.w_out = new_table(config.num_experts, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_keys(self.keys)
+        reset_keys(self.sub_keys)
         nn.init.normal_(self.w_in, std=self.w_in.shape[1] ** -0.5)
         nn.init.normal_(self.w_out, std=self._w_out_std())
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsemix.layers.base import Layer
+from sparsemix.layers.base import Layer, check_observed
 from sparsemix.ops.precision import at_least_fp32
 
 QueryNormKind = Literal["batch", "layer", "none"]
@@ -62,11 +62,9 @@ class QueryBatchNorm(QueryNorm):
             seen = (query * share).sum(0), (query.square() * share).sum(0)  # (H, C) each
             stats = {"mean": seen[0].detach(), "square": seen[1].detach()}
             mean, square = (mean, square) if causal else seen
-        if (causal or not self.training) and not self.num_updates:
-            raise RuntimeError(
-                "query batch statistics were never observed: train first (sparsemix.update(module, aux.stats) "
-                "after every step), or set query_norm to layer or none"
-            )
+        if causal or not self.training:
+            instead = "set query_norm to layer or none"
+            check_observed(self.num_updates, "query batch statistics", self.training, instead)
         scale = (square - mean.square()).clamp_min(0).add(self.eps).rsqrt()
         return (query - mean) * scale * self.weight + self.bias, stats
 

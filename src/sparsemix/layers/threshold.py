@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparsemix.layers.base import Layer
+from sparsemix.layers.base import Layer, check_observed
 
 
 class RunningThreshold(Layer):
@@ -26,11 +26,8 @@ class RunningThreshold(Layer):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, scores: Float[Tensor, "*B E"]) -> Bool[Tensor, "*B E"]:  # type: ignore[override]
-        if not self.num_updates:
-            raise RuntimeError(
-                "the routing thresholds were never observed: train first (sparsemix.update(module, aux.stats) after "
-                "every step), or choose a routing that needs none"
-            )
+        instead = "choose a routing that needs none"
+        check_observed(self.num_updates, "the routing thresholds", self.training, instead)
         return scores > self.threshold
 
     def observe(

@@ -59,20 +59,20 @@ def pkm_cases(quick: bool) -> Iterator[Case]:
 
 
 class Mix(Layer):
-    """y_n = sum_r coef_r values[ids_nr]: a table and nothing else, so that its optimizer is what is measured."""
+    """y_n = sum_r coef_r rows[ids_nr]: a table and nothing else, so that its optimizer is what is measured."""
 
-    tables = ("values",)
+    tables = ("rows",)
 
     def __init__(self, num_rows: int, d_model: int) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.empty(num_rows, d_model))
+        self.rows = nn.Parameter(torch.empty(num_rows, d_model))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.values)
+        nn.init.normal_(self.rows)
 
     def mix(self, coef: Float[Tensor, "N R"], ids: Int[Tensor, "N R"]) -> Float[Tensor, "N D"]:
-        return row_mix(coef, ids, self.values, self.row_grads)
+        return row_mix(coef, ids, self.rows, self.row_grads)
 
 
 Stepping = tuple[Mix, Callable[[], None]]

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
-from sparsemix.ops.expert_mlp import plain
+from sparsemix.ops.expert_mlp import plain, reference
 from sparsemix.ops.grouped_mm import rows_run
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.transforms import check_sizes, transformed
 
 KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"), triton=True)
 ACTS = ("relu", "silu", "gelu", "gelu_tanh")  # the number is the kernel's
@@ -35,6 +36,9 @@ def expert_mlp(
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         tokens, first, down = tokens.to(dtype), first.to(dtype), down.to(dtype)
+    if transformed():
+        check_sizes(counts)
+        return reference.expert_mlp(tokens, token_ids, gates, counts, first, down, act)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, gates, first, down))
     return torch.ops.sparsemix.expert_mlp(tokens, token_ids, gates, counts, first, down, act, keep, impl)[0]
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sparsemix.ops import native
 from sparsemix.ops.grouped_mm import reference as by_expert
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.transforms import check_sizes, transformed
 
 KERNELS = Kernels("grouped_mm", source=Path(__file__).with_name("native.c"), triton=True)
 
@@ -27,6 +28,9 @@ def grouped_mm(
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(dtype), weight.to(dtype)
+    if transformed():
+        check_sizes(counts)
+        return by_expert.grouped_mm(rows, weight, counts)
     return torch.ops.sparsemix.grouped_mm(rows, weight, counts, impl)
 
 

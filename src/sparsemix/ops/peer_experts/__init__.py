@@ -13,6 +13,7 @@ from sparsemix.ops.peer_experts import reference
 from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_grad import rows_gradient
 from sparsemix.ops.row_mix import row_mix
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("peer_experts", Path(__file__).with_name("native.c"), triton=True)
 # Activation -> gradient towards z from the one towards act(z). Their order is that of native.c.
@@ -39,6 +40,8 @@ def peer_experts(
     at least fp32. With `record` the tables' gradients are left as factors (ops/row_grad), their `grad` stays None."""
     assert w_in.dtype == w_out.dtype
     gates = gates.to(torch.promote_types(w_in.dtype, torch.float32))
+    if transformed():
+        return reference.peer_experts(x.to(w_in.dtype), ids, gates, w_in, w_out, activation).to(w_in.dtype)
     y, _ = torch.ops.sparsemix.peer_experts(x.to(w_in.dtype), ids, gates, w_in, w_out, activation, record, impl)
     return y
 

@@ -12,6 +12,7 @@ from sparsemix.ops.product_key_topk import reference, selection
 from sparsemix.ops.product_key_topk.selection import candidate_ranks
 from sparsemix.ops.row_grad import table_grad
 from sparsemix.ops.row_mix import row_mix
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("product_key_topk", source=Path(__file__).with_name("native.c"), triton=True, dtypes=(torch.float32,))
 # The longest lists of the Triton kernels, which hold them in registers.
@@ -31,7 +32,8 @@ def product_key_topk(
     it costs 8 K C a head and token, the scores cost 4 n C. Source: arXiv:2407.04153, section 2; pruning is ours."""
     exact = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        return torch.ops.sparsemix.product_key_topk(query.to(exact), keys.to(exact), k, impl)
+        query, keys = query.to(exact), keys.to(exact)
+        return _plain(query, keys, k) if transformed() else torch.ops.sparsemix.product_key_topk(query, keys, k, impl)
 
 
 def best_pairs(
@@ -48,6 +50,17 @@ def best_pairs(
     rows, P = left.numel() // n, a.numel()
     KERNELS.call("best_pairs", left.contiguous(), right.contiguous(), rows, n, k, a, b, P, i, j)
     return i, j
+
+
+def _plain(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In PyTorch's own operations, with the scores of all keys."""
+    equation = "nhpc,pmc->pnhm" if keys.ndim == 3 else "nhpc,hpmc->pnhm"
+    left, right = torch.einsum(equation, query, keys)  # (N, H, n) each
+    # No pair of the k best is made of anything but the k best of each side.
+    ranks = [scores.detach().argsort(dim=-1, descending=True, stable=True)[..., :k] for scores in (left, right)]
+    best = reference.best_pairs(left.detach().gather(-1, ranks[0]), right.detach().gather(-1, ranks[1]), k)
+    i, j = (rank.gather(-1, picked) for rank, picked in zip(ranks, best, strict=True))
+    return left.gather(-1, i), right.gather(-1, j), i, j
 
 
 @torch.library.custom_op("sparsemix::product_key_topk", mutates_args=())

@@ -11,6 +11,7 @@ from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
 from sparsemix.ops.row_dot import reference
 from sparsemix.ops.row_grad import rows_gradient
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("row_dot", Path(__file__).with_name("native.c"), triton=True)
 
@@ -25,6 +26,8 @@ def row_dot(
     """z_nr = <x_n, table[ids_nr]>. Differentiable in x and table; x takes the table's dtype.
 
     With `record` the table's gradient is left as factors (ops/row_grad) and `table.grad` stays None."""
+    if transformed():
+        return reference.row_dot(x.to(table.dtype), ids, table)
     return torch.ops.sparsemix.row_dot(x.to(table.dtype), ids, table, record, impl)
 
 

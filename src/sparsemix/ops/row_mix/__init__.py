@@ -12,6 +12,7 @@ from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
 from sparsemix.ops.row_grad import rows_gradient
 from sparsemix.ops.row_mix import reference
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("row_mix", Path(__file__).with_name("native.c"), triton=True)
 
@@ -26,6 +27,8 @@ def row_mix(
     """y_n = sum_r coef_nr table[ids_nr]. Differentiable in coef and table; coef takes the table's dtype.
 
     With `record` the table's gradient is left as factors (ops/row_grad) and `table.grad` stays None."""
+    if transformed():
+        return reference.row_mix(coef.to(table.dtype), ids, table)
     return torch.ops.sparsemix.row_mix(coef.to(table.dtype), ids, table, record, impl)
 
 
