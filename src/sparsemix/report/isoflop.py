@@ -18,10 +18,9 @@ from sparsemix.report.fits.gaps import BOTH
 from sparsemix.report.fits.granularity import granularity_laws, granularity_warnings
 from sparsemix.report.fits.laws import budget_by_law, laws_of
 from sparsemix.report.fits.quantities import Terms, draw_optima, quantities_of
+from sparsemix.report.optimum import FITTED
 from sparsemix.report.records import Record, same_terms
 from sparsemix.report.stats import RESAMPLES
-
-FITTED = ("grid", "seed")
 
 
 def analyse(

@@ -133,7 +133,7 @@ class Page:
         if not routed:
             return paragraph("No run of this study routes.")
         parts: list[str] = [
-            paragraph("Of each arm the run nearest to its optimum at the largest budget."),
+            paragraph("Of each arm the first of the runs next to its optimum at the largest budget."),
             leak_table(rows),
         ]
         for row in routed:
