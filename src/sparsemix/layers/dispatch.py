@@ -109,7 +109,7 @@ def first_come(
     if valid is not None:
         asked = torch.where(valid[:, None], asked, num_experts)
     asked, order = asked.flatten(1).sort(dim=1, stable=True)  # (B, K T)
-    edges = torch.arange(num_experts + 1, device=asked.device).repeat(len(asked), 1)
+    edges = torch.arange(num_experts + 1, device=asked.device).repeat(asked.shape[0], 1)
     starts = torch.searchsorted(asked, edges)  # (B, E + 1)
     taken = starts.diff(dim=1)  # (B, E)
     if valid is not None:

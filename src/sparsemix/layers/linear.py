@@ -150,6 +150,6 @@ def feed_experts(
     gate, up = first(rows).chunk(2, dim=-1) if activation in GATED else (None, first(rows))  # (R, F) each
     hidden = act(up, gate, activation)
     if sub_norm is not None:
-        gain = sub_norm[experts_of(counts, len(rows))]
+        gain = sub_norm[experts_of(counts, rows.shape[0])]
         hidden = (F.rms_norm(hidden.to(gain.dtype), hidden.shape[-1:], eps=1e-6) * gain).to(hidden.dtype)
     return down(hidden)

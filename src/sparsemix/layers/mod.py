@@ -146,20 +146,16 @@ class MoD(Layer):
         scores = self.router(x)[..., 0]  # (B, T)
         guess = self.predictor(x.detach()) if self.config.predicts else None
         keep = self.causal_rule(scores, guess, ctx) if ctx.causal else None
-        # A step of decoding has no row to choose the best tokens of, nor anything to learn.
-        if ctx.cache is not None:
-            assert keep is not None
-            aux = Aux({}, self.seen(scores, guess, keep, ctx))
-        else:
-            ids, real = self.select(scores, ctx)
-            chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-            taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
-            aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
-            if keep is None:
-                y, inner = self.apply_to(x, scores, ids, real, ctx)
-                return y, aux | inner
-        assert keep is not None
-        y, inner = self.apply_rule(x, scores, keep, ctx)
+        # Decoding, and a program for rows of any length, have no row to choose the best of, nor anything to learn.
+        if keep is not None and (ctx.cache is not None or (torch.compiler.is_exporting() and not self.training)):
+            y, inner = self.apply_rule(x, scores, keep, ctx)
+            return y, Aux({}, self.seen(scores, guess, keep, ctx)) | inner
+        ids, real = self.select(scores, ctx)
+        chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
+        aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
+        ran = self.apply_to(x, scores, ids, real, ctx) if keep is None else self.apply_rule(x, scores, keep, ctx)
+        y, inner = ran
         return y, aux | inner
 
     def apply_rule(
@@ -167,6 +163,10 @@ class MoD(Layer):
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
         """The wrapped layer on the tokens to keep, zero elsewhere. Rows without any are left out, and where all tokens
         of the others pass, as in a step of decoding, nothing is gathered."""
+        if torch.compiler.is_exporting():
+            # One program for any number of passing tokens: all go in, the others as filling.
+            ids = wanted_first(keep)
+            return self.apply_to(x, scores, ids, keep.gather(1, ids), ctx)
         # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
         passing = [b for b, count in enumerate(counts) if count]

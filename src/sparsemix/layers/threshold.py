@@ -52,7 +52,7 @@ class RunningThreshold(Layer):
 
 def quantile(scores: Float[Tensor, "N E"], valid: Bool[Tensor, " N"] | None, q: float) -> Float[Tensor, " E"]:
     """The q quantile of every column over real tokens, interpolated as torch.quantile does, in a static shape."""
-    N = len(scores)
+    N = scores.shape[0]
     if valid is None:
         valid = torch.ones(N, dtype=torch.bool, device=scores.device)
     # Padding sorts below every real score, so the real ones are the last.
