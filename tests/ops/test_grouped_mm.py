@@ -249,8 +249,8 @@ def test_counts_that_reach_past_the_rows_are_an_error(counts, says, impl):
 
 def cut_to_tf32(rows, weight, counts):
     """Ten bits of the fraction are left, as in a GPU's tf32."""
-    cut = [(x.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (rows, weight)]
-    return reference(*cut, counts)
+    rows, weight = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (rows, weight))
+    return reference(rows, weight, counts)
 
 
 def summed_in_its_own_type(rows, weight, counts):
