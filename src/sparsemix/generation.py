@@ -107,8 +107,10 @@ def _prefill(
         if real is None:
             last = logits[:, -1]
             continue
-        places = torch.where(real, torch.arange(tokens.shape[1], device=real.device), -1).amax(dim=1)  # (B,)
-        found = logits[torch.arange(B, device=real.device), places]
+        places = torch.where(real, torch.arange(tokens.shape[1], dtype=torch.long, device=real.device), -1).amax(
+            dim=1
+        )  # (B,)
+        found = logits[torch.arange(B, dtype=torch.long, device=real.device), places]
         # A row padded on the right had its last token in an earlier chunk.
         last = found if last is None else torch.where(places[:, None] < 0, last, found)
     assert last is not None

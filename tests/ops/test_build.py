@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from sparsemix.ops import build, native
+from sparsemix.ops.statements import KERNELS
 
 SOURCE = """#include <stdint.h>
 void twice(const float *x, float *y, int64_t n, int64_t threads) { for (int64_t i = 0; i < n; i++) y[i] = 2 * x[i]; }
 static void helper(float *y, int64_t threads) { *y = 0; }
 void zero(float *y, int64_t threads) { helper(y, threads); }
 """
+STATEMENT = ("doubling.twice", "x:f32[n] y:f32[n] n")
 KERNEL = "void twice(float *y, int64_t threads) {"
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
@@ -26,7 +28,8 @@ OTHER = 12345
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SPARSEMIX_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "twice" / "native.c"
+    monkeypatch.setitem(KERNELS, *STATEMENT)
+    path = tmp_path / "doubling" / "native.c"
     path.parent.mkdir()
     path.write_text(SOURCE)
     return path
@@ -84,6 +87,7 @@ MUTATE = """
 import os, random, sys
 from pathlib import Path
 import test_build as t
+t.KERNELS.update([t.STATEMENT])
 source, (library,) = Path(sys.argv[1]), Path(sys.argv[2]).glob("*.so")
 whole, draw = library.read_bytes(), random.Random(0)
 cut = [whole[:n] for n in (0, 1, 64, 4096, len(whole) // 2, len(whole) - 1)]
@@ -137,14 +141,14 @@ def test_what_is_no_file_in_its_place_is_never_opened(source, cache, thing, tmp_
 @pytest.mark.parametrize(
     ("writes", "said"),
     [
-        ("true", "wrote no library for twice"),
-        (': > "$out"', "wrote no library for twice, but an empty file"),
-        ('echo hello > "$out"', "wrote no library for twice, but a file of another kind"),
-        ('head -c 3 "$good" > "$out"', "wrote no library for twice, but a file of another kind"),
-        ('head -c 40 "$good" > "$out"', "wrote no library for twice, but the first 40 bytes of one"),
-        ('head -c 9000 "$good" > "$out"', "wrote no library for twice, but the first 9000 of"),
-        ("echo the disk is full >&2; exit 1", "cannot build twice: the disk is full"),
-        ("kill -9 $$", "cannot build twice: exit code -9"),
+        ("true", "wrote no library for doubling"),
+        (': > "$out"', "wrote no library for doubling, but an empty file"),
+        ('echo hello > "$out"', "wrote no library for doubling, but a file of another kind"),
+        ('head -c 3 "$good" > "$out"', "wrote no library for doubling, but a file of another kind"),
+        ('head -c 40 "$good" > "$out"', "wrote no library for doubling, but the first 40 bytes of one"),
+        ('head -c 9000 "$good" > "$out"', "wrote no library for doubling, but the first 9000 of"),
+        ("echo the disk is full >&2; exit 1", "cannot build doubling: the disk is full"),
+        ("kill -9 $$", "cannot build doubling: exit code -9"),
     ],
 )
 @needs_compiler
@@ -166,7 +170,7 @@ def test_a_library_without_one_of_its_kernels_is_named_and_not_kept(source, cach
     (tmp_path / "good").write_bytes(content)
     lacking = compiler_that(tmp_path, f'cp {tmp_path}/good "$out"', f"{KERNEL} }} void thrice(int64_t threads) {{ }}")
     monkeypatch.setenv("SPARSEMIX_CC", lacking)
-    assert refusal(source) == f"{lacking} built twice without thrice"
+    assert refusal(source) == f"{lacking} built doubling without thrice"
     assert list(cache.iterdir()) == []
 
 

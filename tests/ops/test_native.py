@@ -7,6 +7,7 @@ import torch
 
 from sparsemix.errors import ConfigError
 from sparsemix.ops import build, native
+from sparsemix.ops.statements import KERNELS
 
 TWICE = """#include "native.h"
 void twice(const float *x, float *y, int64_t n, double by, int64_t threads) {
@@ -25,12 +26,16 @@ void widened(const bf16 *x, float *y, int64_t n, int64_t threads) {
 }
 void summed(const float *x, float *y, int64_t threads) { *y = lane_sum(load_f32(x)) + (W < 16 ? x[W] : 0); }
 """
+STATEMENTS = {"twice": "x:f32[n] y:f32[n] n by", "rounded": "x:f32[n] y:bf16[n] n", "widened": "x:bf16[n] y:f32[n] n"}
+STATEMENTS |= {"summed": "x:f32[*] y:f32[1]"}
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SPARSEMIX_CACHE", str(tmp_path / "cache"))
+    for name, statement in STATEMENTS.items():
+        monkeypatch.setitem(KERNELS, f"twice.{name}", statement)
     path = tmp_path / "twice" / "native.c"
     path.parent.mkdir()
     path.write_text(TWICE)

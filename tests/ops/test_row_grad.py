@@ -69,7 +69,7 @@ def test_the_norm_is_that_of_the_dense_gradient(impl, case):
 @pytest.mark.parametrize("bad", [-1, 4])
 @each_impl
 def test_an_id_of_no_row_is_an_error(impl, bad):
-    with pytest.raises(IndexError, match="outside of the table's 4 rows"):
+    with pytest.raises(IndexError, match="out of a table of 4 rows"):
         sort_rows(torch.tensor([[0, 3], [bad, 1]]), 4, impl)
 
 

@@ -29,7 +29,9 @@ class Ctx(NamedTuple):
 
     def places(self, seq_len: int, device: torch.device) -> Int[Tensor, "b T"]:
         """The positions, 0..T-1 for every row unless they are given."""
-        return torch.arange(seq_len, device=device)[None] if self.positions is None else self.positions
+        return (
+            torch.arange(seq_len, dtype=torch.long, device=device)[None] if self.positions is None else self.positions
+        )
 
     def pick(self, ids: Int[Tensor, "B C"], real: Bool[Tensor, "B C"] | None = None) -> "Ctx":
         """The context of tokens `ids` of every row; `real` False marks filling."""

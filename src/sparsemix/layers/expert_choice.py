@@ -142,6 +142,6 @@ def choice_stats(
     if training:
         return stats
     # Usage takes one pick a row: how many experts took a token differs.
-    expert_ids = torch.arange(E, device=chosen.device).expand_as(chosen).reshape(-1, 1)
+    expert_ids = torch.arange(E, dtype=torch.long, device=chosen.device).expand_as(chosen).reshape(-1, 1)
     stats |= usage_stats(expert_ids, gates.reshape(-1, 1), E, chosen.reshape(-1))
     return stats | {"top_gate": torch.where(chosen, gates.detach(), 0.0).amax(dim=2)}

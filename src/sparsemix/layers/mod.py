@@ -173,7 +173,7 @@ class MoD(Layer):
         if not passing:
             return torch.zeros_like(x), Aux({}, {})
         if len(passing) < len(counts):
-            rows = torch.tensor(passing, device=x.device)
+            rows = torch.tensor(passing, dtype=torch.long, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))
             return torch.zeros_like(x).index_copy(0, rows, part), aux
         if min(counts) == x.shape[1]:

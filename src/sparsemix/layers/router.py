@@ -93,7 +93,7 @@ NOBODY = -1
 def picks_of(chosen: Bool[Tensor, "*B E"], gates: Float[Tensor, "*B E"]) -> dict[str, Tensor]:
     """Statistics `expert_ids` (N, E), NOBODY where an expert did not take the row, and `gates` (N, E)."""
     E = chosen.shape[-1]
-    expert_ids = torch.where(chosen, torch.arange(E, device=chosen.device), NOBODY)
+    expert_ids = torch.where(chosen, torch.arange(E, dtype=torch.long, device=chosen.device), NOBODY)
     return {"expert_ids": expert_ids.view(-1, E), "gates": gates.detach().reshape(-1, E)}
 
 

@@ -67,7 +67,7 @@ def first_tokens(
 ) -> tuple[Int[Tensor, "B C"], Bool[Tensor, "B C"]]:
     """The first C tokens of every row that want to pass, in order; and which of the places they fill."""
     ids = wanted_first(wants)[:, :C]
-    order = torch.arange(C, device=ids.device)
+    order = torch.arange(C, dtype=torch.long, device=ids.device)
     return ids, wants.gather(1, ids) & (order < (C if quota is None else quota))
 
 

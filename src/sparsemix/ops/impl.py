@@ -42,19 +42,25 @@ class Kernels:
         return None
 
     def pick(self, impl: str, *operands: Tensor, refused: str | None = None) -> str:
-        """The implementation to run: SPARSEMIX_IMPL stands in for `auto`. `refused` says what else, such as sizes,
-        keeps native and Triton kernels from these operands. Raises ConfigError if an explicit wish cannot be had."""
-        device, dtype = operands[0].device.type, operands[0].dtype
+        """The implementation to run for all these floating operands: SPARSEMIX_IMPL stands in for `auto`. `refused`
+        says what else, such as sizes, keeps native and Triton kernels from them. Raises ConfigError if an explicit
+        wish cannot be had."""
+        device = operands[0].device.type
         wish = os.environ.get("SPARSEMIX_IMPL", "auto") if impl == "auto" else impl
         if wish not in IMPLS:
             raise ConfigError(f"impl={wish} is none of {', '.join(IMPLS)}")
         if wish == "auto":
             fast = "triton" if device == "cuda" else "native"
-            wish = "torch" if refused or self.refuses(fast, device, dtype) else fast
-        elif reason := self.refuses(wish, device, dtype) or (refused if wish in ("native", "triton") else None):
+            wish = "torch" if refused or self._refusal(fast, operands) else fast
+        elif reason := self._refusal(wish, operands) or (refused if wish in ("native", "triton") else None):
             raise ConfigError(f"{self.op}: impl={wish} cannot run here: {reason}; use impl=auto")
         _picked[self.op] = wish
         return wish
+
+    def _refusal(self, impl: str, operands: tuple[Tensor, ...]) -> str | None:
+        """Why `impl` cannot run on one of them."""
+        kinds = {(x.device.type, x.dtype) for x in operands}
+        return next((reason for kind in kinds if (reason := self.refuses(impl, *kind))), None)
 
     def call(self, name: str, *args: Tensor | int | float | None) -> None:
         """Run one C kernel of this op, after `pick` said native."""

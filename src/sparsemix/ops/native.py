@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsemix.ops import build
+from sparsemix.ops.operands import check_call
 
 TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14
@@ -20,18 +21,16 @@ SMALLEST_HUGE = 2**24
 
 
 def call(source: Path, name: str, *args: Tensor | int | float | None) -> None:
-    """Run one kernel of `source`, in the library that `build.unusable` found last. Tensors must be contiguous and on
-    the CPU; None is NULL. A kernel's arguments are of the same types in every call."""
+    """Run one kernel of `source`, in the library that `build.unusable` found last. None is NULL. A kernel's
+    arguments are of the same types in every call, and what operands.py states of them is checked."""
+    check_call(source.parent.name, name, args)
     kernel = getattr(build.library(source), name)
     if kernel.argtypes is None:
         kernel.argtypes = [*(_c_type(arg) for arg in args), ctypes.c_int64]
         kernel.restype = None
     values = []
     for arg in args:
-        if isinstance(arg, Tensor):
-            assert arg.is_cpu and arg.is_contiguous(), name
-            arg = arg.data_ptr()
-        values.append(arg)
+        values.append(arg.data_ptr() if isinstance(arg, Tensor) else arg)
     kernel(*values, torch.get_num_threads())
 
 
@@ -44,32 +43,6 @@ def _c_type(arg: Tensor | int | float | None) -> type:
 def typed(name: str, tensor: Tensor) -> str:
     """The kernel `name` for elements of this tensor's type."""
     return f"{name}_{'bf16' if tensor.dtype == torch.bfloat16 else 'f32'}"
-
-
-def row_ids(ids: Tensor, num_rows: int) -> Tensor:
-    """Row numbers as a kernel takes them. Raises IndexError for one of no row: a kernel would read past the table."""
-    ids = ids.long().contiguous()
-    if ids.numel():
-        low, high = ids.aminmax()
-        if int(low) < 0 or int(high) >= num_rows:
-            raise IndexError(f"row ids {int(low)} to {int(high)} reach out of a table of {num_rows} rows")
-    return ids
-
-
-def row_counts(counts: Tensor, num_rows: int, num_experts: int) -> Tensor:
-    """Rows of each expert as a kernel takes them. Raises ValueError for negative counts and for more than `num_rows`
-    in all: a kernel would read and write past them."""
-    if len(counts) != num_experts:
-        raise ValueError(f"counts of {len(counts)} experts do not fit weights of {num_experts}")
-    counts = counts.long().contiguous()
-    if num_experts:
-        low, high = (int(end) for end in counts.aminmax())
-        # Each of them first: the sum of larger ones may wrap.
-        if low < 0 or high > num_rows or int(counts.sum()) > num_rows:
-            raise ValueError(
-                f"counts of {low} to {high} rows an expert must be at least 0 and add up to at most {num_rows} rows"
-            )
-    return counts
 
 
 def huge_pages(tensor: Tensor) -> str | None:

@@ -23,7 +23,7 @@ def gather(table: Tensor, before: TableGrad | None) -> TableGrad | None:
     records = take_rows(table)
     if table.grad is not None:
         # A dense gradient is one in which every row is picked once.
-        ids = torch.arange(table.shape[0], device=table.device)[:, None]
+        ids = torch.arange(table.shape[0], dtype=torch.long, device=table.device)[:, None]
         records.append(RowGrad(ids, table.grad.new_ones(ids.shape), table.grad))
         table.grad = None
     if not records:
@@ -69,7 +69,7 @@ def _new_slots(table: Tensor, by_row: bool, catch_up: bool) -> dict[str, Tensor]
     # bf16 has too few digits for a running mean.
     exact = torch.promote_types(table.dtype, torch.float32)
     shape = table.shape[:1] if by_row else table.shape
-    slots = {"step": torch.zeros(())}
+    slots = {"step": torch.zeros((), dtype=torch.float32)}
     for name, size in (("exp_avg", table.shape), ("exp_avg_sq", shape)):
         slots[name] = torch.empty(size, dtype=exact, device=table.device)
         # Before anything is written to it: its rows are visited at random, as the table's.

@@ -125,7 +125,7 @@ class ByToken(NamedTuple):
 
 def by_token(token_ids: Tensor, counts: Tensor, num_tokens: int) -> ByToken:
     tokens, order = token_ids.sort(stable=True)
-    starts = torch.searchsorted(tokens, torch.arange(num_tokens + 1, device=tokens.device))
+    starts = torch.searchsorted(tokens, torch.arange(num_tokens + 1, dtype=torch.long, device=tokens.device))
     return ByToken(order, starts, counts.sum())
 
 
