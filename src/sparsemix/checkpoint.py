@@ -16,8 +16,8 @@ from torch import nn
 @dataclass
 class TrainState:
     """Where a run stands. `cursor` counts the sequences taken from the data; flops and wall_s are what was spent;
-    dtype, compiled and threads were picked at its start (None: not yet); kernels and peak_memory_bytes are those of all
-    processes that trained it."""
+    dtype, compiled and threads were picked at its start (None: not yet); kernels, versions and peak_memory_bytes are
+    those of all processes that trained it."""
 
     step: int = 0
     cursor: int = 0
@@ -27,6 +27,7 @@ class TrainState:
     compiled: bool | None = None
     threads: int | None = None
     kernels: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
 

@@ -6,7 +6,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from sparsemix import __version__
+from sparsemix.commit import commit
 from sparsemix.config import Config, ConfigError, parse, to_yaml
 from sparsemix.durable import write_atomic
 from sparsemix.errors import RunBusyError
@@ -147,9 +149,23 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("sparsemix", "torch", "numpy", "tokenizers", "safetensors")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    """Versions of what a result depends on, and the commit of this package where it is known."""
+    # Not by metadata: what is imported may be another copy than what is installed.
+    found = {"python": platform.python_version(), "sparsemix": __version__}
+    found |= {"commit": known} if (known := commit()) else {}
+    return found | {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+
+
+def joined(*several: Mapping[str, str]) -> dict[str, str]:
+    """What is said of each name anywhere: `{"torch": "2.13.0; 2.14.0"}`, of a run that went on under another version,
+    or of several runs."""
+    found: dict[str, list[str]] = {}
+    for told in several:
+        for name, values in told.items():
+            for value in values.split("; "):
+                if value not in found.setdefault(name, []):
+                    found[name].append(value)
+    return {name: "; ".join(values) for name, values in found.items()}
 
 
 def hardware() -> str:

@@ -24,7 +24,7 @@ from sparsemix.machine import pick_compile, pick_device, pick_dtype
 from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.impl import own_picks, picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
-from sparsemix.run import CONVENTION, Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, joined, versions
 from sparsemix.settings import RunConfig
 from sparsemix.step import accumulate, activation_bytes, block_runner, read
 
@@ -61,6 +61,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
     run.rewind(state.step)
+    state.versions = joined(state.versions, versions())
     # What was picked at the start stays, wherever the run goes on.
     state.threads = machine.use_threads(t.threads, state.threads)
     state.dtype = state.dtype or str(pick_dtype(t.dtype, device)).removeprefix("torch.")
@@ -134,7 +135,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     }
     about = {"cost": config.costs(), "convention": CONVENTION}
     about |= {
-        "versions": versions(),
+        "versions": state.versions,
         "hardware": hardware(),
         "kernels": dict(sorted((state.kernels | picked()).items())),
     }

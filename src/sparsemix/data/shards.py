@@ -29,6 +29,7 @@ from sparsemix.data.tokenizer import (
     write_stream,
 )
 from sparsemix.data.windows import Batch, Stream
+from sparsemix.run import versions
 
 Progress = Callable[[str, int, int | None], None]
 Splits = dict[str, list[str]]
@@ -282,5 +283,6 @@ def _write(config: DataConfig, folder: Path, splits: Splits, facts: dict[str, An
         "tokenizer": name or f"byte-level BPE of {vocab_size} tokens, trained on the training split",
         "end_of_text": end_of_text(tokenizer),
         "settings": config.model_dump(mode="json", exclude={"fingerprint"}),
+        "versions": versions(),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

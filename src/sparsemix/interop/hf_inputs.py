@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,14 +42,16 @@ def context(
         mask = mask.bool()
     held = None if past is None else past.extend(mask, tokens.shape)
     valid = None if mask is None else mask[:, -T:]
+    # An exported program does not know whether there is any padding, nor any second document.
+    exporting = torch.compiler.is_exporting()
     # Without padding no layer needs a mask.
-    valid = None if valid is None or bool(valid.all()) else valid
+    valid = None if valid is None or (not exporting and bool(valid.all())) else valid
     doc_ids = None
     if positions is not None:
         positions = positions.expand(B, T)
-        jumps = positions.diff(dim=1) != 1
-        if mask is None and past is None and bool(jumps.any()):
-            doc_ids = F.pad(jumps.cumsum(dim=1), (1, 0))
+        jumps = (positions - positions.roll(1, dims=1) != 1) & (torch.arange(T, device=positions.device) > 0)
+        if mask is None and past is None and (exporting or bool(jumps.any())):
+            doc_ids = jumps.cumsum(dim=1)
     elif past is None and valid is not None:
         positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
     return Ctx(positions, doc_ids, valid, causal=causal, cache=held)

@@ -175,6 +175,9 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         if getattr(self, "_is_replica", False):
             raise ValueError("nn.DataParallel loses running state: launch with torchrun, or show it one GPU")
         past = known_cache(past_key_values if cache is None else cache)
+        exporting = torch.compiler.is_exporting()
+        if exporting and use_cache:
+            raise ValueError("use_cache=True: an exported program keeps no cache; leave it out")
         # Not in the signature, from which a Trainer reads which labels it must be given.
         targets = kwargs.get("shift_labels")
         if targets is None and labels is not None:
@@ -183,7 +186,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels cannot be combined with a cache: leave one of them out")
         # Positions without a mask may be those of several documents in a row, which nothing can continue.
         continues = not self.training and targets is None and (position_ids is None or attention_mask is not None)
-        if past is None and continues and chosen(use_cache, self.config.use_cache):
+        if past is None and continues and not exporting and chosen(use_cache, self.config.use_cache):
             past = SparsemixCache()
         ctx = context(input_ids, attention_mask, position_ids, past, causal=not self.training or targets is None)
         ctx = self.model.placed(input_ids, ctx)

@@ -218,7 +218,8 @@ def check_observed(num_updates: Int[Tensor, ""], what: str, training: bool, inst
         way = "a training call without labels, or with Ctx(causal=True), reads them: pass labels, or train first"
     message = f"{what} were never observed: {way}, or {instead}"
     if torch.compiler.is_exporting():
-        torch._check(num_updates.item() > 0, lambda: message)
+        # Not torch._check, whose message is lost on the way.
+        torch._assert_async(num_updates > 0, message)
     elif not num_updates:
         raise RuntimeError(message)
 

@@ -16,7 +16,12 @@ ANNEAL_LEVELS = 4
 
 def quota(capacity: float, seq_len: int, slack: float = 0.0) -> int:
     """Tokens of a sequence that pass: a ratio (up to 1) rounded up, or a number of tokens; at least 1. `slack` adds
-    that share of the others."""
+    that share of the others. Raises ValueError where a program is exported for any length."""
+    if torch.compiler.is_exporting() and isinstance(seq_len, torch.SymInt):
+        raise ValueError(
+            "torch.export: training takes a share of each row, so sizes follow from the length; call eval() first, or "
+            "export a fixed length"
+        )
     # The small offset keeps 0.1 * 30 from rounding up to 4.
     C = max(1, math.ceil(capacity * seq_len - 1e-9)) if capacity <= 1 else min(int(capacity), seq_len)
     return C + math.ceil(slack * (seq_len - C))

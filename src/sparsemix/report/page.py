@@ -217,6 +217,8 @@ def _facts(caption: str, facts: Sequence[Sequence[object]]) -> Markup:
 
 def _reproduce(result: dict[str, Any]) -> Markup:
     versions = [[name, version] for name, version in (result.get("versions") or {}).items()]
+    if kernels := result.get("kernels"):
+        versions.append(["kernels", ", ".join(map(" ".join, kernels.items()))])
     machine = [["hardware", result.get("hardware")], ["created", result.get("created")]]
     settings = [[name, _code(value)] for name, value in (result.get("settings") or {}).items()]
     runs = [

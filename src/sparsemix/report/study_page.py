@@ -196,6 +196,8 @@ class Page:
         a = self.analysis
         machine = [["hardware", at] for at in self.about["hardware"]] if self.about else []
         versions = list(self.about["versions"].items()) if self.about else []
+        if self.about and self.about["kernels"]:
+            versions.append(("kernels", ", ".join(map(" ".join, self.about["kernels"].items()))))
         return join(
             Markup(f"<pre><code>{escape(a['command'])}</code></pre>") if a["command"] else "",
             paragraph(f"How FLOPs were counted: {a['convention']}."),

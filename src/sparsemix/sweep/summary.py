@@ -20,7 +20,7 @@ from sparsemix.report.stats import (
     smallest_visible,
     verdict,
 )
-from sparsemix.run import CONVENTION, Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, joined, versions
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import split_kind
 from sparsemix.sweep.compare import Comparison, settings_text
@@ -49,6 +49,7 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
     baselines, launcher = _baselines(shards, dense_config), comparison.launcher
     corpus = _corpus(shards, dense_config)
     tokens = max(row["tokens"] for row in rows)
+    results = [result for several in runs.values() for _, folder in several if (result := Run(folder).result)]
     result = {
         "command": command,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -63,7 +64,8 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         "lr_sweep": comparison.lr_sweep,
         "corpus": corpus,
         "epochs": tokens / corpus["splits"]["train"]["tokens"],
-        "versions": versions(),
+        "versions": joined(*(result["versions"] for result in results), versions()),
+        "kernels": joined(*(result["kernels"] for result in results)),
         "hardware": f"{hardware()}; {launcher.workers} runs at a time, {launcher.threads} thread(s) each",
     }
     result["limits"] = _limits(losses["dense"], differences, settings.seeds, corpus)
