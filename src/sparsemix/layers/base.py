@@ -1,8 +1,8 @@
 """The contract every mechanism obeys: `forward(x, ctx) -> (y, Aux)`, where the caller adds y to x."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -152,12 +152,21 @@ class Layer(nn.Module):
     # The entries of its own stats that `update` takes up.
     observes: ClassVar[tuple[str, ...]] = ()
 
-    # Parameters whose rows are looked up. An optimizer that takes their gradients as factors sets `row_grads`.
+    # Parameters whose rows are looked up. An optimizer that takes their gradients as factors (optim/loan.py) says so
+    # here for as long as it lives.
     tables: ClassVar[tuple[str, ...]] = ()
     row_grads: bool = False
+    tables_owner: Callable[[], object] | None = None
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle hold: nothing that an optimizer of this layer owns."""
+        state = dict(vars(self))
+        for name in ("row_grads", "tables_owner"):
+            state.pop(name, None)
+        return state
 
     def default_ctx(self) -> Ctx:
         """What `layer(x)` alone means: causal unless training."""
