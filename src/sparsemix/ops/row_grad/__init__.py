@@ -51,7 +51,10 @@ def record_rows(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
     lent = factored.lent_table(table)
     if lent is None:
         raise RuntimeError("the optimizer that takes a table's gradients is gone since the forward pass: run it again")
-    if factored.wanted(lent):
+    place = factored.gradient_goes(lent)
+    if place == "caller":
+        raise RuntimeError("torch.autograd.grad of a table through a compiled block: call its optimizer's release()")
+    if place == "grad":
         # Copies: a compiled backward pass reuses its buffers, and `vec` may be the caller's own input, which the next
         # micro-batch overwrites. They cost 1 % of the step that they are for.
         factored.leave(lent, RowGrad(ids.clone(), coef.clone(), vec.clone()))
@@ -63,7 +66,7 @@ def note_picks(table: Tensor, ids: Tensor) -> None:
     from sparsemix.ops.row_grad import factored
 
     lent = factored.lent_table(table)
-    if lent is not None and factored.wanted(lent):
+    if lent is not None and factored.gradient_goes(lent) == "grad":
         factored.note_picks(lent, ids)
 
 
@@ -92,14 +95,18 @@ def rows_gradient(
 ) -> Float[Tensor, "M D"] | None:
     """The table's gradient, dense; None where it was recorded instead.
 
-    Recorded is what `record` asks for of a lent table: not of a tensor that stands in for it (functional_call,
-    parametrizations). Several ranks average dense gradients, and only note the rows that they picked."""
+    Recorded is what `record` asks for of a lent table (factored.py): not of a tensor that stands in for it, such as
+    functional_call's, nor for a caller of torch.autograd.grad. Several ranks average dense gradients, and only note the
+    rows that they picked."""
     from sparsemix.ops.row_grad import factored
 
-    if record and (torch.compiler.is_compiling() or factored.lent_table(table) is not None):
-        if not factored.several_ranks():
-            record_rows(table, ids, coef, vec)
-            return None
+    if record and not torch.compiler.is_compiling():
+        lent = factored.lent_table(table)
+        record = lent is not None and factored.gradient_goes(lent) != "caller"
+    if record and not factored.several_ranks():
+        record_rows(table, ids, coef, vec)
+        return None
+    if record:
         note_picks(table, ids)
     return table_grad(coef, ids, vec, table.shape[0], impl)
 

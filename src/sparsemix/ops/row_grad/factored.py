@@ -3,12 +3,12 @@ as the whole."""
 
 import warnings
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,7 +31,7 @@ class Lent:
 _lent = WeakTensorKeyDictionary()
 
 
-def lend(table: nn.Parameter, owner: object) -> None:
+def lend(table: Tensor, owner: object) -> None:
     """From here on, as long as `owner` lives, look-ups of `table` that `record` leave their gradients as factors."""
     _lent[table] = Lent(owner)
 
@@ -42,28 +42,38 @@ def take_back(table: Tensor) -> None:
 
 
 def lent_table(table: Tensor) -> Tensor | None:
-    """The lent table that this tensor is, or is read from; None if there is none, or its owner is gone."""
-    known = table if table in _lent else None
-    if known is None and not table.requires_grad:
-        # A recomputed block saves its parameters detached. (A tensor with a gradient of its own stands for itself.)
-        address = table.data_ptr()
-        known = next((other for other in _lent if other.data_ptr() == address and other.shape == table.shape), None)
-    return None if known is None or _lent[known].owner() is None else known
+    """The lent table that this tensor is, or stands for in a recomputed block; None if there is none, or its owner is
+    gone."""
+    if table not in _lent and table.requires_grad and table.is_leaf:
+        table = getattr(_accumulator(table), "variable", table)
+    return table if table in _lent and _lent[table].owner() is not None else None
+
+
+def _accumulator(leaf: Tensor) -> Any:
+    """The node of autograd that adds to the leaf's `grad`, which a saved leaf shares with the original."""
+    # An operation runs below autograd, where no tensor knows its node.
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
+        return torch.autograd.graph.get_gradient_edge(leaf).node
 
 
 def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def wanted(table: Tensor) -> bool:
-    """Does the backward pass under way end in `table.grad`? One that was asked for other gradients does not."""
+Place = Literal["grad", "caller", "nowhere"]
+
+
+def gradient_goes(table: Tensor) -> Place:
+    """Where the backward pass under way puts the table's gradient: into its `grad`, to who called torch.autograd.grad,
+    or nowhere, as it was asked for others only."""
     if torch._C._current_graph_task_id() == -1:
-        return True
-    # An operation runs below autograd, where no tensor knows its node.
-    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
-        node = torch.autograd.graph.get_gradient_edge(table).node
-    return torch._C._will_engine_execute_node(node)
+        return "grad"
+    try:
+        return "grad" if torch._C._will_engine_execute_node(_accumulator(table)) else "nowhere"
+    except RuntimeError:
+        # Its only one: the leaf's gradient is caught for a caller.
+        return "caller"
 
 
 def leave(table: Tensor, part: RowGrad) -> None:
