@@ -69,6 +69,8 @@ def test_equal_blocks_share_one_graph_and_each_kind_may_anneal_for_itself():
     assert counter.frame_count == 1 + 2 * 5
 
 
+# Here torch's SGD steps beside the factors.
+@pytest.mark.filterwarnings("ignore:.*forms the whole gradient")
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_factored_gradients_of_tables_are_recorded_once(recompute):
     torch._dynamo.reset()

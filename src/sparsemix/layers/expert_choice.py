@@ -91,7 +91,8 @@ class ExpertChoice(Layer):
         groups = 1 if self.config.group == "batch" else B
         grouped = x.reshape(groups, -1, D)
         valid = None if ctx.valid is None else ctx.valid.reshape(groups, -1)
-        affinity = self.router(grouped).softmax(dim=-1)
+        logits = self.router(grouped)
+        affinity = logits.softmax(dim=-1)
         y, chosen = take(grouped, affinity, valid, self.experts, self.config.share, self.threshold, ctx.causal)
         stats = choice_stats(chosen.view(B, T, -1), affinity.view(B, T, -1), ctx.valid, self.training)
         if ctx.picks:
@@ -104,7 +105,7 @@ class ExpertChoice(Layer):
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self.shared(x, ctx)[0]
-        return y, Aux({}, stats)
+        return y, Aux({}, stats, {"router": logits.flatten(0, 1)} if ctx.logits else {})
 
 
 def take(

@@ -146,6 +146,7 @@ class MoD(Layer):
         scores = self.router(x)[..., 0]  # (B, T)
         guess = self.predictor(x.detach()) if self.config.predicts else None
         keep = self.causal_rule(scores, guess, ctx) if ctx.causal else None
+        said = Aux({}, {}, {"router": scores.reshape(-1, 1)} if ctx.logits else {})
         # A step of decoding has no row to choose the best tokens of, nor anything to learn.
         if ctx.cache is not None:
             assert keep is not None
@@ -157,10 +158,10 @@ class MoD(Layer):
             aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
             if keep is None:
                 y, inner = self.apply_to(x, scores, ids, real, ctx)
-                return y, aux | inner
+                return y, said | aux | inner
         assert keep is not None
         y, inner = self.apply_rule(x, scores, keep, ctx)
-        return y, aux | inner
+        return y, said | aux | inner
 
     def apply_rule(
         self, x: Float[Tensor, "B T D"], scores: Float[Tensor, "B T"], keep: Bool[Tensor, "B T"], ctx: Ctx
@@ -170,8 +171,12 @@ class MoD(Layer):
         # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
         passing = [b for b, count in enumerate(counts) if count]
-        if not passing:
+        if not passing and not self.training:
             return torch.zeros_like(x), Aux({}, {})
+        if not passing:
+            # In training the wrapped layer must say what it observed: nothing, of filling.
+            ids = torch.zeros_like(keep[:, :1], dtype=torch.long)
+            return self.apply_to(x, scores, ids, keep[:, :1], ctx)
         if len(passing) < len(counts):
             rows = torch.tensor(passing, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))
