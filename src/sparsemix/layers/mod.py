@@ -274,7 +274,8 @@ class MoD(Layer):
             if self.training:
                 stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
         if self.training and self.threshold is not None:
-            share = quota(config.capacity, scores.shape[1], self.slack) / scores.shape[1]
+            T = scores.shape[1]
+            share = quota(config.capacity, T, self.slack) / max(1, T)
             seen = self.threshold.observe(scores[..., None], ctx.valid, share)
             stats |= Aux({}, seen).under("threshold").stats
         if self.training and self.slack:

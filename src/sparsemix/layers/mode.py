@@ -133,7 +133,7 @@ class MoDE(Layer):
         self, x: Float[Tensor, "B T D"], r: Route, ctx: Ctx
     ) -> tuple[Float[Tensor, "B T D"], dict[str, Tensor]]:
         B, T, _ = x.shape
-        affinity = r.probs[:, : self.config.num_experts].view(B, T, -1)
+        affinity = r.probs[:, : self.config.num_experts].unflatten(0, (B, T))
         y, chosen = take(x, affinity, ctx.valid, self.experts, self.config.share, self.threshold, ctx.causal)
         stats = choice_stats(chosen, affinity, ctx.valid, self.training)
         if ctx.picks:
