@@ -10,6 +10,7 @@ from sparsemix.errors import ConfigError
 from sparsemix.ops import build
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.row_grad import KERNELS, RowGrad, joined, record_rows, row_norm, sort_rows, table_grad, take_rows
+from sparsemix.ops.row_grad.factored import lend
 from sparsemix.ops.row_grad.reference import table_grad as reference
 
 each_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -127,6 +128,7 @@ def test_several_look_ups_of_any_width_are_one_gradient():
 def test_what_was_recorded_survives_its_inputs_and_is_taken_once():
     table, (grad, _) = torch.zeros(40, 10), lookup("odd")
     inputs = [part.clone() for part in grad]
+    lend(table, table)
     record_rows(table, *inputs)
     for part in inputs:
         part.zero_()

@@ -1,17 +1,14 @@
 """From what Hugging Face's callers pass to what the library's layers take, and to the loss."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.layers import Ctx
-from sparsemix.layers.router import Router
 from sparsemix.model import LM
 from sparsemix.ops.cross_entropy import NO_TARGET
 
@@ -79,21 +76,3 @@ def loss_of(
     mean, _ = model.nats(x, targets)
     total = mean if auxiliary is None else mean + auxiliary
     return total if num_items is None else total * ((targets != NO_TARGET).sum().to(total.dtype) / num_items)
-
-
-@contextmanager
-def router_outputs(model: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Logits (n, E) of every router inside `model` as it runs; none without a model."""
-    seen: list[Tensor] = []
-    routers = [] if model is None else [module for module in model.modules() if isinstance(module, Router)]
-
-    # torch's own hooks, for as long as one call lasts: a layer keeps nothing and returns what it says.
-    def see(_router: nn.Module, _args: Any, scores: Tensor) -> None:
-        seen.append(scores.flatten(0, -2))
-
-    handles = [router.register_forward_hook(see) for router in routers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.interop.hf_config import SparsemixConfig
-from sparsemix.interop.hf_inputs import context, known_cache, loss_of, router_outputs, shifted
+from sparsemix.interop.hf_inputs import context, known_cache, loss_of, shifted
 from sparsemix.interop.hf_remote import AUTO_MAP, FILES
 from sparsemix.interop.hf_steps import RunningState, settle
 from sparsemix.layers import Aux, Ctx
@@ -39,8 +39,6 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     # The stream is added up across blocks, and the head may be the embedding: one device holds all.
     _no_split_modules = ["LM"]  # noqa: RUF012  (transformers reads and types it so)
-    # Running averages move by less than bf16 can tell apart.
-    _keep_in_fp32_modules_strict = ["mean", "square", "threshold.threshold"]  # noqa: RUF012
 
     def __init__(self, config: SparsemixConfig, model: LM | None = None) -> None:
         super().__init__(config)
@@ -196,8 +194,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         observes = self.training and torch.is_grad_enabled() and not transformed()
         if observes:
             self.running.begin(self.model)
-        with router_outputs(self.model if routers else None) as scores:
-            x, aux = self.model.hidden(input_ids, ctx, self._runner(states))
+        x, aux = self.model.hidden(input_ids, ctx._replace(logits=routers), self._runner(states))
         if observes:
             self.running.take(self.model, aux.stats)
         loss, auxiliary = None, sum(aux.losses.values()) if aux.losses else None
@@ -213,7 +210,7 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
             aux_loss=auxiliary,  # type: ignore[arg-type]
             logits=logits,
             hidden_states=None if states is None else (*states, x),
-            router_logits=tuple(scores) if routers else None,  # type: ignore[arg-type]
+            router_logits=tuple(aux.logits.values()) if routers else None,  # type: ignore[arg-type]
             **{CACHE: past},  # type: ignore[arg-type]
         )
 

@@ -119,9 +119,9 @@ class Attention(Layer):
         ctx = ctx or self.default_ctx()
         B, T, _ = x.shape
         positions = ctx.places(T, x.device)
-        q = normed(self.q(x), self.q_norm).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, d_head)
-        k = normed(self.k(x), self.k_norm).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        v = self.v(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q = normed(self.q(x), self.q_norm).view(B, T, self.num_heads, self.d_head).transpose(1, 2)  # (B, H, T, d_head)
+        k = normed(self.k(x), self.k_norm).view(B, T, self.num_kv_heads, self.d_head).transpose(1, 2)
+        v = self.v(x).view(B, T, self.num_kv_heads, self.d_head).transpose(1, 2)
         if self.rope_theta is not None:
             turn = (positions, self.d_head, self.rope_theta, x.dtype, self.rope_scaling)
             cos, sin = rotation(*turn) if ctx.cache is None else ctx.cache.once(rotation, *turn)
@@ -136,7 +136,7 @@ class Attention(Layer):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.num_kv_heads != self.num_heads
         )
-        y = y.transpose(1, 2).reshape(B, T, -1)
+        y = y.transpose(1, 2).flatten(2)
         return self.o(y if self.sub_norm is None else self.sub_norm(y)), Aux()
 
 

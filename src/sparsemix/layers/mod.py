@@ -146,17 +146,18 @@ class MoD(Layer):
         scores = self.router(x)[..., 0]  # (B, T)
         guess = self.predictor(x.detach()) if self.config.predicts else None
         keep = self.causal_rule(scores, guess, ctx) if ctx.causal else None
+        said = Aux({}, {}, {"router": scores.reshape(-1, 1)} if ctx.logits else {})
         # Decoding, and a program for rows of any length, have no row to choose the best of, nor anything to learn.
         if keep is not None and (ctx.cache is not None or (torch.compiler.is_exporting() and not self.training)):
             y, inner = self.apply_rule(x, scores, keep, ctx)
-            return y, Aux({}, self.seen(scores, guess, keep, ctx)) | inner
+            return y, said | Aux({}, self.seen(scores, guess, keep, ctx)) | inner
         ids, real = self.select(scores, ctx)
         chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
         aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
         ran = self.apply_to(x, scores, ids, real, ctx) if keep is None else self.apply_rule(x, scores, keep, ctx)
         y, inner = ran
-        return y, aux | inner
+        return y, said | aux | inner
 
     def apply_rule(
         self, x: Float[Tensor, "B T D"], scores: Float[Tensor, "B T"], keep: Bool[Tensor, "B T"], ctx: Ctx
@@ -170,8 +171,12 @@ class MoD(Layer):
         # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
         passing = [b for b, count in enumerate(counts) if count]
-        if not passing:
+        if not passing and not self.training:
             return torch.zeros_like(x), Aux({}, {})
+        if not passing:
+            # In training the wrapped layer must say what it observed: nothing, of filling.
+            ids = torch.zeros_like(keep[:, :1], dtype=torch.long)
+            return self.apply_to(x, scores, ids, keep[:, :1], ctx)
         if len(passing) < len(counts):
             rows = torch.tensor(passing, dtype=torch.long, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))
@@ -269,7 +274,8 @@ class MoD(Layer):
             if self.training:
                 stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
         if self.training and self.threshold is not None:
-            share = quota(config.capacity, scores.shape[1], self.slack) / scores.shape[1]
+            T = scores.shape[1]
+            share = quota(config.capacity, T, self.slack) / max(1, T)
             seen = self.threshold.observe(scores[..., None], ctx.valid, share)
             stats |= Aux({}, seen).under("threshold").stats
         if self.training and self.slack:

@@ -42,8 +42,10 @@ class QueryBatchNorm(QueryNorm):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(num_heads, d_key))
         self.bias = nn.Parameter(torch.empty(num_heads, d_key))
-        self.register_buffer("mean", torch.zeros(num_heads, d_key))
-        self.register_buffer("square", torch.ones(num_heads, d_key))
+        # E[q] and E[q^2], as their means over micro-batches, ranks and steps are those of all queries. In fp64, where
+        # their difference E[q^2] - E[q]^2 is a variance even if the mean is a million standard deviations.
+        self.register_buffer("mean", torch.zeros(num_heads, d_key, dtype=torch.float64))
+        self.register_buffer("square", torch.ones(num_heads, d_key, dtype=torch.float64))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         self.reset_parameters()
 
@@ -54,19 +56,31 @@ class QueryBatchNorm(QueryNorm):
     def forward(  # type: ignore[override]
         self, query: Float[Tensor, "N H C"], valid: Bool[Tensor, " N"] | None, causal: bool = False
     ) -> tuple[Float[Tensor, "N H C"], dict[str, Tensor]]:
-        mean, square = self.mean.to(query.dtype), self.square.to(query.dtype)
         stats = {}
         if self.training:
-            share = torch.ones_like(query[:, 0, 0]) if valid is None else valid.to(query.dtype)
-            share = (share / share.sum().clamp_min(1))[:, None, None]
-            seen = (query * share).sum(0), (query.square() * share).sum(0)  # (H, C) each
-            stats = {"mean": seen[0].detach(), "square": seen[1].detach()}
-            mean, square = (mean, square) if causal else seen
+            mean, variance = moments(query, valid)
+            stats = self.observe(mean.detach(), variance.detach(), valid) if len(query) else self.observed()
         if causal or not self.training:
             instead = "set query_norm to layer or none"
             check_observed(self.num_updates, "query batch statistics", self.training, instead)
-        scale = (square - mean.square()).clamp_min(0).add(self.eps).rsqrt()
+            mean = self.mean.to(query.dtype)
+            variance = (self.square - self.mean.square()).clamp_min(0).to(query.dtype)
+        scale = variance.add(self.eps).rsqrt()
         return (query - mean) * scale * self.weight + self.bias, stats
+
+    def observe(
+        self, mean: Float[Tensor, "H C"], variance: Float[Tensor, "H C"], valid: Bool[Tensor, " N"] | None
+    ) -> dict[str, Tensor]:
+        """What to `update` with; without a real token the statistics as they are."""
+        # The same rounded mean in both, so that it cancels.
+        mean = mean.to(self.mean)
+        seen = {"mean": mean, "square": variance.to(self.square) + mean.square()}
+        if valid is None:
+            return seen
+        return {name: torch.where(valid.any(), seen[name], as_it_is) for name, as_it_is in self.observed().items()}
+
+    def observed(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "square": self.square}
 
     @torch.no_grad()
     def update(self, stats: Mapping[str, Tensor]) -> None:
@@ -80,6 +94,16 @@ class QueryBatchNorm(QueryNorm):
 
     def forget(self) -> None:
         self.num_updates.zero_()
+
+
+def moments(
+    query: Float[Tensor, "N H C"], valid: Bool[Tensor, " N"] | None
+) -> tuple[Float[Tensor, "H C"], Float[Tensor, "H C"]]:
+    """Mean and variance over real tokens, the second about the first; 0 of none."""
+    share = torch.ones_like(query[:, 0, 0]) if valid is None else valid.to(query.dtype)
+    share = (share / share.sum().clamp_min(1))[:, None, None]
+    mean = (query * share).sum(0)
+    return mean, ((query - mean).square() * share).sum(0)
 
 
 class QueryLayerNorm(QueryNorm):

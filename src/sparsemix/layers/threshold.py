@@ -34,6 +34,8 @@ class RunningThreshold(Layer):
         self, scores: Float[Tensor, "*B E"], valid: Bool[Tensor, "*B"] | None, share: float
     ) -> dict[str, Tensor]:
         """The batch's quantiles, to `update` with; without a real token the threshold as it is."""
+        if not scores[..., 0].numel():
+            return {"quantile": self.threshold}
         valid = None if valid is None else valid.flatten()
         seen = quantile(scores.detach().flatten(0, -2), valid, 1 - share)
         return {"quantile": seen if valid is None else torch.where(valid.any(), seen, self.threshold)}

@@ -95,9 +95,10 @@ def target_balance(
 
     Switch's balance loss (arXiv:2101.03961, eq. 4) for two paths of unequal target; 1 at f = P = c. The paper asks for
     a balance loss and gives none."""
+    anything = valid_mean(torch.ones_like(scores), valid)  # 0 where no token is real
     f = valid_mean(wants.to(scores.dtype), valid)
     P = valid_mean(scores.sigmoid(), valid)
-    return f * P / share + (1 - f) * (1 - P) / (1 - share)
+    return anything * (f * P / share + (1 - f) * (1 - P) / (1 - share))
 
 
 def uniform(positions: Int[Tensor, "*B"], salt: Int[Tensor, ""]) -> Float[Tensor, "*B"]:

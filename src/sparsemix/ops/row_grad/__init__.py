@@ -33,21 +33,42 @@ class Order(NamedTuple):
     picks: Int[Tensor, " P"]
 
 
-# What backward passes left for the optimizer, by the address of the table. The one global that the design permits.
-_records: dict[int, list[RowGrad]] = {}
-
-
 def take_rows(table: Tensor) -> list[RowGrad]:
     """What was recorded for `table` since the last call, one entry a look-up, in the order of the backward passes."""
-    return _records.pop(table.data_ptr(), [])
+    from sparsemix.ops.row_grad.factored import FactoredGrad
+
+    grad = table.grad
+    if not isinstance(grad, FactoredGrad):
+        return []
+    table.grad = None
+    return grad.parts
 
 
 @torch.library.custom_op("sparsemix::record_rows", mutates_args=())
 def record_rows(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
-    """Leave one look-up's share of the table's gradient to whoever calls `take_rows`."""
-    # Copies: a compiled backward pass reuses its buffers, and `vec` may be the caller's own input, which the next
-    # micro-batch overwrites. They cost 1 % of the step that they are for.
-    _records.setdefault(table.data_ptr(), []).append(RowGrad(ids.clone(), coef.clone(), vec.clone()))
+    """Leave one look-up's share of the gradient of a lent table (factored.py) in its `grad`."""
+    from sparsemix.ops.row_grad import factored
+
+    lent = factored.lent_table(table)
+    if lent is None:
+        raise RuntimeError("the optimizer that takes a table's gradients is gone since the forward pass: run it again")
+    place = factored.gradient_goes(lent)
+    if place == "caller":
+        raise RuntimeError("torch.autograd.grad of a table through a compiled block: call its optimizer's release()")
+    if place == "grad":
+        # Copies: a compiled backward pass reuses its buffers, and `vec` may be the caller's own input, which the next
+        # micro-batch overwrites. They cost 1 % of the step that they are for.
+        factored.leave(lent, RowGrad(ids.clone(), coef.clone(), vec.clone()))
+
+
+@torch.library.custom_op("sparsemix::note_picks", mutates_args=())
+def note_picks(table: Tensor, ids: Tensor) -> None:
+    """Say which rows of a lent table have a gradient, where that is formed whole."""
+    from sparsemix.ops.row_grad import factored
+
+    lent = factored.lent_table(table)
+    if lent is not None and factored.gradient_goes(lent) == "grad":
+        factored.note_picks(lent, ids)
 
 
 @record_rows.register_fake
@@ -55,8 +76,14 @@ def _(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
     return None
 
 
+@note_picks.register_fake
+def _(table: Tensor, ids: Tensor) -> None:
+    return None
+
+
 # Without an effect torch.compile deletes a call that returns nothing.
 record_rows.register_effect(EffectType.ORDERED)
+note_picks.register_effect(EffectType.ORDERED)
 
 
 def rows_gradient(
@@ -67,10 +94,21 @@ def rows_gradient(
     record: bool,
     impl: str = "auto",
 ) -> Float[Tensor, "M D"] | None:
-    """The table's gradient, dense; None where it was recorded instead."""
-    if record:
+    """The table's gradient, dense; None where it was recorded instead.
+
+    Recorded is what `record` asks for of a lent table (factored.py): not of a tensor that stands in for it, such as
+    functional_call's, nor for a caller of torch.autograd.grad. Several ranks average dense gradients, and only note the
+    rows that they picked."""
+    from sparsemix.ops.row_grad import factored
+
+    if record and not torch.compiler.is_compiling():
+        lent = factored.lent_table(table)
+        record = lent is not None and factored.gradient_goes(lent) != "caller"
+    if record and not factored.several_ranks():
         record_rows(table, ids, coef, vec)
         return None
+    if record:
+        note_picks(table, ids)
     return table_grad(coef, ids, vec, table.shape[0], impl)
 
 
