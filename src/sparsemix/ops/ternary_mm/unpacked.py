@@ -33,7 +33,7 @@ def int8_mm(row_codes: Int8[Tensor, "N D"], weight_codes: Int8[Tensor, "F D"]) -
     """row_codes weight_codes^T, by the kernel that is exact here, and fast where there is a choice."""
     if row_codes.numel() and weight_codes.numel() and _int_mm_serves(row_codes, weight_codes):
         # The weight stays (F, D): a single row against a contiguous (D, F) is several times slower on CPU.
-        return int_mm(row_codes, weight_codes.mT)
+        return int_mm(row_codes.contiguous(), weight_codes.contiguous().mT)
     return float_product(row_codes, weight_codes)
 
 
@@ -46,6 +46,10 @@ def float_product(row_codes: Tensor, weight_codes: Tensor, most: int = EXACT_IN_
 
 
 def _int_mm_serves(row_codes: Tensor, weight_codes: Tensor) -> bool:
+    # torch's product leaves most of its result unwritten where the depth is one (2.14), whose strides fit both layouts,
+    # and where rows share memory.
+    if row_codes.shape[1] == 1:
+        return False
     if row_codes.device.type == "cuda":
         # What cuBLAS takes.
         return row_codes.shape[0] > 16 and row_codes.shape[1] % 8 == 0 and weight_codes.shape[0] % 8 == 0
