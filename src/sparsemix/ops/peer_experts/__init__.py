@@ -71,11 +71,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the products z = <x, w_in[ids]>."""
     check_op("peer_experts", x, ids, gates, w_in, w_out)
-    kind, ids = _kind(activation), ids.long()
+    kind, ids = _kind(activation), ids.long().contiguous()
     picked = _pick(impl, w_in, w_out, gates)
     if picked == "native":
         y, z, coef = torch.empty_like(x, memory_format=torch.contiguous_format), *_like(gates, 2)
-        tensors = x.contiguous(), ids.contiguous(), gates.contiguous(), w_in, w_out, y, z, coef
+        tensors = x.contiguous(), ids, gates.contiguous(), w_in, w_out, y, z, coef
         _call("forward", w_in, *tensors, *ids.shape, x.shape[1], kind)
         return y, z
     if picked == "triton":
@@ -103,7 +103,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_gates, d_z, and the coefficients gates * act(z) again, which w_out's gradient takes."""
     check_op("peer_experts_backward", d_y, ids, gates, z, w_in, w_out)
-    kind, ids = _kind(activation), ids.long()
+    kind, ids = _kind(activation), ids.long().contiguous()
     picked = _pick(impl, w_in, w_out, gates)
     if picked == "native":
         d_x = torch.empty_like(d_y, memory_format=torch.contiguous_format)

@@ -41,8 +41,9 @@ def best_pairs(
     left: Float[Tensor, "*B n"], right: Float[Tensor, "*B n"], k: int, impl: str = "auto"
 ) -> tuple[Int[Tensor, "*B k"], Int[Tensor, "*B k"]]:
     """(i, j) of the k largest left_i + right_j, largest first, from scores that are there already; k <= n * n."""
-    n = left.shape[-1]
-    check_op("best_pairs", left.reshape(-1, n), right.reshape(-1, right.shape[-1]))
+    # Called without torch's dispatcher, which would have turned the sign of a negated view.
+    left, right, n = left.resolve_neg(), right.resolve_neg(), left.shape[-1]
+    check_op("best_pairs", *(side.reshape(side.shape[:-1].numel(), side.shape[-1]) for side in (left, right)))
     _check_k("best_pairs", k, n)
     refused = "Triton kernels take queries, not scores" if impl == "triton" or left.is_cuda else None
     picked = KERNELS.pick(impl, left, right, refused=refused)
@@ -50,7 +51,7 @@ def best_pairs(
         return (reference if picked == "reference" else selection).best_pairs(left, right, k)
     i, j = (torch.empty(*left.shape[:-1], k, dtype=torch.long) for _ in range(2))
     a, b = candidate_ranks(k, min(k, n))
-    rows, P = left.numel() // n, a.numel()
+    rows, P = left.shape[:-1].numel(), a.numel()
     KERNELS.call("best_pairs", left.contiguous(), right.contiguous(), rows, n, k, a, b, P, i, j)
     return i, j
 
@@ -134,14 +135,16 @@ def _backward(ctx, d_left: Tensor, d_right: Tensor, *_):
     query, keys, i, j = ctx.saved_tensors
     C = query.shape[3]
     # Both sides (and heads) of the keys as one table, whose blocks of n rows begin at `first`.
-    table = keys.reshape(-1, C)
+    table = keys.reshape(keys.shape[:-1].numel(), C)
     first = torch.arange(0, table.shape[0], keys.shape[-2], dtype=torch.long, device=i.device).view(*keys.shape[:-2], 1)
     rows = (torch.stack([i, j], dim=2) + first).flatten(0, 2)  # (N H 2, K)
     d_scores = torch.stack([d_left, d_right], dim=2).flatten(0, 2)
     d_query = row_mix(d_scores, rows, table, False, ctx.impl).view_as(query) if ctx.needs_input_grad[0] else None
     d_keys = None
     if ctx.needs_input_grad[1]:
-        d_keys = table_grad(d_scores, rows, query.reshape(-1, C), table.shape[0], ctx.impl).view_as(keys)
+        d_keys = table_grad(
+            d_scores, rows, query.reshape(query.shape[:-1].numel(), C), table.shape[0], ctx.impl
+        ).view_as(keys)
     return d_query, d_keys, None, None
 
 

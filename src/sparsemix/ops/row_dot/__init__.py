@@ -35,7 +35,7 @@ def row_dot(
 @torch.library.custom_op("sparsemix::row_dot", mutates_args=())
 def _forward(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
     check_op("row_dot", x, ids, table)
-    ids = ids.long()
+    ids = ids.long().contiguous()
     picked = KERNELS.pick(impl, x, table, refused=None if table.is_contiguous() else "the table is not contiguous")
     if picked == "reference":
         return reference.row_dot(x, ids, table)
@@ -45,9 +45,7 @@ def _forward(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> 
         return triton.row_dot(x, ids, table)
     if picked == "native":
         dots = x.new_empty(ids.shape, dtype=torch.float32)
-        KERNELS.call(
-            native.typed("row_dot", table), x.contiguous(), ids.contiguous(), table, dots, *ids.shape, x.shape[1]
-        )
+        KERNELS.call(native.typed("row_dot", table), x.contiguous(), ids, table, dots, *ids.shape, x.shape[1])
         return dots.to(x.dtype)
     # An embedding bag's gradient towards its per-sample weights is exactly this product.
     N, R = ids.shape

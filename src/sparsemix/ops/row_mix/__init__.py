@@ -36,7 +36,7 @@ def row_mix(
 @torch.library.custom_op("sparsemix::row_mix", mutates_args=())
 def _forward(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
     check_op("row_mix", coef, ids, table)
-    ids = ids.long()
+    ids = ids.long().contiguous()
     picked = KERNELS.pick(impl, coef, table, refused=None if table.is_contiguous() else "the table is not contiguous")
     if picked == "reference":
         return reference.row_mix(coef, ids, table)
@@ -46,7 +46,7 @@ def _forward(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) 
         return triton.row_mix(coef, ids, table)
     if picked == "native":
         sums = table.new_empty(ids.shape[0], table.shape[1])
-        coef, ids = coef.float().contiguous(), ids.contiguous()
+        coef = coef.float().contiguous()
         KERNELS.call(native.typed("row_mix", table), coef, ids, table, sums, *ids.shape, table.shape[1])
         return sums
     return F.embedding_bag(ids, table, per_sample_weights=coef.contiguous(), mode="sum")

@@ -134,7 +134,7 @@ torch.library.impl("sparsemix::quantised_mm", "CompositeExplicitAutograd", _valu
 
 def _check(rows: Tensor, packed: Tensor) -> None:
     """A kernel would read beyond a matrix of another width."""
-    if packed.shape[-1] != -(-rows.shape[1] // 4):
+    if rows.ndim == 2 and packed.ndim > 1 and packed.shape[-1] != -(-rows.shape[1] // 4):
         raise ValueError(f"{packed.shape[-1]} bytes a row do not hold D={rows.shape[1]} weights: pack with pack_rows")
 
 
