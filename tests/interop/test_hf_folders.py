@@ -74,15 +74,23 @@ def test_every_way_of_loading_gives_the_same_bits(how, tmp_path):
     assert_same(model.model.float(), saved.read(tmp_path).model)
 
 
-def test_a_smaller_number_type_leaves_running_averages_alone(tmp_path):
-    model = away(hf_model("nested_threshold").float())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_smaller_number_type_leaves_running_state_alone(tmp_path, dtype):
+    biased = [*BLOCKS["nested_threshold"], block(MOE | {"bias_rate": 0.001})]
+    model = away(hf_model("own", blocks=biased).float())
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for name, tensor in again.state_dict().items():
-        averages = name.rpartition(".")[2] in ("mean", "square", "threshold")
-        exact = averages or not tensor.is_floating_point()
-        wanted = model.state_dict()[name] if exact else model.state_dict()[name].bfloat16()
-        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+    state, buffers = model.state_dict(), dict(model.named_buffers())
+    assert {"bias", "mean", "square", "threshold", "num_updates"} <= {name.rpartition(".")[2] for name in buffers}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for again in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path).to(dtype)):
+        for name, tensor in again.state_dict().items():
+            wanted = state[name] if name in buffers else state[name].to(dtype)
+            assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+    # Twenty steps of its own.
+    bias, start = loaded.model.blocks[-1].ffn.bias, buffers["model.blocks.3.ffn.bias"]
+    for _ in range(20):
+        loaded.model.blocks[-1].ffn.update({"load": torch.tensor([0.7, 0.1, 0.1, 0.1])})
+    torch.testing.assert_close(bias - start, 0.02 * torch.tensor([-1.0, 1, 1, 1]), rtol=1e-3, atol=0)
 
 
 def test_a_capacity_goes_on_falling_where_it_was(tmp_path):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemix.layers import Layer, rank_means
+from sparsemix.layers.query_norm import QueryBatchNorm
 from sparsemix.layers.token_selection import Annealing
 
 
@@ -63,7 +64,10 @@ def observed(model: nn.Module) -> dict[Layer, dict[str, str]]:
 
 
 def settle(model: nn.Module) -> None:
-    """Let every layer that keeps a buffer's value as a plain number read it anew: it was written from outside."""
+    """Let every layer whose state is more than its buffers, or was written with others, read them anew: they were
+    written from outside."""
     for module in model.modules():
         if isinstance(module, Annealing):
             module.set_slack()
+        elif isinstance(module, QueryBatchNorm):
+            module.settle()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsemix.config import Config
 from sparsemix.layers.cache import Cache
+from sparsemix.ops.precision import at_least_fp32
 
 
 class Ctx(NamedTuple):
@@ -170,23 +171,20 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Running state moves by small steps, which 16 bits round away: it has at least fp32, or what it is registered
-        with, whatever the default type is and whatever the layer is cast to or loaded from."""
+        """Running state moves by small steps, which 16 bits round away: it has at least fp32, whatever the default type
+        is, and whatever the layer is cast to or loaded from."""
         if tensor is not None and tensor.is_floating_point():
-            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            vars(self).setdefault("_least_dtypes", {})[name] = tensor.dtype
+            tensor = at_least_fp32(tensor)
         super().register_buffer(name, tensor, persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
-        least = vars(self).get("_least_dtypes", {})
-        before = {name: buffer for name in least if (buffer := self._buffers[name]) is not None}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, exact in before.items():
-            cast = self._buffers[name]
-            assert cast is not None
-            dtype = torch.promote_types(cast.dtype, least[name])
-            if dtype != cast.dtype:
-                self._buffers[name] = exact.to(cast.device, dtype)
+        for name, cast in self._buffers.items():
+            if cast is not None and cast.is_floating_point() and cast.dtype.itemsize < 4:
+                exact = before[name]
+                assert exact is not None
+                self._buffers[name] = exact.to(cast.device, torch.float32)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
@@ -194,9 +192,9 @@ class Layer(nn.Module):
         for old, new in self.renamed.items():
             if prefix + old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
-        for name, dtype in vars(self).get("_least_dtypes", {}).items():
-            if (loaded := state_dict.get(prefix + name)) is not None:
-                state_dict[prefix + name] = loaded.to(torch.promote_types(loaded.dtype, dtype))
+        for name in self._buffers:
+            if (loaded := state_dict.get(prefix + name)) is not None and loaded.is_floating_point():
+                state_dict[prefix + name] = at_least_fp32(loaded)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Normalisation of product-key queries: batch statistics (the paper's), per-query LayerNorm, or none."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,6 +33,7 @@ class QueryBatchNorm(QueryNorm):
 
     observes = ("mean", "square")
     mean: Tensor
+    variance: Tensor
     square: Tensor
     num_updates: Tensor
 
@@ -42,10 +43,11 @@ class QueryBatchNorm(QueryNorm):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(num_heads, d_key))
         self.bias = nn.Parameter(torch.empty(num_heads, d_key))
-        # E[q] and E[q^2], as their means over micro-batches, ranks and steps are those of all queries. In fp64, where
-        # their difference E[q^2] - E[q]^2 is a variance even if the mean is a million standard deviations.
-        self.register_buffer("mean", torch.zeros(num_heads, d_key, dtype=torch.float64))
-        self.register_buffer("square", torch.ones(num_heads, d_key, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(num_heads, d_key))
+        self.register_buffer("variance", torch.ones(num_heads, d_key))
+        # E[q^2], what earlier versions kept instead of the variance. Nothing is computed from it but that, when their
+        # weights are read.
+        self.register_buffer("square", torch.ones(num_heads, d_key))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         self.reset_parameters()
 
@@ -63,24 +65,26 @@ class QueryBatchNorm(QueryNorm):
         if causal or not self.training:
             instead = "set query_norm to layer or none"
             check_observed(self.num_updates, "query batch statistics", self.training, instead)
-            mean = self.mean.to(query.dtype)
-            variance = (self.square - self.mean.square()).clamp_min(0).to(query.dtype)
+            mean, variance = self.mean.to(query.dtype), self.variance.to(query.dtype)
         scale = variance.add(self.eps).rsqrt()
         return (query - mean) * scale * self.weight + self.bias, stats
 
     def observe(
         self, mean: Float[Tensor, "H C"], variance: Float[Tensor, "H C"], valid: Bool[Tensor, " N"] | None
     ) -> dict[str, Tensor]:
-        """What to `update` with; without a real token the statistics as they are."""
+        """What to `update` with: E[q] and E[q^2], whose means over micro-batches and ranks are those of all queries. In
+        fp64, where their difference is a variance even at a mean of a million standard deviations."""
         # The same rounded mean in both, so that it cancels.
-        mean = mean.to(self.mean)
-        seen = {"mean": mean, "square": variance.to(self.square) + mean.square()}
+        mean = mean.double()
+        seen = {"mean": mean, "square": variance.double() + mean.square()}
         if valid is None:
             return seen
         return {name: torch.where(valid.any(), seen[name], as_it_is) for name, as_it_is in self.observed().items()}
 
     def observed(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "square": self.square}
+        """An observation that changes nothing."""
+        mean = self.mean.double()
+        return {"mean": mean, "square": self.variance.double() + mean.square()}
 
     @torch.no_grad()
     def update(self, stats: Mapping[str, Tensor]) -> None:
@@ -89,8 +93,27 @@ class QueryBatchNorm(QueryNorm):
         self.num_updates += 1
         # A plain average at first, so that early steps do not lean on the initial values.
         step = max(self.momentum, 1.0 / int(self.num_updates))
-        self.mean.lerp_(stats["mean"].to(self.mean), step)
-        self.square.lerp_(stats["square"].to(self.square), step)
+        seen = stats["mean"].to(self.mean.device).double()
+        variance = stats["square"].to(seen) - seen.square()
+        before, away = self.mean.double(), seen - self.mean.double()
+        # What the average of E[q^2] comes to: that of the variances, and the variance of the two means.
+        spread = self.variance.double().lerp(variance, step) + step * (1 - step) * away.square()
+        self.mean.copy_(before.lerp(seen, step))
+        self.variance.copy_(spread.clamp_min(0))
+        self.square.copy_(self.variance + self.mean.square())
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After buffers were written from outside: weights of earlier versions have no variance."""
+        if not self.variance.any():
+            self.variance.copy_((self.square - self.mean.square()).clamp_min(0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        # torch hands over a dictionary of its own, not the caller's.
+        if prefix + "square" in state_dict and prefix + "variance" not in state_dict:
+            square, mean = state_dict[prefix + "square"], state_dict[prefix + "mean"]
+            state_dict[prefix + "variance"] = (square - mean.square()).clamp_min(0)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forget(self) -> None:
         self.num_updates.zero_()
