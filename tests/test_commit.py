@@ -6,13 +6,8 @@ import sys
 
 import pytest
 
-from sparsemix import __version__, commit, run, train
-from sparsemix.interop.card import about_training
-from sparsemix.report.isoflop import analyse
-from sparsemix.report.records import read_runs
-from sparsemix.report.study_page import write_study
-from sparsemix.run import Run, joined, versions
-from tiny import prepared, run_config, unchecked_shapes
+from sparsemix import __version__, commit
+from sparsemix.run import joined, versions
 
 OURS = '[project]\nname = "sparsemix"\n'
 
@@ -55,9 +50,8 @@ def test_a_checkout_tells_its_commit_and_whether_what_runs_was_changed(ours):
 
 def test_the_repository_around_an_environment_is_not_taken_for_ours(tmp_path, monkeypatch):
     site = tmp_path / "theirs" / ".venv" / "lib" / "site-packages"
-    theirs = repository(
-        tmp_path / "theirs", {"src/theirs/__init__.py": "", "pyproject.toml": '[project]\nname = "them"'}
-    )
+    files = {"src/theirs/__init__.py": "", "pyproject.toml": '[project]\nname = "them"'}
+    repository(tmp_path / "theirs", files)
     package = site / "sparsemix"
     package.mkdir(parents=True)
     # Even if their project has our layout, or a copy of our package in its own.
@@ -67,7 +61,6 @@ def test_the_repository_around_an_environment_is_not_taken_for_ours(tmp_path, mo
     monkeypatch.setattr(commit, "PACKAGE", package)
     monkeypatch.setattr(sys, "path", [str(site), *sys.path])
     assert commit.commit.__wrapped__() is None
-    assert theirs
 
 
 def test_variables_of_a_git_hook_name_another_repository_and_change_nothing(ours, tmp_path, monkeypatch):
@@ -108,25 +101,3 @@ def test_versions_are_of_what_is_imported():
 
 def test_versions_of_several_runs_are_all_told():
     assert joined({"torch": "1", "a": "x"}, {"torch": "2"}, {"torch": "1; 3"}) == {"torch": "1; 2; 3", "a": "x"}
-
-
-def test_result_manifest_page_and_card_name_the_commit_and_a_resumed_run_names_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "commit", lambda: "decade")
-    with unchecked_shapes():
-        data, shards = prepared(tmp_path)
-        assert shards.manifest["versions"]["commit"] == "decade"
-        config = run_config(data, "dense", 3, evals=0, checkpoint_s=0)
-        train.train(config, tmp_path / "run", shards)
-        # A process of other code ends the run.
-        (tmp_path / "run" / "result.json").unlink()
-        monkeypatch.setattr(run, "commit", lambda: "c0ffee (changed)")
-        train.train(config, tmp_path / "run", shards)
-    result = Run(tmp_path / "run").result
-    both = "decade; c0ffee (changed)"
-    assert result["versions"]["commit"] == both and result["versions"] == joined(versions(), result["versions"]) | {
-        "commit": both
-    }
-    assert f"commit {both}" in about_training(config, result)
-    records = read_runs([tmp_path / "run"])
-    text = write_study(analyse(records, resamples=10), tmp_path, records).read_text(encoding="utf-8")
-    assert both in text and all(f"{name} {impl}" in text for name, impl in result["kernels"].items())

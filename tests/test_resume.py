@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,13 @@ from safetensors.torch import load_file
 
 from sparsemix import checkpoint, train
 from sparsemix.config import to_yaml
+from sparsemix.interop.card import about_training
 from sparsemix.ops import impl
-from sparsemix.run import Run
+from sparsemix.report.isoflop import analyse
+from sparsemix.report.records import read_runs
+from sparsemix.report.study_page import write_study
+from sparsemix.reproduce.write import made_by
+from sparsemix.run import Run, versions
 from tiny import prepared, run_config, unchecked_shapes
 
 STEPS = 8
@@ -145,6 +151,26 @@ def test_a_run_says_the_same_again_and_when_it_was_resumed_at_its_end(unbroken, 
     for name in ("again", "resumed"):
         assert_same_end(tmp_path / name, tmp_path / "once", steps)
     assert results[0]["kernels"] and "an_op" not in Run(tmp_path / "resumed").result["kernels"]
+
+
+def test_result_manifest_page_and_card_name_the_commits_that_made_a_run(unbroken, tmp_path, monkeypatch):
+    config, shards, reference = unbroken
+    first = Run(reference).result["versions"]
+    assert first == shards.manifest["versions"] == versions()
+    # Its end is made by a process of other code.
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    monkeypatch.setattr("sparsemix.run.commit", lambda: "c0ffee (changed)")
+    train.train(config, tmp_path / "run", shards)
+    result = Run(tmp_path / "run").result
+    both = "; ".join([first["commit"], "c0ffee (changed)"] if "commit" in first else ["c0ffee (changed)"])
+    assert result["versions"] == first | {"commit": both}
+    assert f"commit {both}" in about_training(config, result)
+    records = read_runs([tmp_path / "run"])
+    told = made_by(records)
+    assert told["versions"]["commit"] == both and told["kernels"] == result["kernels"]
+    text = write_study(analyse(records, resamples=10), tmp_path, records).read_text(encoding="utf-8")
+    assert both in text and all(f"{name} {impl}" in text for name, impl in result["kernels"].items())
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ def commit() -> str | None:
 
 
 def checkout(package: Path) -> Path | None:
-    """The root of sparsemix's own checkout, if the package lies in one. A package in somebody's environment lies, maybe,
-    inside a checkout too: of another project, whose commit says nothing of this code."""
+    """The root of sparsemix's own checkout, if the package lies in one. A package in somebody's environment may lie in
+    a checkout too: of another project, whose commit says nothing of this code."""
     top = package.parent.parent
     if package != top / "src" / package.name or not (top / ".git").exists():
         return None

@@ -16,7 +16,7 @@ OF_A_RUN = ("seed", "train.lr", "train.budget_flops")
 
 def details(records: Sequence[Record], out: Path) -> dict[str, Any]:
     """For the runs in the order of `records`: `links` from `out` to their folders, `layers` (sizes, FLOPs, memory);
-    for all: `differences` of the arms' settings, `hardware`, `versions`, `kernels`; `inspections` and `texts` by link."""
+    for all: `differences` of the arms' settings, `hardware`, `versions`, `kernels`; by link `inspections`, `texts`."""
     links = [Path(os.path.relpath(record.folder, out)).as_posix() for record in records]
     told = {name: joined(*(record.result.get(name) or {} for record in records)) for name in ("versions", "kernels")}
     return {
