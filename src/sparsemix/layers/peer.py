@@ -102,7 +102,8 @@ class PEER(Layer):
         ctx = ctx or self.default_ctx()
         config, tokens = self.config, x.flatten(0, 1)  # (N, D)
         valid = None if ctx.valid is None else ctx.valid.flatten()
-        scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
+        finds = self.config, self.query, self.query_norm, self.sub_keys
+        scores, ids, stats = look_up(*finds, tokens, valid, ctx.causal)
         gates, ids = GATES[config.gate](scores).flatten(1), ids.flatten(1)  # (N, H K)
         y = peer_experts(tokens, ids, gates, self.w_in, self.w_out, config.activation, self.row_grads).to(x.dtype)
         # Counting over the whole table takes longer than a step of decoding.

@@ -88,7 +88,8 @@ class PKM(Layer):
         ctx = ctx or self.default_ctx()
         tokens = x.flatten(0, 1)  # (N, D)
         valid = None if ctx.valid is None else ctx.valid.flatten()
-        scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
+        finds = self.config, self.query, self.query_norm, self.sub_keys
+        scores, ids, stats = look_up(*finds, tokens, valid, ctx.causal)
         gates, ids = scores.softmax(dim=-1).flatten(1), ids.flatten(1)  # (N, H K)
         y = row_mix(gates, ids, self.value_vectors, self.row_grads).to(x.dtype)
         # Counting over the whole table takes longer than a step of decoding.

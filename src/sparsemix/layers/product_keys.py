@@ -42,18 +42,6 @@ class ProductKeySettings(Protocol):
     def rule(self, holds: bool, name: str, rule: str) -> None: ...
 
 
-@runtime_checkable
-class ProductKeyLayer(Protocol):
-    """A layer with a query network, its norm and sub-keys."""
-
-    query: Linear
-    query_norm: QueryNorm
-    sub_keys: nn.Parameter
-
-    @property
-    def config(self) -> ProductKeySettings: ...
-
-
 class Found(NamedTuple):
     """The rows that every head found, best first, their scores, and the query norm's observations."""
 
@@ -111,14 +99,18 @@ def reset_keys(keys: Tensor) -> None:
 
 
 def look_up(
-    layer: ProductKeyLayer, tokens: Float[Tensor, "N D"], valid: Bool[Tensor, " N"] | None, causal: bool
+    config: ProductKeySettings,
+    query: Linear,
+    norm: QueryNorm,
+    keys: Tensor,
+    tokens: Float[Tensor, "N D"],
+    valid: Bool[Tensor, " N"] | None,
+    causal: bool,
 ) -> Found:
     """The top_k rows (i, j), numbered i * n + j, with the largest <q_0, keys_0i> + <q_1, keys_1j>, where the halves of
     q = norm(query(x)) meet the two key sides, in at least fp32. No scaling of scores, as in arXiv:1907.05242."""
-    config = layer.config
     with torch.autocast(tokens.device.type, enabled=False):
-        query = layer.query(at_least_fp32(tokens)).view(-1, config.num_heads, config.d_key)
-        query, stats = layer.query_norm(query, valid, causal)
-        halves = query.view(-1, config.num_heads, 2, config.d_key // 2)
-        left, right, i, j = product_key_topk(halves, layer.sub_keys, config.top_k)  # (N, H, K) each
+        normed, stats = norm(query(at_least_fp32(tokens)).view(-1, config.num_heads, config.d_key), valid, causal)
+        halves = normed.view(-1, config.num_heads, 2, config.d_key // 2)
+        left, right, i, j = product_key_topk(halves, keys, config.top_k)  # (N, H, K) each
     return Found(left + right, i * config.n + j, {f"query_norm.{name}": value for name, value in stats.items()})
