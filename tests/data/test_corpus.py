@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from sparsemix.config import ConfigError
-from sparsemix.data.corpus import Document, deduplicate, fingerprint, read_documents, split_of
+from sparsemix.data.corpus import Document, deduplicate, fingerprint, split_of
+from sparsemix.data.documents import read_documents
 
 TEXTS = ["first text\nwith two lines", "zweiter Text: äöü €", "third"]
 LINES = "\n".join(json.dumps({"text": t, "id": i}) for i, t in enumerate(TEXTS))

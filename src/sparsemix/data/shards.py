@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import corpus
 from sparsemix.data.corpus import SPLITS, Document
+from sparsemix.data.documents import read_documents
+from sparsemix.data.files import find_files
 from sparsemix.data.parts import Parts, scored_parts
 from sparsemix.data.tokenizer import (
     end_of_text,
@@ -210,7 +212,7 @@ def _stamp(sources: Sequence[str]) -> str | None:
     """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
     lines: list[str] = []
     for source in (s for s in sources if not s.startswith("hf:")):
-        if not (files := corpus.find_files(source)):
+        if not (files := find_files(source)):
             return None
         lines += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
     return corpus.sha256("\n".join(lines))
@@ -218,7 +220,7 @@ def _stamp(sources: Sequence[str]) -> str | None:
 
 def _collect(config: DataConfig, report: Progress) -> tuple[list[Document], int, bool]:
     """(documents, duplicates dropped, whether fewer than three were cut into pieces)."""
-    documents, dropped = corpus.deduplicate(corpus.read_documents(config.text, lambda n: report("reading", n, None)))
+    documents, dropped = corpus.deduplicate(read_documents(config.text, lambda n: report("reading", n, None)))
     if cut := len(documents) < len(SPLITS):
         size = sum(len(d.text) for d in documents) / 200
         documents, more = corpus.deduplicate(piece for d in documents for piece in _pieces(d, size))

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, load_yaml, nearest, parse
 from sparsemix.data import hub
-from sparsemix.data.corpus import text_field
+from sparsemix.data.documents import text_field
 from sparsemix.data.files import SUFFIXES, Row, read_rows
 
 FOLDER = Path(__file__).parent / "suites"
