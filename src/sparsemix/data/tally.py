@@ -8,7 +8,7 @@ _KINDS_SAID = 6
 
 
 class Skip(NamedTuple):
-    """Why something was left out: what it is (`.png`, `link`, `row`), the reason, and whether to call it a file."""
+    """What something is that was left out (`.png`, `link`, `row`), and why."""
 
     kind: str
     why: str
@@ -29,6 +29,11 @@ class Tally:
         """Something was left out; of each kind and reason the first is named."""
         self.skipped[Skip(kind, why)] += 1
         self.examples.setdefault(Skip(kind, why), example)
+
+    def add(self, other: "Tally") -> None:
+        """Take over what another one skipped."""
+        self.skipped.update(other.skipped)
+        self.examples = other.examples | self.examples
 
     def as_dict(self) -> dict[str, Any]:
         """Everything counted, as JSON holds it, and `line`, which says it."""
@@ -59,11 +64,15 @@ class Tally:
         ]
         if self.cut:
             said.append(f"{self.cut} long ones cut")
-        kinds = [f"{n} {s.kind} ({s.why}, {_first(n)}{self.examples[s]})" for s, n in self.skipped.most_common()]
-        if len(kinds) > _KINDS_SAID:
-            left = sum(n for _, n in self.skipped.most_common()[_KINDS_SAID:])
-            kinds = [*kinds[:_KINDS_SAID], f"{left} of {len(kinds) - _KINDS_SAID} other kinds"]
-        return f"read: {', '.join(said)}; skipped: {', '.join(kinds) or 'nothing'}"
+        return f"read: {', '.join(said)}; {self.skips()}"
+
+    def skips(self) -> str:
+        """`skipped: 2 .png (not text, such as a/b.png), ...`, the most frequent first."""
+        skipped = self.skipped.most_common()
+        kinds = [f"{n:,} {s.kind} ({s.why}, {_first(n)}{self.examples[s]})" for s, n in skipped[:_KINDS_SAID]]
+        if left := skipped[_KINDS_SAID:]:
+            kinds.append(f"{sum(n for _, n in left):,} of {len(left)} other kinds")
+        return f"skipped: {', '.join(kinds) or 'nothing'}"
 
 
 def read_line(manifest: Mapping[str, Any]) -> str:

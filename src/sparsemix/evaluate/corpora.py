@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, load_yaml, nearest, parse
 from sparsemix.data import hub
 from sparsemix.data.documents import text_field
-from sparsemix.data.files import SUFFIXES, Row, read_rows
+from sparsemix.data.files import SUFFIXES
+from sparsemix.data.rows import Row, read_rows
 
 FOLDER = Path(__file__).parent / "suites"
 
