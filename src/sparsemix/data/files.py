@@ -1,5 +1,6 @@
 """Where text lies -> the files to read, and a word for everything there that is not read."""
 
+import hashlib
 import os
 import stat
 import sysconfig
@@ -60,6 +61,17 @@ def check_found(source: str, found: Sequence[Path], text_as: Sequence[str] = (),
     if not look.supports(found[0]):
         why = look.unknown(found[0])[1]
         raise ConfigError(f"{name}: unknown suffix {found[0].suffix!r} ({why}); rename or convert it to one of {known}")
+
+
+def stamp(sources: Sequence[str], text_as: Sequence[str] = ()) -> str | None:
+    """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
+    lines: list[str] = []
+    for source in (s for s in sources if not s.startswith("hf:")):
+        if not (files := find_files(source, text_as)):
+            return None
+        about = [(shown(p), p.stat()) for p in files]
+        lines += [f"{name} {it.st_size} {it.st_mtime_ns}" for name, it in about]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_text_as(text_as: Sequence[str]) -> str | None:
