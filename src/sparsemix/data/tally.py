@@ -25,6 +25,14 @@ class Tally:
         self.skipped: Counter[Skip] = Counter()
         self.examples: dict[Skip, str] = {}
 
+    @classmethod
+    def of(cls, text: str) -> "Tally":
+        """That of one file that holds one text."""
+        made = cls()
+        made.files = made.found = made.documents = 1
+        made.bytes = len(text.encode("utf-8", "surrogateescape"))
+        return made
+
     def skip(self, kind: str, why: str, example: str) -> None:
         """Something was left out; of each kind and reason the first is named."""
         self.skipped[Skip(kind, why)] += 1
