@@ -9,9 +9,7 @@ Text = Annotated[
 ]
 TextAs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--text-as", help="A suffix whose files are read as text too, such as .asc; `.` for none. Repeatable."
-    ),
+    typer.Option("--text-as", help="A suffix of files to read as text too, such as .asc; `.` for none. Repeatable."),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
 

@@ -32,7 +32,8 @@ def find_files(source: str, text_as: Sequence[str] = (), tally: Tally | None = N
         path = Path(source).expanduser()
         if _is_there(path):
             return _below(path, look, {"__pycache__"}) if stat.S_ISDIR(path.stat().st_mode) else [path]
-        return sorted(p for p in _expand(path, look) if look.takes(p))
+        parts = path.parts[1:] if path.anchor else path.parts
+        return _expand(Path(path.anchor), parts, look)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{shown(source)} is no glob ({one_line(error)}); mend the pattern") from None
     except RuntimeError as error:
@@ -41,6 +42,11 @@ def find_files(source: str, text_as: Sequence[str] = (), tally: Tally | None = N
         dangling = Path(source).is_symlink()
         why = "is a link that leads nowhere" if dangling else f"cannot be read ({error.strerror or error})"
         raise ConfigError(f"{shown(source)} {why}; mend it, or name another source") from None
+
+
+def match(folder: Path, pattern: str, tally: Tally) -> list[Path]:
+    """The files below a folder that a glob matches, sorted; the tally gets what else it matches."""
+    return _expand(folder, Path(pattern).parts, _Look((), tally))
 
 
 def check_found(source: str, found: Sequence[Path], text_as: Sequence[str] = (), tally: Tally | None = None) -> None:
@@ -206,16 +212,19 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _expand(path: Path, look: _Look) -> set[Path]:
-    """What a glob matches and is no folder; `**` also goes through linked folders, and not into hidden ones."""
-    parts = path.parts[1:] if path.anchor else path.parts
-    found = _matches(Path(path.anchor), parts)
+def _expand(base: Path, parts: Sequence[str], look: _Look) -> list[Path]:
+    """The files to read that a glob matches, sorted; `**` also goes through linked folders, and not into hidden ones."""
+    found = _matches(base, parts)
     files = {p for p in found if not p.is_dir()}
+    for hidden in sorted(p for p in found if p.name.startswith(".") and not parts[-1].startswith(".")):
+        look.skip(hidden, "hidden", "name begins with a dot")
+        found.discard(hidden)
+        files.discard(hidden)
     parents = {folder for p in files for folder in p.parents}
     for folder in sorted(found - files):
         if folder not in parents:
             look.skip(folder, "folder", "a glob's folders are not read")
-    return files
+    return sorted(p for p in files if look.takes(p))
 
 
 def _matches(base: Path, parts: Sequence[str]) -> set[Path]:

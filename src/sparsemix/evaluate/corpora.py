@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, load_yaml, nearest, parse
 from sparsemix.data import hub
 from sparsemix.data.documents import text_field
-from sparsemix.data.files import find_files
+from sparsemix.data.files import match
 from sparsemix.data.rows import Row, read_rows
 from sparsemix.data.tally import Tally
 
@@ -156,7 +156,7 @@ def find(corpus: CorpusConfig, data_dir: Path | None) -> Found:
 
 
 def _local(corpus: CorpusConfig, data_dir: Path, tally: Tally) -> list[Path]:
-    found = {path for pattern in corpus.files for path in find_files(str(data_dir / pattern), tally=tally)}
+    found = {path for pattern in corpus.files for path in match(data_dir, pattern, tally)}
     tally.found = len(found)
     return sorted(found)
 
@@ -184,9 +184,10 @@ class Passage(NamedTuple):
     word_at: int | None
 
 
-def passages(name: str, corpus: CorpusConfig, rows: Iterable[Row], tally: Tally) -> Iterator[Passage]:
+def passages(name: str, corpus: CorpusConfig, rows: Iterable[Row], tally: Tally | None = None) -> Iterator[Passage]:
     """The documents of a corpus that are more than white space or null, counted in the tally. Raises ConfigError for a
     row that has no text."""
+    tally = tally if tally is not None else Tally()
     for row in rows:
         if all(path in row.fields and row.fields[path] is None for path in corpus.text):
             tally.skip("row", "its text is null", row.name)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config
+from sparsemix.data import read_line
 from sparsemix.report.records import Record
 from sparsemix.sweep.arms import Arm, refuse_decided
 from sparsemix.sweep.estimate import Planned, planned
