@@ -39,7 +39,7 @@ def find_files(source: str, text_as: Sequence[str] = (), tally: Tally | None = N
     except RuntimeError as error:
         raise ConfigError(f"{shown(source)}: {one_line(error)}; write the folder out") from None
     except OSError as error:
-        dangling = Path(source).is_symlink()
+        dangling = os.path.islink(source)  # noqa: PTH114 - a name may be too long to ask by Path
         why = "is a link that leads nowhere" if dangling else f"cannot be read ({error.strerror or error})"
         raise ConfigError(f"{shown(source)} {why}; mend it, or name another source") from None
 
@@ -213,7 +213,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _expand(base: Path, parts: Sequence[str], look: _Look) -> list[Path]:
-    """The files to read that a glob matches, sorted; `**` also goes through linked folders, and not into hidden ones."""
+    """The files to read that a glob matches, sorted; `**` goes through linked folders too, and not into hidden ones."""
     found = _matches(base, parts)
     files = {p for p in found if not p.is_dir()}
     for hidden in sorted(p for p in found if p.name.startswith(".") and not parts[-1].startswith(".")):

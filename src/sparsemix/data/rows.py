@@ -47,7 +47,7 @@ def read_rows(
             elif name.endswith(LINES):
                 yield from _read_lines(path, tally)
             else:
-                yield from _read_text(path, max_chars)
+                yield from _read_text(path, max_chars, tally)
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
             raise ConfigError(f"{shown(path)} is truncated or corrupt ({one_line(error)}); fetch it again") from None
         except OSError as error:
@@ -73,10 +73,11 @@ def cut(texts: Iterable[str], max_chars: int) -> Iterator[str]:
         yield held
 
 
-def _read_text(path: Path, max_chars: int | None) -> Iterator[Row]:
+def _read_text(path: Path, max_chars: int | None, tally: Tally) -> Iterator[Row]:
     pieces = _decoded(path)
     texts = cut(pieces, max_chars) if max_chars else ["".join(pieces)]
-    for text in texts:
+    for part, text in enumerate(texts):
+        tally.cut += part == 1
         yield Row(shown(path), {"text": text})
 
 
