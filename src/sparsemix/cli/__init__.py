@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def spread_text(args: list[str]) -> list[str]:
-    """`--text a b` as `--text a --text b`, as the shell makes a glob several words; `--text-as` and `--only` likewise."""
+    """`--text a b` as `--text a --text b`: the shell makes a glob several words. `--text-as`, `--only` likewise."""
     spread: list[str] = []
     for i, word in enumerate(args):
         start = max((j for j in range(i) if args[j].startswith("-")), default=None)
