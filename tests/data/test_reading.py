@@ -33,7 +33,8 @@ def write_parquet(path, columns):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, path)
     return path
 
 
@@ -80,7 +81,7 @@ def test_linked_folders_are_read_and_each_folder_once(folder, tmp_path):
     (other / "deep" / "back").symlink_to(folder)
     (folder / "more").symlink_to(other)
     (folder / "again").symlink_to(other / "deep")
-    for source in (folder, folder / "**" / "*.txt"):
+    for source in (folder, folder / "**" / "*.txt", folder / "**"):
         assert sorted(texts(source)) == ["a text", "b text", "c text"]
     assert skipped(folder)["linked folder"] == (2, "is read by another name")
 
@@ -287,6 +288,10 @@ def test_parquet_columns_that_nobody_asked_for_are_not_converted(tmp_path):
     write_parquet(tmp_path / "c.parquet", {"text": days})
     with pytest.raises(ConfigError, match=r"c\.parquet: `text` is date32\[day\], not a string"):
         texts(tmp_path / "c.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["x"]), pyarrow.array(["y"])], ["text", "text"])
+    write_parquet(tmp_path / "e.parquet", twice)
+    with pytest.raises(ConfigError, match=r"e\.parquet: there are two fields `text`; rename"):
+        texts(tmp_path / "e.parquet")
     inner = pyarrow.StructArray.from_arrays([pyarrow.array(["set"]), days], ["name", "day"])
     path = write_parquet(tmp_path / "d.parquet", {"text": ["x"], "meta": inner})
     (row,) = rows.read_rows([path], ("text", "meta.name", "gone"))

@@ -214,7 +214,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _expand(base: Path, parts: Sequence[str], look: _Look) -> list[Path]:
     """The files to read that a glob matches, sorted; `**` goes through linked folders too, and not into hidden ones."""
-    found = _matches(base, parts)
+    found = _matches(base, parts, look)
     files = {p for p in found if not p.is_dir()}
     for hidden in sorted(p for p in found if p.name.startswith(".") and not parts[-1].startswith(".")):
         look.skip(hidden, "hidden", "name begins with a dot")
@@ -227,11 +227,12 @@ def _expand(base: Path, parts: Sequence[str], look: _Look) -> list[Path]:
     return sorted(p for p in files if look.takes(p))
 
 
-def _matches(base: Path, parts: Sequence[str]) -> set[Path]:
+def _matches(base: Path, parts: Sequence[str], look: _Look) -> set[Path]:
     if "**" not in parts:
         return set(base.glob(str(Path(*parts)))) if parts else set()
     at = parts.index("**")
     bases = {p for p in base.glob(str(Path(*parts[:at]))) if p.is_dir()} if at else {base}
-    within = _Look((), Tally())
-    folders = {folder for b in bases for folder, _ in _folders(b, within, set())}
-    return {p for folder in folders for p in _matches(folder, parts[at + 1 :])}
+    below = {folder: files for b in sorted(bases) for folder, files in _folders(b, look, set())}
+    if not (rest := parts[at + 1 :]):
+        return {p for files in below.values() for p in files}
+    return {p for folder in below for p in _matches(folder, rest, look)}

@@ -29,6 +29,8 @@ def parquet_fields(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any
             if not held:
                 yield from [blank] if file.metadata.num_rows else []
                 return
+            if twice := [name for name in held if schema.names.count(name) > 1]:
+                raise ConfigError(f"{shown(path)}: there are two fields `{twice[0]}`; rename the one that is no text")
             done = 0
             for batch in file.iter_batches(columns=held, batch_size=_rows_at_once(file.metadata, held)):
                 names = batch.schema.names
