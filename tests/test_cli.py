@@ -166,11 +166,16 @@ def test_parity_prints_the_published_sizes_and_a_layer_that_builds(monkeypatch, 
 
 def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, capsys, tmp_path, corpus):
     out = tmp_path / "out"
-    asked = ["compare", "--out", out, "--text", corpus, "--kinds", "dense,mod,moe@ternary"]
+    (corpus / "59.txt").rename(corpus / "59.asc")
+    (corpus / "cover.png").write_bytes(b"\0")
+    asked = ["compare", "--out", out, "--text", corpus, "--text-as", ".asc", "--kinds", "dense,mod,moe@ternary"]
     asked += ["--seeds", "2", "--budget", "1e10"]
     code, said, err = call(monkeypatch, capsys, *asked, *SMALL)
     assert code == 0, err
     assert "report: " in said
+    (line,) = (line for line in err.splitlines() if line.startswith("read: "))
+    assert "read: 60 files, " in line and line.endswith(f"skipped: 1 .png (not text, {corpus / 'cover.png'})")
+    assert line in (out / "report.html").read_text()
     result = json.loads((out / "result.json").read_text())
     dense, mod, ternary = result["rows"]
     assert [row["kind"] for row in result["rows"]] == ["dense", "mod", "moe@ternary"]
@@ -216,6 +221,16 @@ def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, caps
     assert (out / "report.html").is_file()
     assert f"| mod | {mod['bpb']:.4f} |" in said
     assert result["corpus"]["fingerprint"] in said
+
+
+def test_every_command_that_reads_text_reads_further_suffixes_when_asked():
+    from typer.main import get_command
+
+    commands = get_command(cli.app).commands
+    given = {name: {o for p in command.params for o in p.opts} for name, command in commands.items()}
+    readers = {name for name, options in given.items() if "--text" in options}
+    assert readers == {"compare", "convert", "inspect", "isoflop", "reproduce", "train"}
+    assert all("--text-as" in given[name] for name in readers)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import DataConfig, Shards, prepare, shards
-from sparsemix.data.corpus import read_documents
+from sparsemix.data.documents import read_documents
 from sparsemix.data.tokenizer import encode_batch, train_tokenizer
 
 

@@ -52,11 +52,16 @@ def main() -> None:
 
 
 def spread_text(args: list[str]) -> list[str]:
-    """`--text a b` as `--text a --text b`, for the shell expands a glob into several words; `--only` likewise."""
+    """`--text a b` as `--text a --text b`: the shell makes a glob several words. `--text-as`, `--only` likewise."""
     spread: list[str] = []
     for i, word in enumerate(args):
         start = max((j for j in range(i) if args[j].startswith("-")), default=None)
-        if start is not None and args[start] in ("--text", "--only") and start < i - 1 and not word.startswith("-"):
+        if (
+            start is not None
+            and args[start] in ("--text", "--text-as", "--only")
+            and start < i - 1
+            and not word.startswith("-")
+        ):
             spread.append(args[start])
         spread.append(word)
     return spread

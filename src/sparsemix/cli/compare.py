@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, TextAs, Track, Workers
 from sparsemix.cli.output import interruptible, say, show
 
 
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
     text: Text = None,
+    text_as: TextAs = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mh_moe,mod",
@@ -32,6 +33,7 @@ def compare(
     from sparsemix.config import parse
     from sparsemix.sweep.compare import CompareConfig, Comparison
     from sparsemix.sweep.launch import make_launcher
+    from sparsemix.sweep.texts import text_overrides
     from sparsemix.sweep.watch import Stages
     from sparsemix.track import tracking
 
@@ -43,7 +45,7 @@ def compare(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": tuple(override or ()),
+        "overrides": text_overrides(override or (), text_as or ()),
     }
     with interruptible(), tracking(track, out), Stages("data", say) as preparation:
         config = parse(CompareConfig, settings)

@@ -29,12 +29,15 @@ def generate(
 ) -> None:
     """Continue a text with a trained model, token by token."""
     from sparsemix.config import parse
+    from sparsemix.data import Tally
     from sparsemix.durable import write_atomic
     from sparsemix.generation import Sampling
     from sparsemix.play import Play
     from sparsemix.report.generation_page import generation_page
 
     text = read_prompt(prompt, prompt_file)
+    if prompt_file is not None:
+        say(Tally.of(text).line())
     sampling = parse(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed})
     page = html or (model / "generation.html" if show else None)
     with interruptible("what was printed is all there is"):

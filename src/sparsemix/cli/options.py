@@ -7,6 +7,10 @@ import typer
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib; one or more.")
 ]
+TextAs = Annotated[
+    list[str] | None,
+    typer.Option("--text-as", help="A suffix of files to read as text too, such as .asc; `.` for none. Repeatable."),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
 
 # Where runs are trained; `make_launcher` takes these.

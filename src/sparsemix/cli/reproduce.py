@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Text, TextAs, Track, Workers
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -21,6 +21,7 @@ def reproduce(
     ),
     scale: Annotated[str, typer.Option(help="demo, laptop, gpu, or paper (the published setting).")] = "demo",
     text: Text = None,
+    text_as: TextAs = None,
     budget: Annotated[float | None, typer.Option(help="Training FLOPs a run, in place of the scale's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds, in place of the scale's.", min=1)] = None,
     override: Set = None,
@@ -47,6 +48,7 @@ def reproduce(
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
     from sparsemix.sweep.launch import make_launcher
+    from sparsemix.sweep.texts import text_overrides
     from sparsemix.track import tracking
 
     settings = parse(
@@ -56,7 +58,7 @@ def reproduce(
             "scale": scale,
             "budget": budget,
             "seeds": seeds,
-            "overrides": tuple(override or ()),
+            "overrides": text_overrides(override or (), text_as or ()),
         },
     )
     if data_dir is not None and not data_dir.is_dir():
@@ -73,6 +75,7 @@ def reproduce(
 
 
 def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, corpora: Path | None) -> None:
+    from sparsemix.data import read_line
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
     from sparsemix.sweep.study import Study
@@ -84,6 +87,7 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
         text = lab.data_config(planned.design, settings)
         # A text with too few test documents is refused before anything trains.
         prepared(out, lambda: study.prepare(text, progress), planned.cells[0].config)
+    say(read_line(study.shards.manifest))
     planned = lab.plan(planned.entry.name, settings, study.data)
     with launcher as made:
         outcome, records = lab.run(planned, study, made, say, retries, corpora)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Text, Track
+from sparsemix.cli.options import Text, TextAs, Track
 from sparsemix.cli.output import interruptible, say
 from sparsemix.errors import ConfigError
 
@@ -17,6 +17,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings, such as train.lr=3e-3.")] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same command resumes it.")] = Path("runs/train"),
     text: Text = None,
+    text_as: TextAs = None,
     init_from: Annotated[
         Path | None, typer.Option(help="A saved model: its settings, tokenizer and weights in the recipe's place.")
     ] = None,
@@ -26,7 +27,7 @@ def train(
 ) -> None:
     """Train one model to its budget and evaluate it causally."""
     from sparsemix.config import config_hash, parse
-    from sparsemix.data import DataConfig, prepare
+    from sparsemix.data import DataConfig, prepare, read_line
     from sparsemix.machine import tune_cpu_allocator
     from sparsemix.settings import RunConfig
     from sparsemix.sweep.watch import Stages, Watch
@@ -38,6 +39,8 @@ def train(
     raw = _settings(recipe, overrides or [], init_from)
     if text:
         raw["data"]["text"] = tuple(text)
+    if text_as:
+        raw["data"]["text_as"] = tuple(text_as)
     config = parse(RunConfig, raw)
     say(f"{config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens")
     if falling := config.still_falling:
@@ -46,6 +49,7 @@ def train(
     with interruptible(), tracking(track, out):
         with Stages("data", say) as preparation:
             shards = prepare(config.data, place, preparation)
+        say(read_line(shards.manifest))
         config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
         with Watch([out], "training", say) as watch:
             result = train_run(config, out, shards, lambda _: watch()).result

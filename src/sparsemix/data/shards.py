@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from tokenizers import Tokenizer
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import corpus
 from sparsemix.data.corpus import SPLITS, Document
+from sparsemix.data.documents import read_documents
+from sparsemix.data.files import check_text_as, stamp
 from sparsemix.data.parts import Parts, scored_parts
+from sparsemix.data.tally import Tally
 from sparsemix.data.tokenizer import (
     end_of_text,
     id_dtype,
@@ -41,6 +44,8 @@ class DataConfig(Config):
 
     text: tuple[str, ...] = ("stdlib",)
     """Sources: files, folders, globs, `stdlib`, or hf:NAME:SPLIT (see `read_documents`)."""
+    text_as: tuple[str, ...] = ()
+    """Suffixes of further files that are read as plain text, such as .asc; `.` for names without a suffix."""
     vocab_size: int = 1024
     """Tokens of the byte-level BPE trained on the training split, at most; unused with `tokenizer`."""
     tokenizer: str | None = None
@@ -55,6 +60,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _rules(self) -> "DataConfig":
         self.rule(bool(self.text) and all(self.text), "text", "must name at least one source, none of them empty")
+        self.rule((broken := check_text_as(self.text_as)) is None, "text_as", broken or "")
         self.rule(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end of text")
         for name in ("validation_fraction", "test_fraction"):
             self.rule(0 < getattr(self, name) < 0.5, name, "must lie between 0 and 0.5, both excluded")
@@ -171,15 +177,23 @@ def prepare(config: DataConfig, folder: Path, progress: Progress | None = None) 
     report = progress or (lambda stage, done, total: None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         return _reuse(config, folder, report)
-    stamp = _stamp(config.text)
-    documents, dropped, cut = _collect(config, report)
+    mark_of_files = stamp(config.text, config.text_as)
+    tally = Tally()
+    documents, dropped, cut = _collect(config, report, tally)
+    tally.duplicates = dropped
     mark = corpus.fingerprint(documents)
     if config.fingerprint not in (None, mark):
         raise ConfigError(f"fingerprint={config.fingerprint}: the text is now {mark}; restore it, or drop the setting")
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        facts = {"fingerprint": mark, "stamp": stamp, "duplicates_dropped": dropped, "cut_into_pieces": cut}
+        facts = {
+            "fingerprint": mark,
+            "stamp": mark_of_files,
+            "duplicates_dropped": dropped,
+            "cut_into_pieces": cut,
+            "read": tally.as_dict(),
+        }
         _write(config, temporary, _split(documents, config), facts, report)
         temporary.rename(folder)
     except OSError as error:
@@ -200,26 +214,18 @@ def _reuse(config: DataConfig, folder: Path, report: Progress) -> Shards:
     held = wanted = shards.manifest["fingerprint"]
     if config.fingerprint is not None:
         wanted = config.fingerprint
-    elif _stamp(config.text) not in (None, shards.manifest["stamp"]):
-        wanted = corpus.fingerprint(_collect(config, report)[0])
+    elif stamp(config.text, config.text_as) not in (None, shards.manifest["stamp"]):
+        wanted = corpus.fingerprint(_collect(config, report, Tally())[0])
     if wanted != held:
         raise ConfigError(f"{folder} holds shards of the text {held}, not {wanted}; delete it or choose another folder")
     return shards
 
 
-def _stamp(sources: Sequence[str]) -> str | None:
-    """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
-    lines: list[str] = []
-    for source in (s for s in sources if not s.startswith("hf:")):
-        if not (files := corpus.find_files(source)):
-            return None
-        lines += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    return corpus.sha256("\n".join(lines))
-
-
-def _collect(config: DataConfig, report: Progress) -> tuple[list[Document], int, bool]:
+def _collect(config: DataConfig, report: Progress, tally: Tally) -> tuple[list[Document], int, bool]:
     """(documents, duplicates dropped, whether fewer than three were cut into pieces)."""
-    documents, dropped = corpus.deduplicate(corpus.read_documents(config.text, lambda n: report("reading", n, None)))
+    documents, dropped = corpus.deduplicate(
+        read_documents(config.text, lambda n: report("reading", n, None), config.text_as, tally)
+    )
     if cut := len(documents) < len(SPLITS):
         size = sum(len(d.text) for d in documents) / 200
         documents, more = corpus.deduplicate(piece for d in documents for piece in _pieces(d, size))

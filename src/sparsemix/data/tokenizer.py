@@ -1,6 +1,7 @@
 """Text -> token ids, in memory and on disk: a byte-level BPE trained on the corpus, or a pretrained tokenizer."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from sparsemix.config import ConfigError
 EOT = "<|endoftext|>"
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<eot>", "<|eot_id|>", "<|im_end|>")
 
+# What has no end for so long is cut before it is counted: merging a word takes the square of its length.
+_LONGEST_WORD = 256
+_TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)|\s{{{_LONGEST_WORD}}}(?=\s)")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with at most vocab_size tokens, `<|endoftext|>` being id 0. The same texts give the same one.
 
-    It loses nothing: decode(encode(text)) == text. Little text supports fewer merges and so fewer tokens."""
+    It loses nothing: decode(encode(text)) == text. Little text supports fewer merges and so fewer tokens. Words of more
+    than 256 characters are counted in pieces, so that the time is linear in the text whatever it is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,8 +35,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     return _plain(tokenizer)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text, cut inside of words and of white space that are too long to be counted whole."""
+    start = 0
+    for found in _TOO_LONG.finditer(text):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -93,14 +93,24 @@ def _bpb_of_a_nat(records: Sequence[Record]) -> float:
 
 def _train_tokens(records: Sequence[Record]) -> int | None:
     """Tokens of the training split, from the study's prepared text where it still stands."""
+    return int(manifest["tokens"]["train"]) if (manifest := manifest_of(records)) else None
+
+
+def manifest_of(records: Sequence[Record]) -> dict[str, Any] | None:
+    """What is known of the text that runs were trained on, where it still stands beside them."""
     for record in records:
         for above in (record.folder.parent, record.folder.parent.parent):
             path = above / "data" / "manifest.json"
             if path.is_file():
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 if manifest.get("fingerprint") == record.settings["data"].get("fingerprint"):
-                    return int(manifest["tokens"]["train"])
+                    return manifest
     return None
+
+
+def read_line(records: Sequence[Record]) -> str | None:
+    """What was read and what was skipped, in a line."""
+    return ((manifest_of(records) or {}).get("read") or {}).get("line")
 
 
 def _corpus(record: Record, train_tokens: int | None) -> dict[str, Any]:
@@ -109,6 +119,7 @@ def _corpus(record: Record, train_tokens: int | None) -> dict[str, Any]:
         "text": list(data.get("text", [])),
         "fingerprint": data.get("fingerprint"),
         "train_tokens": train_tokens,
+        "read": read_line([record]),
         "vocab_size": record.settings["model"]["vocab_size"],
     }
 

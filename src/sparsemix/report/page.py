@@ -192,6 +192,7 @@ def _data(result: dict[str, Any]) -> Markup:
     facts = [
         ["sources", Markup("<br>".join(escape(source) for source in corpus.get("sources") or [None]))],
         ["size", f"{si(corpus.get('bytes'), 'B')} in {si(corpus.get('documents'))} documents"],
+        ["read", corpus.get("read")],
         ["duplicates dropped", si(corpus.get("duplicates_dropped"))],
         ["tokenizer", f"{corpus.get('tokenizer') or DASH}, vocabulary of {fixed(corpus.get('vocab_size'), 0)}"],
         ["SHA-256 fingerprint", _code(corpus.get("fingerprint"))],

@@ -186,6 +186,7 @@ class Page:
         corpus = self.analysis["corpus"]
         facts = [
             ["text", ", ".join(corpus.get("text") or []) or None],
+            ["read", corpus.get("read")],
             ["training tokens", si(corpus.get("train_tokens"))],
             ["vocabulary", fixed(corpus.get("vocab_size"), 0)],
             ["fingerprint", Markup(f"<code>{escape(corpus.get('fingerprint'))}</code>")],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemix.durable import write_atomic
+from sparsemix.report.isoflop import read_line
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Outcome
@@ -34,7 +35,7 @@ def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Pa
         "notes": list(outcome.notes),
         "numbers": dict(outcome.numbers),
         "convention": records[0].convention,
-        "corpus": records[0].settings["data"],
+        "corpus": {**records[0].settings["data"], "read": read_line(records)},
         "runs": [_run(record) for record in records],
         **made_by(records),
     }
@@ -45,6 +46,7 @@ def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Pa
     trends = TextTable("What the paper claims", ("claim", "outcome", "evidence"), [tuple(t) for t in outcome.trends])
     about = [said.claim, f"Numbers of the paper: {said.how}. {_at(planned)}", result["convention"]]
     about.append(_told(result))
+    about += [line] if (line := result["corpus"]["read"]) else []
     sections = [
         Section(said.source, about, [trends]),
         Section("Results", outcome.notes, outcome.tables, outcome.figures),

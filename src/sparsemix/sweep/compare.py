@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
-from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.data import DataConfig, Shards, prepare, read_line
 from sparsemix.durable import write_atomic
 from sparsemix.errors import TrainingError
 from sparsemix.run import Run
@@ -146,6 +146,7 @@ class Comparison:
     def _prepare(self) -> Shards:
         dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
         shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", self.progress), dense)
+        self.say(read_line(shards.manifest))
         self.say(described(shards, self.settings.text))
         return shards
 

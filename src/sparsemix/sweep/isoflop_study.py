@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config
+from sparsemix.data import read_line
 from sparsemix.report.records import Record
 from sparsemix.sweep.arms import Arm, refuse_decided
 from sparsemix.sweep.estimate import Planned, planned
@@ -93,6 +94,7 @@ class IsoflopStudy:
         study, budget = self.study, max(self.grid.budgets)
         example = self.grid.config(self.arms[0], self.grid.sizes[0] if self.grid.sizes else None, self.text, budget)
         prepared(study.out, lambda: study.prepare(self.text, progress), example)
+        study.say(read_line(study.shards.manifest))
         study.say(described(study.shards, self.text.text))
         self.ladders = Ladders(self.arms, self.grid, study.data)
 

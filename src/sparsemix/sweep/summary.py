@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.data import Shards
+from sparsemix.data import Shards, read_line
 from sparsemix.evaluate.estimate import Units, effective
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
@@ -181,6 +181,7 @@ def _corpus(shards: Shards, config: RunConfig) -> dict[str, Any]:
         "documents": sum(manifest["documents"].values()),
         "fingerprint": manifest["fingerprint"],
         "duplicates_dropped": manifest["duplicates_dropped"],
+        "read": read_line(manifest),
         "vocab_size": manifest["vocab_size"],
         "tokenizer": manifest["tokenizer"],
         "splits": {s: {m: manifest[m][s] for m in measures} for s in ("train", "validation", "test")},

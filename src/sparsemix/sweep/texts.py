@@ -1,7 +1,8 @@
 """The text that runs are compared on: its settings, prepared once, checked and described."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsemix.config import ConfigError, parse
@@ -29,6 +30,11 @@ def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Sha
             shutil.rmtree(out)
         raise
     return shards
+
+
+def text_overrides(overrides: Sequence[str], text_as: Sequence[str]) -> tuple[str, ...]:
+    """The overrides with what --text-as asks for as one more."""
+    return (*overrides, f"data.text_as={json.dumps(list(text_as))}") if text_as else tuple(overrides)
 
 
 def described(shards: Shards, text: tuple[str, ...]) -> str:
