@@ -171,12 +171,10 @@ class MoD(Layer):
         # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
         passing = [b for b, count in enumerate(counts) if count]
-        if not passing and not self.training:
-            return torch.zeros_like(x), Aux({}, {})
         if not passing:
             # In training the wrapped layer must say what it observed: nothing, of filling.
             ids = torch.zeros_like(keep[:, :1], dtype=torch.long)
-            return self.apply_to(x, scores, ids, keep[:, :1], ctx)
+            return self.apply_to(x, scores, ids, keep[:, :1], ctx) if self.training else (torch.zeros_like(x), Aux())
         if len(passing) < len(counts):
             rows = torch.tensor(passing, dtype=torch.long, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))
@@ -236,16 +234,14 @@ class MoD(Layer):
         if self.config.selector in ("token_choice", "strided"):
             return self.wants(scores, ctx)
         if self.config.selector == "random":
-            keep = (uniform(ctx.places(scores.shape[1], scores.device), self.salt) < self.config.capacity).expand_as(
-                scores
-            )
+            draws = uniform(ctx.places(scores.shape[1], scores.device), self.salt)
+            keep = (draws < self.config.capacity).expand_as(scores)
         elif guess is not None:
             keep = guess > 0
-        elif self.config.sampling == "router_bce":
-            keep = scores > 0
-        else:
-            assert self.threshold is not None
+        elif self.threshold is not None:
             keep = self.threshold(scores[..., None])[..., 0]
+        else:
+            keep = scores > 0
         return keep if ctx.valid is None else keep & ctx.valid
 
     def observe(
@@ -257,7 +253,7 @@ class MoD(Layer):
         ctx: Ctx,
     ) -> Aux:
         """Losses of router and predictor, and what running state and reports need."""
-        config, losses, stats = self.config, {}, {}
+        config, T, losses, stats = self.config, scores.shape[1], {}, {}
         if config.predicts or (config.selector == "expert_choice" and config.sampling == "router_bce"):
             logits = at_least_fp32(scores if guess is None else guess)
             error = F.binary_cross_entropy_with_logits(logits, taken.to(logits.dtype), reduction="none")
@@ -274,10 +270,8 @@ class MoD(Layer):
             if self.training:
                 stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
         if self.training and self.threshold is not None:
-            T = scores.shape[1]
             share = quota(config.capacity, T, self.slack) / max(1, T)
-            seen = self.threshold.observe(scores[..., None], ctx.valid, share)
-            stats |= Aux({}, seen).under("threshold").stats
+            stats |= Aux({}, self.threshold.observe(scores[..., None], ctx.valid, share)).under("threshold").stats
         if self.training and self.slack:
             stats["extra_flops"] = scores.new_tensor(self.extra_flops(*scores.shape), dtype=torch.float64)
         if not self.training:
