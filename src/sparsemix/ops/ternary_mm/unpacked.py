@@ -52,7 +52,7 @@ def _dense(codes: Tensor) -> Tensor:
 
 
 def _int_mm_serves(row_codes: Tensor, weight_codes: Tensor) -> bool:
-    # torch's product (2.14) leaves most of its result unwritten where the depth is one.
+    # torch's product (2.13) leaves most of its result unwritten where the depth is one.
     if row_codes.shape[1] == 1:
         return False
     if row_codes.device.type == "cuda":
