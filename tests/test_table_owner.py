@@ -228,4 +228,3 @@ def test_a_penalty_on_a_table_adds_to_its_looked_up_gradient_in_either_order():
         del owner
     for total in totals[:2]:
         torch.testing.assert_close(total, totals[2])
-

@@ -43,9 +43,7 @@ def _check(
 ) -> None:
     unknown = [key for key in stats if key.rpartition(".")[0] not in layers]
     # A layer in evaluation mode (a frozen part of a training model) observes nothing.
-    missing = [
-        key for name, own in keys.items() if layers[name].training for key in own.values() if key not in stats
-    ]
+    missing = [key for name, own in keys.items() if layers[name].training for key in own.values() if key not in stats]
     if not unknown and not missing:
         return
     kind = type(module).__name__
@@ -64,7 +62,9 @@ def _way_out(module: nn.Module, layers: Iterable[str], stats: Mapping[str, Tenso
     for i in range(1, len(parts) + 1):
         prefix = ".".join(parts[:i]) + "."
         if all(f"{owner}.".startswith(prefix) and f"{owner}."[len(prefix) :].rstrip(".") in layers for owner in owners):
-            return f"call sparsemix.update on the module that holds this one as {prefix[:-1]}, or pass its own aux.stats"
+            return (
+                f"call sparsemix.update on the module that holds this one as {prefix[:-1]}, or pass its own aux.stats"
+            )
     return (
         "pass together what the layers inside returned in this training step, each under its own path: "
         "sparsemix.update(module, (aux_a.under('a') | aux_b.under('b')).stats)"
