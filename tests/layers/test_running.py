@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import BASES, D, MOE, build, tokens
+from cases import BASES, MOE, D, build, tokens
 from torch import nn
 
 from sparsemix.config import ConfigError
@@ -94,7 +94,7 @@ class Net(nn.Module):
 def test_statistics_of_a_part_are_refused_for_the_whole_with_the_call_that_works():
     layer = build(BASES["peer"])
     net, stats = Net(ffn=layer), layer(tokens())[1].stats
-    with pytest.raises(ConfigError, match="has an entry of no layer inside this Net: query_norm.mean") as error:
+    with pytest.raises(ConfigError, match=r"has an entry of no layer inside this Net: query_norm\.mean") as error:
         update(net, stats)
     assert "\n" not in str(error.value) and "lacks parts.ffn.query_norm.mean" in str(error.value)
     assert int(layer.query_norm.num_updates) == 0
@@ -119,7 +119,7 @@ def test_a_missing_observation_is_refused_with_the_way_to_join():
     said = [layer(tokens())[1].under(f"parts.{name}") for name, layer in net.parts.items()]
     with pytest.raises(ConfigError, match=r"lacks parts.b.query_norm.mean.*pass together .*aux_a.under\('a'\) \| "):
         update(net, said[0].stats)
-    with pytest.raises(ConfigError, match="lacks parts.a.query_norm.mean"):
+    with pytest.raises(ConfigError, match=r"lacks parts\.a\.query_norm\.mean"):
         update(net, {})
     update(net, (said[0] | said[1]).stats)
     assert int(first.query_norm.num_updates) == int(second.query_norm.num_updates) == 1

@@ -187,7 +187,7 @@ class Layer(nn.Module):
                 self._buffers[name] = exact.to(cast.device, torch.float32)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:  # type: ignore[override]
         # torch hands over a dictionary of its own, not the caller's.
         for old, new in self.renamed.items():
             if prefix + old in state_dict:

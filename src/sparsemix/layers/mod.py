@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, valid_mean, valid_only
-from sparsemix.layers.linear import Linear
 from sparsemix.layers.router import Router
 from sparsemix.layers.threshold import RunningThreshold
 from sparsemix.layers.token_selection import (
     Annealing,
+    Predictor,
     agreement,
     first_tokens,
     quota,
@@ -90,18 +90,6 @@ class MoDConfig(LayerConfig):
         return MoD(self, d_model)
 
 
-class Predictor(Layer):
-    """Logit that the router's top-k will take this token, from the token alone: down(silu(up x))."""
-
-    def __init__(self, d_model: int, width: int) -> None:
-        super().__init__()
-        self.up = Linear(d_model, width, bias=True)
-        self.down = Linear(width, 1, bias=True)
-
-    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> Float[Tensor, "B T"]:  # type: ignore[override]
-        return self.down(F.silu(self.up(x)))[..., 0]
-
-
 class MoD(Layer):
     """Source: arXiv:2404.02258, eq. 1. Router input is x itself; one router per layer.
 
@@ -173,8 +161,8 @@ class MoD(Layer):
         passing = [b for b, count in enumerate(counts) if count]
         if not passing:
             # In training the wrapped layer must say what it observed: nothing, of filling.
-            ids = torch.zeros_like(keep[:, :1], dtype=torch.long)
-            return self.apply_to(x, scores, ids, keep[:, :1], ctx) if self.training else (torch.zeros_like(x), Aux())
+            nobody = keep[:, :1]
+            return self.apply_to(x, scores, nobody.long(), nobody, ctx) if self.training else (torch.zeros_like(x), Aux())
         if len(passing) < len(counts):
             rows = torch.tensor(passing, dtype=torch.long, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))

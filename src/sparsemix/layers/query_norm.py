@@ -58,14 +58,14 @@ class QueryBatchNorm(QueryNorm):
     def forward(  # type: ignore[override]
         self, query: Float[Tensor, "N H C"], valid: Bool[Tensor, " N"] | None, causal: bool = False
     ) -> tuple[Float[Tensor, "N H C"], dict[str, Tensor]]:
-        stats = {}
+        mean, variance, stats = self.mean.to(query.dtype), self.variance.to(query.dtype), {}
         if self.training:
-            mean, variance = moments(query, valid)
-            stats = self.observe(mean.detach(), variance.detach(), valid) if len(query) else self.observed()
+            seen = moments(query, valid)
+            stats = self.observe(seen[0].detach(), seen[1].detach(), valid) if len(query) else self.observed()
+            mean, variance = (mean, variance) if causal else seen
         if causal or not self.training:
             instead = "set query_norm to layer or none"
             check_observed(self.num_updates, "query batch statistics", self.training, instead)
-            mean, variance = self.mean.to(query.dtype), self.variance.to(query.dtype)
         scale = variance.add(self.eps).rsqrt()
         return (query - mean) * scale * self.weight + self.bias, stats
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsemix.layers.base import Layer, valid_mean
+from sparsemix.layers.base import Ctx, Layer, valid_mean
+from sparsemix.layers.linear import Linear
 
 # A capacity falls in this many equal steps while it is annealed: each is a shape to compile for, and torch.compile
 # gives up at its ninth.
@@ -55,6 +57,18 @@ class Annealing(Layer):
     def update(self, stats: Mapping[str, Tensor]) -> None:
         self.step += 1
         self.set_slack()
+
+
+class Predictor(Layer):
+    """Logit that the router's top-k will take this token, from the token alone: down(silu(up x))."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.up = Linear(d_model, width, bias=True)
+        self.down = Linear(width, 1, bias=True)
+
+    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> Float[Tensor, "B T"]:  # type: ignore[override]
+        return self.down(F.silu(self.up(x)))[..., 0]
 
 
 def top_tokens(

@@ -90,9 +90,10 @@ def leave(table: Tensor, part: RowGrad) -> None:
 def note_picks(table: Tensor, ids: Int[Tensor, "N R"]) -> None:
     """Remember which rows were picked, for `take_picks`."""
     lent = _lent[table]
-    if lent.picked is None:
-        lent.picked = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-    lent.picked[ids.flatten()] = True
+    picked = lent.picked
+    if picked is None:
+        picked = lent.picked = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    picked[ids.flatten()] = True
 
 
 def take_picks(table: Tensor) -> Bool[Tensor, " M"]:
@@ -126,7 +127,7 @@ class FactoredGrad(Tensor):
     order: Order | None
 
     # Results of functions are plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, table: Tensor, parts: list[RowGrad]) -> "FactoredGrad":
