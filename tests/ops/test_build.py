@@ -125,6 +125,20 @@ def test_every_flipped_bit_and_every_cut_is_found_and_built_anew(source, cache, 
     assert (done.returncode, done.stdout) == (0, "all rebuilt\n"), done.stderr
 
 
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's format of libraries")
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_part_of_a_library_that_has_the_name_of_its_content_is_built_anew(source, cache, share):
+    assert runs(source)
+    (whole,) = cache.glob("*.so")
+    content = whole.read_bytes()
+    part = content[: int(share * len(content))]
+    whole.rename(cache / build.file_name(whole.name.rpartition("-")[0], part))
+    next(cache.glob("*.so")).write_bytes(part)
+    assert runs(source)
+    assert [path.read_bytes() for path in cache.glob("*.so")] == [content]
+
+
 @pytest.mark.parametrize("thing", ["folder", "link", "pipe"])
 def test_what_is_no_file_in_its_place_is_never_opened(source, cache, thing, tmp_path):
     cache.mkdir(mode=0o700)

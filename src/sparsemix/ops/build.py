@@ -99,7 +99,8 @@ def stored(folder: Path, name: str) -> bytes | None:
     for path in sorted(folder.glob(f"{name}-*.so")):
         with suppress(FileNotFoundError):
             content = _content(path)
-            if content is not None and path.name == file_name(name, content):
+            # A name can be right of a part alone: of what was cut before it was named.
+            if content is not None and path.name == file_name(name, content) and fragment(content) is None:
                 return content
             # Damaged, or no file at all: what is built now takes its place.
             path.unlink()
