@@ -56,9 +56,8 @@ def read_documents(
         for row in _rows(source, files, tally):
             if (text := _text(row, tally)) is None:
                 continue
-            parts = [text] if len(text) <= MAX_CHARS else list(cut([text], MAX_CHARS))
-            tally.cut += len(parts) > 1
-            for part in parts:
+            for number, part in enumerate([text] if len(text) <= MAX_CHARS else cut([text], MAX_CHARS)):
+                tally.cut += number == 1
                 tally.bytes += len(part.encode())
                 if on_progress:
                     on_progress(tally.bytes)
@@ -87,7 +86,8 @@ def _text(row: Row, tally: Tally) -> str | None:
         return None
     text = text_field(row)
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError as error:
         rule = f"has a lone surrogate at character {error.start}"
         raise ConfigError(f"{row.name}: `text` {rule}; repair or remove that document") from None

@@ -105,26 +105,29 @@ def _not_utf8(path: Path, at: int, head: bytes = b"") -> str:
 
 
 def _read_lines(path: Path, tally: Tally) -> Iterator[Row]:
-    offset = 0
-    for number, line in enumerate(_lines(path), 1):
-        size = len(line) + 1
-        if line.strip():
-            name = f"{shown(path)}:{number}"
-            try:
-                # Each of several files put together may have brought its byte-order mark.
-                text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ConfigError(_not_utf8(path, offset + error.start, line[:2])) from None
-            # Text and bytes of a long line together would take twice the memory.
-            del line
-            if (row := _parse(text, name)) is None:
-                tally.skip("row", "null", name)
-            else:
-                yield Row(name, row)
-        offset += size
+    offset = number = 0
+    # Bytes, text and fields of a long line are dropped as soon as they were used: together they take three times it.
+    for line in _lines(path):
+        number, start, offset = number + 1, offset, offset + len(line) + 1
+        if not line or line.isspace():
+            continue
+        name = f"{shown(path)}:{number}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(_not_utf8(path, start + error.start, bytes(line[:2]))) from None
+        del line
+        # Each of several files put together may have brought its byte-order mark.
+        row = _parse(text.removeprefix("\ufeff"), name)
+        del text
+        if row is None:
+            tally.skip("row", "null", name)
+        else:
+            yield Row(name, row)
+        del row
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Iterator[bytes | bytearray]:
     """The lines of a file, however long, each looked at once. Raises ConfigError for one above MAX_LINE."""
     held, number = bytearray(), 1
     for chunk in _chunks(path):
@@ -134,11 +137,12 @@ def _lines(path: Path) -> Iterator[bytes]:
             rule = f"line {number} is longer than {MAX_LINE >> 20} MiB, and a line is one document"
             raise ConfigError(f"{shown(path)}: {rule}; put a line feed after each document")
         if others:
-            yield bytes(held)
-            yield from others[:-1]
-            held, number = bytearray(others[-1]), number + len(others)
+            # Only the caller holds a line meanwhile.
+            whole, held, number = [held], bytearray(others.pop()), number + 1 + len(others)
+            yield whole.pop()
+            yield from others
     if held:
-        yield bytes(held)
+        yield held
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -146,7 +150,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else Path.open
     with opener(path, "rb") as file:
         if path.name.lower().endswith(".zst"):
-            yield from _unzstd(file)
+            for chunk in _unzstd(file):
+                yield from (chunk[i : i + _CHUNK] for i in range(0, len(chunk), _CHUNK))
         else:
             while chunk := file.read(_CHUNK):
                 yield chunk
