@@ -2,13 +2,14 @@
 flipped bit leaves is never taken for finished work."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +26,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextmanager
 def aside(final: Path) -> Iterator[Path]:
     """A hidden path beside `final` at which the block makes a file or a folder. It is synced and gets the name `final`
-    when the block ends, in place of a file that has it; nothing is left where the block fails. What killed processes
+    when the block ends, in place of a file or an empty folder that has it; nothing is left where the block fails. What
+    killed processes left of `final` is deleted first.
+
+    Raises FileExistsError, before the block and after it, where `final` is a folder that holds something: to replace
+    one would leave a moment without any."""
+    _refuse(final)
+    with scratch(final) as temporary:
+        yield temporary
+        sync(temporary)
+        _refuse(final)
+        if final.is_dir():
+            final.rmdir()
+        temporary.replace(final)
+        _sync_one(final.absolute().parent)
+
+
+@contextmanager
+def scratch(final: Path) -> Iterator[Path]:
+    """A hidden path beside `final` for a file or a folder that is gone at the end of the block. What killed processes
     left of `final` is deleted first."""
     clear(final)
     temporary = final.absolute().with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -33,21 +52,34 @@ def aside(final: Path) -> Iterator[Path]:
     try:
         with _held(guard):
             yield temporary
-            sync(temporary)
-            temporary.replace(final)
-            _sync_one(final.absolute().parent)
     finally:
-        _delete(temporary)
+        delete(temporary)
         guard.unlink(missing_ok=True)
+
+
+def _refuse(final: Path) -> None:
+    if final.is_dir() and any(final.iterdir()):
+        raise FileExistsError(errno.EEXIST, "there is a folder with something in it", str(final))
 
 
 def clear(final: Path) -> None:
     """Delete what processes that are gone left of `final`; what a living one is writing stays."""
-    for guard in final.absolute().parent.glob(f".{_literal(final.name)}.????????.partial.guard"):
+    _clear(final.absolute().parent, _literal(final.name))
+
+
+def clear_all(folder: Path) -> int:
+    """Delete what processes that are gone left half-written in `folder`, whatever it was to be; its bytes."""
+    return _clear(folder, "*")
+
+
+def _clear(folder: Path, name: str) -> int:
+    freed = 0
+    for guard in folder.glob(f".{name}.????????.partial.guard"):
         with contextlib.suppress(OSError):
             with _held(guard, new=False):
-                _delete(guard.with_name(guard.name.removesuffix(".guard")))
+                freed += delete(guard.with_name(guard.name.removesuffix(".guard")))
             guard.unlink(missing_ok=True)
+    return freed
 
 
 def _literal(name: str) -> str:
@@ -71,11 +103,20 @@ def _held(guard: Path, new: bool = True) -> Iterator[None]:
         yield
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> int:
+    """Delete a file, a link or a folder with everything in it, if it is there; how many bytes its files had."""
+    size = size_of(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+    return size
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 where there is none."""
+    found = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sum(each.lstat().st_size for each in found if each.is_symlink() or each.is_file())
 
 
 def sync(path: Path) -> None:
@@ -109,14 +150,13 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write size and SHA-256 of every file of a folder into its `checksums.json`. To be done last."""
-    held = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-    write_atomic(folder / SEAL, json.dumps(held, indent=1))
+def seal(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write size and SHA-256 of the named files of a folder, or of every file in it, into its `checksums.json`. To be
+    done last."""
+    if names is None:
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SEAL]
+    held = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+    write_atomic(folder / SEAL, json.dumps(held, indent=1, sort_keys=True))
 
 
 def damage(folder: Path) -> str | None:
@@ -124,15 +164,21 @@ def damage(folder: Path) -> str | None:
     try:
         held = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         for name, was in held.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if (size := path.stat().st_size) != was["bytes"]:
-                return f"{name} has {size} of {was['bytes']} bytes"
-            if sha256_of(path) != was["sha256"]:
-                return f"{name} is not what was written"
+            if told := _difference(folder / name, was["bytes"], was["sha256"]):
+                return f"{name} {told}"
     except FileNotFoundError:
         return f"it has no {SEAL}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{SEAL} cannot be read"
     return None
+
+
+def _difference(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if (there := path.stat().st_size) != size:
+            return f"has {there} of {size} bytes"
+        return None if sha256_of(path) == sha256 else "is not what was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"

@@ -6,21 +6,27 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sparsemix.config import Config, ConfigError, parse, to_yaml
-from sparsemix.durable import write_atomic
-from sparsemix.errors import RunBusyError
+from sparsemix.durable import SEAL, damage, seal, write_atomic
+from sparsemix.errors import DamagedError, RunBusyError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
 LOCK_WAIT_S = 2.0
 LOCK = ".lock"
+# What later commands read of a finished run, and its checksums are of.
+TRUSTED = ("config.yaml", "metrics.jsonl", "documents.npz", "result.json")
 
 
 # How the FLOPs of every run are counted. Runs that hold no convention are from before results did, and were
@@ -99,20 +105,30 @@ class Run:
 
     def _holds(self, config: Config) -> bool:
         """Are these the folder's settings? One that is younger than the folder counts with its default."""
+        there = self.settings
         try:
-            return parse(type(config), self.settings) == config
+            return parse(type(config), there) == config
         except ConfigError:
             return False
 
     @property
     def settings(self) -> dict[str, Any]:
-        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        """What config.yaml holds. Raises DamagedError."""
+        return _mapping(self.folder / "config.yaml", yaml.safe_load)
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The run's result, or None while it is unfinished."""
+        """The run's result, or None while it is unfinished. Raises DamagedError."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return _mapping(path, json.loads) if path.is_file() else None
+
+    def check(self) -> None:
+        """Raises DamagedError where a file of a finished run is not what the run wrote; runs of earlier versions have
+        no checksums."""
+        if (self.folder / SEAL).is_file() and (told := damage(self.folder)):
+            raise DamagedError(
+                f"{self.folder} is damaged: {told}; copy it anew, or delete {SEAL} in it to have what is there read"
+            )
 
     def lock(self) -> AbstractContextManager[None]:
         """Held while the run is trained. Raises RunBusyError where another process trains it."""
@@ -124,26 +140,58 @@ class Run:
         return is_locked(self.folder / LOCK)
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, with which the run is finished, and the checksums of what it wrote."""
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1))
+        seal(self.folder, [name for name in TRUSTED if (self.folder / name).is_file()])
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged lines; a last line that a killed process left half-written is left out."""
+        """The logged lines; a last line that a killed process left half-written is left out. Raises DamagedError."""
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        # What follows the last newline was not written to its end.
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                if not isinstance(read := json.loads(line), dict):
+                    raise ValueError
+            except ValueError:
+                raise DamagedError(
+                    f"{path} is damaged in line {number}; copy the file anew, or delete that line"
+                ) from None
+            yield read
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
+        """Forget what was logged after `step`: a resumed run logs it again. Raises DamagedError."""
         if (self.folder / "metrics.jsonl").is_file():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if line.get("step", 0) <= step]
             write_atomic(self.folder / "metrics.jsonl", "".join(kept))
 
     def log(self, **values: Any) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _mapping(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        told = f"it cannot be read: {' '.join(str(error).split())[:120]}"
+    else:
+        if isinstance(found, dict):
+            return found
+        told = "it holds no settings" if found is None else f"it holds a {type(found).__name__}, not names and values"
+    raise DamagedError(f"{path} is damaged ({told}); copy it anew, or delete the run's folder")
+
+
+def by_document(path: Path) -> dict[str, "np.ndarray"]:
+    """What a run's documents.npz holds of every test document, such as `nats` and `bytes`. Raises DamagedError."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: held[name] for name in held.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        told = " ".join(str(error).split())[:120]
+        raise DamagedError(f"{path} is damaged ({told}); copy it anew, or delete the run's folder") from None
 
 
 def versions() -> dict[str, str]:

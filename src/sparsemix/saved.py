@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +14,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsemix import __version__
-from sparsemix.checkpoint import save_weights
+from sparsemix.checkpoint import save_weights, system_errors
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
-from sparsemix.durable import write_atomic
+from sparsemix.durable import SEAL, aside, damage, seal, write_atomic
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 
 # Raised when an older library could misread what a newer one writes.
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class Saved(NamedTuple):
@@ -36,14 +35,33 @@ class Saved(NamedTuple):
 
 
 def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the folder; files of other names in it stay. A packed model (layers/packed.py) is written as it is."""
+    """Write the folder and the checksums of its files; files of other names in it stay. A packed model
+    (layers/packed.py) is written as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / WEIGHTS)
+    # Until the new ones are written there are none: a folder that was half replaced must not be taken for damaged.
+    (folder / SEAL).unlink(missing_ok=True)
+    with aside(folder / WEIGHTS) as temporary:
+        save_weights(model, temporary)
     if tokenizer is not None:
         write_atomic(folder / "tokenizer.json", tokenizer.to_str())
         told = tokenizer_settings(tokenizer, model.config.seq_len)
         write_atomic(folder / "tokenizer_config.json", json.dumps(told, indent=1))
     write_atomic(folder / "config.json", json.dumps(settings_file(model.config, tokenizer), indent=1))
+    seal_model(folder)
+
+
+def seal_model(folder: Path) -> None:
+    """Write the checksums of what `read` trusts in a model's folder."""
+    seal(folder, sorted(name for name in (WEIGHTS, *SETTINGS) if (folder / name).is_file()))
+
+
+def check_seal(folder: Path) -> None:
+    """Raises ConfigError where a file of a model's folder is not what was written with its checksums. A folder without
+    any, which other tools or earlier versions wrote, is taken as it is."""
+    if (folder / SEAL).is_file() and (told := damage(folder)):
+        raise ConfigError(
+            f"{folder} is damaged: {told}; copy it anew, or, if you changed it yourself, delete {folder / SEAL}"
+        )
 
 
 def refuse_used(to: Path) -> None:
@@ -56,15 +74,10 @@ def refuse_used(to: Path) -> None:
 def whole(to: Path) -> Iterator[Path]:
     """A folder that becomes `to` at the end, or vanishes. Raises ConfigError where there is something already."""
     refuse_used(to)
-    aside = to.absolute().parent / f".{to.name}.{os.getpid()}"
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if to.exists():
-            to.rmdir()
-        aside.rename(to)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with aside(to) as folder, system_errors(to):
+        folder.mkdir()
+        yield folder
 
 
 def settings_file(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -154,11 +167,24 @@ def load_weights(model: LM, folder: Path) -> None:
 
 
 def _fill(model: LM, tensors: dict[str, Tensor], folder: Path, assign: bool = False) -> None:
+    check_finite(tensors, folder / WEIGHTS)
     try:
         model.load_state_dict(tensors, strict=True, assign=assign)
     except RuntimeError as error:
         told = " ".join(str(error).split())[:300]
         raise ConfigError(f"{folder / WEIGHTS} does not fit the settings beside it ({told})") from None
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ConfigError that names the first tensor with a number that is not finite: every answer of such a model is
+    no number, whatever it is asked."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ConfigError(
+                f"{path}: {count} of {tensor.numel()} numbers of {name} are not finite; restore the file, or train anew "
+                "with a lower train.lr"
+            )
 
 
 def fingerprint(folder: Path) -> str:
@@ -183,6 +209,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
+    check_seal(folder)
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:

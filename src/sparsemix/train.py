@@ -1,11 +1,8 @@
 """Training: one function, one loop."""
 
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from sparsemix.ops.impl import picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import CONVENTION, Run, hardware, versions
 from sparsemix.settings import RunConfig
+from sparsemix.signals import STOPS, stops_wait
 from sparsemix.step import accumulate, activation_bytes, block_runner, read
 
 Progress = Callable[[dict[str, Any]], None]
@@ -71,7 +69,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     batches = training_batches(config, shards, state, device)
     peak, saved_at, began = PeakMemory(), time.monotonic(), time.monotonic() - state.wall_s
     try:
-        with ctrl_c_waits() as interrupted:
+        with stops_wait() as interrupted:
             # Where routing decides what a step costs, the budget is charged with what was really spent.
             while state.flops + config.step_flops <= total * (1 + 1e-9) and not interrupted:
                 at = state.flops / config.step_flops
@@ -109,7 +107,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
                 if time.monotonic() - saved_at > config.train.checkpoint_s:
                     checkpoint.save(folder / "checkpoints", state, model, optimizer)
                     saved_at = time.monotonic()
-    except KeyboardInterrupt:
+    except STOPS:
         checkpoint.save(folder / "checkpoints", state, model, optimizer)
         raise
     checkpoint.save(folder / "checkpoints", state, model, optimizer)
@@ -147,23 +145,6 @@ def first_model(config: RunConfig, folder: Path) -> LM:
         config.init.check()
         saved.load_weights(model, Path(config.init.folder))
     return model
-
-
-@contextmanager
-def ctrl_c_waits() -> Iterator[list[bool]]:
-    """Ctrl-C fills the list instead, and acts at the end of the block: no checkpoint may hold half a step."""
-    asked: list[bool] = []
-    # Only the main thread may set a handler, and a program that has its own keeps it.
-    main = threading.current_thread() is threading.main_thread()
-    if ours := main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-    try:
-        yield asked
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if asked:
-        raise KeyboardInterrupt
 
 
 def training_batches(

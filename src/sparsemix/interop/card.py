@@ -15,7 +15,7 @@ from sparsemix.evaluate.estimate import ratio
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
 from sparsemix.model import LM, ModelConfig
-from sparsemix.run import CONVENTION
+from sparsemix.run import CONVENTION, by_document
 from sparsemix.settings import RunConfig
 
 Rows = Sequence[tuple[str, object]]
@@ -157,8 +157,8 @@ def bits_per_byte(path: Path) -> Test | None:
     says nothing of its error: it is infinite."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as held:
-        bits, num_bytes = held["nats"] / np.log(2), held["bytes"].astype(float)
+    held = by_document(path)
+    bits, num_bytes = held["nats"] / np.log(2), held["bytes"].astype(float)
     found = ratio(bits, num_bytes)
     error = float("inf") if found.error is None else found.error
     degrees = max(1.0, num_bytes.sum() ** 2 / np.square(num_bytes).sum() - 1)

@@ -13,7 +13,7 @@ import yaml
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
-from sparsemix.run import CONVENTION, Run
+from sparsemix.run import CONVENTION, Run, by_document
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Record:
 
     def documents(self) -> tuple[Float[np.ndarray, "D"], Int[np.ndarray, "D"]]:
         """(nats, bytes) of every test document."""
-        with np.load(self.folder / "documents.npz") as file:
-            return file["nats"], file["bytes"]
+        held = by_document(self.folder / "documents.npz")
+        return held["nats"], held["bytes"]
 
     @property
     def corpus(self) -> str:
@@ -69,6 +69,7 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     result = run.result
     if result is None:
         return None
+    run.check()
     settings = run.settings
     cost = result.get("cost") or _cost_of_old(folder, result)
     curve = tuple((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)

@@ -11,7 +11,7 @@ from sparsemix.data import Shards
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
 from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
-from sparsemix.run import CONVENTION, Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, by_document, hardware, versions
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.compare import Comparison, settings_text
 from sparsemix.sweep.sizing import split_kind
@@ -65,7 +65,7 @@ BASELINE = {"verdict": "baseline", "p_value": None}
 
 def _document_losses(folders: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """(nats (S, D), bytes (D,)) of the test documents, one row a seed."""
-    files = [np.load(folder / "documents.npz") for folder in folders]
+    files = [by_document(folder / "documents.npz") for folder in folders]
     return np.stack([file["nats"] for file in files]), files[0]["bytes"]
 
 
