@@ -52,15 +52,16 @@ def test_an_empty_or_missing_folder_gives_a_fresh_state_and_changes_nothing(tmp_
     assert_same(bits(model, optimizer), expected)
 
 
-def test_the_newest_checkpoint_stays_alone_and_half_written_ones_go(tmp_path):
+def test_the_newest_two_checkpoints_stay_and_half_written_ones_go(tmp_path):
     model, optimizer = trained(steps=1)
     half = tmp_path / ".step-00000011.123"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    for step in (9, 10):
+    for step in (9, 10, 11):
         checkpoint.save(tmp_path, checkpoint.TrainState(step=step), model, optimizer)
-        assert [path.name for path in tmp_path.iterdir()] == [f"step-{step:08d}"]
-    assert checkpoint.load(tmp_path, model, optimizer).step == 10
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == [f"step-{there:08d}" for there in range(max(9, step - 1), step + 1)]
+    assert checkpoint.load(tmp_path, model, optimizer).step == 11
 
 
 @pytest.mark.parametrize("call", [0, 1, "rename"])
@@ -77,7 +78,7 @@ def test_a_save_that_fails_anywhere_leaves_the_former_checkpoint(tmp_path, monke
         return fail() if len(calls) == call + 1 else save_file(tensors, path)
 
     if call == "rename":
-        monkeypatch.setattr(type(tmp_path), "rename", fail)
+        monkeypatch.setattr(type(tmp_path), "replace", fail)
     else:
         monkeypatch.setattr(checkpoint, "save_file", failing)
     with pytest.raises(OSError, match="no space"):
@@ -90,15 +91,14 @@ def test_a_save_that_fails_anywhere_leaves_the_former_checkpoint(tmp_path, monke
 def test_saving_a_step_again_never_leaves_a_moment_without_its_checkpoint(tmp_path, monkeypatch):
     model, optimizer = trained(steps=1)
     checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
-    (tmp_path / "step-00000000").mkdir()
+    (tmp_path / ".step-00000000.7").mkdir()
     there, gone = tmp_path / "step-00000001", []
-    real = checkpoint.shutil.rmtree
+    real = checkpoint.delete
 
-    def watched(path, **kwargs):
-        real(path, **kwargs)
-        gone.append((path, (there / "state.json").is_file()))
+    def watched(path):
+        gone.append((real(path), (there / "state.json").is_file()))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    monkeypatch.setattr(checkpoint, "delete", watched)
     checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
     assert gone and all(whole for _, whole in gone)
     assert [path.name for path in tmp_path.iterdir()] == [there.name]

@@ -41,7 +41,7 @@ def unbroken(tmp_path_factory):
 
 
 def tensors(run, file):
-    (newest,) = (run / "checkpoints").iterdir()
+    newest = max((run / "checkpoints").iterdir())
     return load_file(run / "model" / "model.safetensors" if file == "model" else newest / f"{file}.safetensors")
 
 

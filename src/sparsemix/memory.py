@@ -94,8 +94,7 @@ def shortage(needs: Callable[[], tuple[str, float, str]]) -> Iterator[None]:
             raise
         what, size, way_out = needs()
         raise OutOfMemoryError(
-            f"{what}: out of memory; it takes about {size / 2**30:.1f} GiB by estimate, and {free / 2**30:.1f} GiB were "
-            f"free; {way_out}"
+            f"{what}: out of memory; it takes about {size / 2**30:.1f} GiB, and {free / 2**30:.1f} were free; {way_out}"
         ) from None
 
 

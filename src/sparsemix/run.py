@@ -183,12 +183,15 @@ def _mapping(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def by_document(path: Path) -> dict[str, "np.ndarray"]:
-    """What a run's documents.npz holds of every test document, such as `nats` and `bytes`. Raises DamagedError."""
+    """What a run's documents.npz holds of every test document, such as `nats` and `bytes`. Raises DamagedError, and
+    FileNotFoundError where there is none."""
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as held:
             return {name: held[name] for name in held.files}
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         told = " ".join(str(error).split())[:120]
         raise DamagedError(f"{path} is damaged ({told}); copy it anew, or delete the run's folder") from None

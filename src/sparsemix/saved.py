@@ -182,8 +182,8 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise ConfigError(
-                f"{path}: {count} of {tensor.numel()} numbers of {name} are not finite; restore the file, or train anew "
-                "with a lower train.lr"
+                f"{path}: {count} of {tensor.numel()} numbers of {name} are not finite; restore the file, or train "
+                "anew with a lower train.lr"
             )
 
 

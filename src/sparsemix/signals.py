@@ -1,11 +1,11 @@
-"""Ctrl-C and the SIGTERM of Slurm, Kubernetes and `docker stop`: what was done is saved, and the exit code says which it
-was."""
+"""Ctrl-C and the SIGTERM of Slurm, Kubernetes and `docker stop`: what was done is saved, and the exit code says which
+it was."""
 
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -55,10 +55,8 @@ def stopped_code(stop: BaseException) -> int:
 
 def say_once(line: str) -> None:
     """Print on standard error, if somebody listens there."""
-    try:
+    with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
 
 
 @contextmanager

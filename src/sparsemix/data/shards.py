@@ -1,6 +1,7 @@
 """Documents -> memory-mapped token ids on disk -> batches in an order that resumes exactly."""
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -17,7 +18,16 @@ from tokenizers import Tokenizer
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import corpus
 from sparsemix.data.corpus import SPLITS, Document
-from sparsemix.data.tokenizer import end_of_text, id_dtype, load_tokenizer, num_ids, train_tokenizer, write_stream
+from sparsemix.data.parts import Parts, scored_parts
+from sparsemix.data.tokenizer import (
+    end_of_text,
+    id_dtype,
+    load_tokenizer,
+    num_ids,
+    token_bytes,
+    train_tokenizer,
+    write_stream,
+)
 from sparsemix.data.windows import Batch, Stream
 
 Progress = Callable[[str, int, int | None], None]
@@ -59,6 +69,7 @@ class Shards:
         self._tokens = {s: np.memmap(folder / f"{s}.bin", id_dtype(self.vocab_size), mode="r") for s in SPLITS}
         self._starts = {s: np.load(folder / f"{s}.starts.npy") for s in SPLITS}
         self._bytes = {s: np.load(folder / f"{s}.bytes.npy") for s in SPLITS}
+        self._parts: dict[tuple[str, int, int | None], Parts] = {}
         self._streams = {s: Stream(self._tokens[s], self._starts[s]) for s in SPLITS}
 
     @classmethod
@@ -108,14 +119,27 @@ class Shards:
         windows = permute(samples % n, n, seed, samples // n)
         return self._streams["train"].rows(windows, seq_len, n * seq_len)
 
-    def eval_batches(self, split: str, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Windows over the first whole documents of a split: see Stream.eval_batches."""
-        return self._streams[split].eval_batches(batch_size, seq_len, max_tokens)
+    def groups(self, split: str) -> Documents:
+        """Which documents come from one source, by its number: each from its own."""
+        return np.arange(len(self._bytes[split]))
 
-    def eval_documents(self, split: str, max_tokens: int | None = None) -> tuple[Documents, Documents]:
-        """(doc_ids, UTF-8 bytes) of the documents that eval_batches with the same max_tokens covers."""
-        k = self._streams[split].covered(max_tokens)
-        return np.arange(k), self._bytes[split][:k]
+    def parts(self, split: str, seq_len: int, max_tokens: int | None = None) -> Parts:
+        """What of a split is scored in windows of seq_len tokens: all of it, or parts of about max_tokens tokens
+        in all, drawn evenly from the whole split (see parts.py)."""
+        key = (split, seq_len, max_tokens)
+        if key not in self._parts:
+            text = (self._tokens[split], self._starts[split], self._bytes[split])
+            self._parts[key] = scored_parts(*text, self._lengths, seq_len, max_tokens)
+        return self._parts[key]
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """Bytes that each id stands for: exact for byte-level tokenizers, else a guess that is scaled to the text."""
+        return token_bytes(self.tokenizer(), self.vocab_size)
+
+    def eval_batches(self, split: str, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Windows over the `parts` of a split, their loss to be summed by `part_ids`."""
+        return self._streams[split].eval_batches(batch_size, seq_len, self.parts(split, seq_len, max_tokens))
 
 
 def permute(i: Int64[np.ndarray, "B"], n: int, seed: int, epoch: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:

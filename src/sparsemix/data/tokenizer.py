@@ -80,6 +80,18 @@ def num_ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Int64[np.ndarray, "V"]:
+    """UTF-8 bytes of every id's text, 0 for special tokens. Exact for a byte-level vocabulary, where a character of a
+    token's name is a byte; for another it counts what marks spaces and bytes too."""
+    held = tokenizer.get_vocab(with_added_tokens=True)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    lengths = np.zeros(vocab_size, np.int64)
+    for name, i in held.items():
+        lengths[i] = 0 if name in special else len(name) if alphabet.issuperset(name) else len(name.encode())
+    return lengths
+
+
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int64[np.ndarray, "L"]]:
     """The token ids of each text, without any special token."""
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
