@@ -12,6 +12,7 @@ import torch
 from sparsemix import checkpoint, machine, saved
 from sparsemix.config import ConfigError
 from sparsemix.data import Batch, Parts, Shards
+from sparsemix.durable import aside, delete
 from sparsemix.errors import TrainingError
 from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestimate, to_device
@@ -135,13 +136,15 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     batch = next(training_batches(config, shards, state, device))
     found["activation_bytes_per_token"] = activation_bytes(model, batch, dtype, plain)
     run.finish({**spent, **found, **about})
+    if not t.keep_checkpoints:
+        delete(folder / "checkpoints")
 
 
 def first_model(config: RunConfig, folder: Path) -> LM:
     """The model before its first step: drawn from the seed, or with its source's weights. Raises ConfigError."""
     model = config.model.build(config.seed)
     # A run that goes on has weights of its own, and needs its source no longer.
-    if config.init is not None and not any((folder / "checkpoints").glob("step-*")):
+    if config.init is not None and not checkpoint.steps(folder / "checkpoints"):
         config.init.check()
         saved.load_weights(model, Path(config.init.folder))
     return model
@@ -212,7 +215,8 @@ def evaluate(config: RunConfig, model: LM, shards: Shards, folder: Path) -> dict
     num_bytes, groups = parts.bytes, shards.groups("test")[parts.docs]
     causal = document_losses(model, _eval_batches(config, shards, "test"))
     nats = np.array([causal.nats[part] for part in range(len(num_bytes))])
-    np.savez(folder / "documents.npz", ids=parts.docs, nats=nats, bytes=num_bytes, groups=groups)
+    with aside(folder / "documents.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, ids=parts.docs, nats=nats, bytes=num_bytes, groups=groups)
     result: dict[str, Any] = {
         "bpb": causal.bits_per_byte(int(num_bytes.sum())),
         "perplexity": float(np.exp(causal.total / causal.tokens)),
