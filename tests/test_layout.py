@@ -10,7 +10,7 @@ import sparsemix
 ROOT = Path(sparsemix.__file__).parent
 # From the ground up: a file imports only from the lines before its own, and from its own folder.
 LADDER = (
-    ("errors", "auto_classes", "signals", "durable"),
+    ("errors", "auto_classes", "signals", "screen", "durable"),
     ("config",),
     ("run",),
     ("ops",),

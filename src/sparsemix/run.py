@@ -1,5 +1,6 @@
 """Run = a folder: config.yaml, metrics.jsonl, checkpoints/, model/, result.json. No torch here."""
 
+import hashlib
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -114,13 +115,13 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What config.yaml holds. Raises DamagedError."""
-        return _mapping(self.folder / "config.yaml", yaml.safe_load)
+        return read_mapping(self.folder / "config.yaml")
 
     @property
     def result(self) -> dict[str, Any] | None:
         """The run's result, or None while it is unfinished. Raises DamagedError."""
         path = self.folder / "result.json"
-        return _mapping(path, json.loads) if path.is_file() else None
+        return read_mapping(path) if path.is_file() else None
 
     def check(self) -> None:
         """Raises DamagedError where a file of a finished run is not what the run wrote; runs of earlier versions have
@@ -170,16 +171,52 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
 
-def _mapping(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+def read_mapping(path: Path, way_out: str = "copy it anew, or delete the run's folder") -> dict[str, Any]:
+    """The names and values that a .yaml or .json file holds. Raises DamagedError."""
     try:
-        found = read(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         told = f"it cannot be read: {' '.join(str(error).split())[:120]}"
     else:
         if isinstance(found, dict):
             return found
-        told = "it holds no settings" if found is None else f"it holds a {type(found).__name__}, not names and values"
-    raise DamagedError(f"{path} is damaged ({told}); copy it anew, or delete the run's folder")
+        told = "it is empty" if found is None else f"it holds a {type(found).__name__}, not names and values"
+    raise DamagedError(f"{path} is damaged ({told}); {way_out}")
+
+
+PLAN_WAY_OUT = "copy it anew, or choose another folder and leave this one"
+
+
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write plan.yaml, whose first line is the checksum of the rest: it is written again and again while others read,
+    so that a file beside it could be of another moment."""
+    text = yaml.safe_dump(plan, sort_keys=False)
+    write_atomic(folder / "plan.yaml", f"{_checksum(text)}\n{text}")
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What plan.yaml holds: `settings`, and the `cells` of a study. Raises DamagedError."""
+    path = folder / "plan.yaml"
+    first, _, rest = path.read_bytes().decode(errors="replace").partition("\n")
+    # Plans of earlier versions have no checksum.
+    if first.startswith(_CHECKSUM) and first != _checksum(rest):
+        raise DamagedError(f"{path} is damaged (it is not what was written); {PLAN_WAY_OUT}")
+    plan = read_mapping(path, PLAN_WAY_OUT)
+    cells = plan.get("cells", [])
+    names = ("run", "arm", "role")
+    if not isinstance(cells, list) or not all(isinstance(c, dict) and all(n in c for n in names) for c in cells):
+        raise DamagedError(f"{path} is damaged (`cells` are no list of runs); {PLAN_WAY_OUT}")
+    if not isinstance(plan.get("settings", {}), dict):
+        raise DamagedError(f"{path} is damaged (`settings` are no names and values); {PLAN_WAY_OUT}")
+    return plan
+
+
+_CHECKSUM = "# SHA-256 of what follows: "
+
+
+def _checksum(text: str) -> str:
+    return _CHECKSUM + hashlib.sha256(text.encode()).hexdigest()
 
 
 def by_document(path: Path) -> dict[str, "np.ndarray"]:

@@ -12,9 +12,8 @@ from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
-from sparsemix.durable import write_atomic
 from sparsemix.errors import TrainingError
-from sparsemix.run import Run
+from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
@@ -106,7 +105,7 @@ class Comparison:
             if "budget_flops" not in plan:
                 budget = self._fit_budget() if self.settings.seconds else budget
                 plan = {"settings": self.settings.model_dump(mode="json"), "budget_flops": budget}
-                write_atomic(self.out / "plan.yaml", yaml.safe_dump(plan, sort_keys=False))
+                write_plan(self.out, plan)
             self.budget = plan["budget_flops"]
             configs = {kind: kind_config(self.settings, kind, self.data, self.budget) for kind in self.settings.kinds}
             self._describe(configs)
@@ -132,13 +131,9 @@ class Comparison:
             ):
                 raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
             return {}
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-        now = self.settings.model_dump(mode="json")
-        differ = [
-            f"{name}={plan['settings'].get(name)} there, {now[name]} asked"
-            for name in now
-            if plan["settings"].get(name) != now[name]
-        ]
+        plan = read_plan(self.out)
+        now, there = self.settings.model_dump(mode="json"), plan.get("settings", {})
+        differ = [f"{name}={there.get(name)} there, {now[name]} asked" for name in now if there.get(name) != now[name]]
         if differ:
             raise ConfigError(f"out={self.out} holds another comparison ({'; '.join(differ)}); choose another folder")
         return plan
