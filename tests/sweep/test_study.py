@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from sparsemix.config import ConfigError, parse
+from sparsemix.durable import SEAL
 from sparsemix.report.records import arm_of, read_run, read_runs, same_terms
 from sparsemix.run import Run
 from sparsemix.settings import RunConfig
