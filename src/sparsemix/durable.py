@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -117,6 +117,32 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; 0 where there is none."""
     found = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
     return sum(each.lstat().st_size for each in found if each.is_symlink() or each.is_file())
+
+
+def missing(folder: Path) -> list[Path]:
+    """What would have to be made for `folder` to be there: itself first, then folders above it."""
+    found, at = [], folder.absolute()
+    while not at.exists():
+        found.append(at)
+        at = at.parent
+    return found
+
+
+@contextmanager
+def undone(folder: Path, when: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Where the block raises what `when` is true of, `folder` is emptied of what was not in it before, and folders that
+    were not there, above it too, are gone if they are empty."""
+    before, made = (set(folder.iterdir()) if folder.is_dir() else set()), missing(folder)
+    try:
+        yield
+    except BaseException as error:
+        if when(error):
+            for path in set(folder.iterdir()) - before if folder.is_dir() else ():
+                delete(path)
+            with contextlib.suppress(OSError):
+                for each in made:
+                    each.rmdir()
+        raise
 
 
 def sync(path: Path) -> None:

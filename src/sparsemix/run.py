@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparsemix.config import Config, ConfigError, parse, to_yaml
-from sparsemix.durable import SEAL, damage, seal, write_atomic
+from sparsemix.durable import SEAL, damage, seal, undone, write_atomic
 from sparsemix.errors import DamagedError, RunBusyError
 
 if TYPE_CHECKING:
@@ -169,6 +169,19 @@ class Run:
     def log(self, **values: Any) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def refusal_leaves_nothing(folder: Path) -> AbstractContextManager[None]:
+    """What the block makes in the folder of a run or of a study is gone where it raises ConfigError before any training
+    was saved: the mended command must not find another's settings or text there."""
+
+    def when(error: BaseException) -> bool:
+        refused = isinstance(error, ConfigError) and not isinstance(error, RunBusyError)
+        # What another process is just making stays.
+        begun = (folder / "plan.yaml").is_file() or any((folder / "checkpoints").glob("step-*"))
+        return refused and not begun and not is_locked(folder / LOCK)
+
+    return undone(folder, when)
 
 
 def read_mapping(path: Path, way_out: str = "copy it anew, or delete the run's folder") -> dict[str, Any]:

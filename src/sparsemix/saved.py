@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from sparsemix import __version__
 from sparsemix.checkpoint import save_weights, system_errors
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
-from sparsemix.durable import SEAL, aside, damage, seal, write_atomic
+from sparsemix.durable import SEAL, aside, damage, missing, seal, write_atomic
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 
@@ -74,10 +74,17 @@ def refuse_used(to: Path) -> None:
 def whole(to: Path) -> Iterator[Path]:
     """A folder that becomes `to` at the end, or vanishes. Raises ConfigError where there is something already."""
     refuse_used(to)
+    made = missing(to.absolute().parent)
     to.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with aside(to) as folder, system_errors(to):
-        folder.mkdir()
-        yield folder
+    try:
+        with aside(to) as folder, system_errors(to):
+            folder.mkdir()
+            yield folder
+    finally:
+        # Where nothing came to be, neither do the folders above it; one that holds something stays.
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
 
 
 def settings_file(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsemix import checkpoint, machine, saved
+from sparsemix import checkpoint, machine, memory, saved
 from sparsemix.config import ConfigError
 from sparsemix.data import Batch, Parts, Shards
 from sparsemix.durable import aside, delete
@@ -22,7 +22,7 @@ from sparsemix.machine import pick_compile, pick_device, pick_dtype
 from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.impl import picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
-from sparsemix.run import CONVENTION, Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, refusal_leaves_nothing, versions
 from sparsemix.settings import RunConfig
 from sparsemix.signals import STOPS, stops_wait
 from sparsemix.step import accumulate, activation_bytes, block_runner, read
@@ -33,9 +33,16 @@ Progress = Callable[[dict[str, Any]], None]
 @machine.own_threads()
 def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
     """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
-    at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError, TrainingError, and RunBusyError where
-    another process trains the run."""
+    at once. A keyboard interrupt or SIGTERM saves a checkpoint first. Raises ConfigError (which leaves nothing that was
+    not there), OutOfMemoryError, TrainingError, and RunBusyError where another process trains the run. Whatever
+    `progress` raises ends the training: it is how a caller stops one."""
+    with refusal_leaves_nothing(folder), memory.of_run(config):
+        return _trained(config, folder, shards, progress)
+
+
+def _trained(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None) -> Run:
     _ = config.steps
+    shards.num_windows(config.model.seq_len)
     if shards.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {shards.vocab_size}"

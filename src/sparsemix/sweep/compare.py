@@ -17,7 +17,7 @@ from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
-from sparsemix.sweep.jobs import Job, probe_job
+from sparsemix.sweep.jobs import Job, measured, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.rounds import train_all
 from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
@@ -191,17 +191,15 @@ class Comparison:
         assert self.settings.seconds is not None
         configs = [kind_config(self.settings, kind, self.data, 1e30) for kind in self.settings.kinds]
         self.say("measuring 20 steps of each kind")
-        measured: dict[int, tuple[float, float]] = {}
+        found: dict[int, tuple[float, float]] = {}
         for i, outcome in self.launcher.map(
             probe_job, [(config, self.out / "data", 20) for config in configs], lambda: None
         ):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            measured[i] = outcome
+            found[i] = measured(outcome, self.settings.kinds[i])
         per_kind = self.settings.seeds + (2.5 if self.settings.lr == "sweep" else 0)
         fixed = per_flop = 0.0
         for i, config in enumerate(configs):
-            step_s, token_s = measured[i]
+            step_s, token_s = found[i]
             fixed += per_kind * (evaluated_tokens(config, self.shards) * token_s + 16 * step_s)
             per_flop += per_kind * step_s / config.step_flops
         left = 0.85 * self.settings.seconds - (time.monotonic() - self.began) - fixed / self.launcher.workers
