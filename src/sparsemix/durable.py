@@ -67,19 +67,26 @@ def clear(final: Path) -> None:
     _clear(final.absolute().parent, _literal(final.name))
 
 
-def clear_all(folder: Path) -> int:
-    """Delete what processes that are gone left half-written in `folder`, whatever it was to be; its bytes."""
-    return _clear(folder, "*")
+def clear_all(folder: Path) -> None:
+    """Delete what processes that are gone left half-written in `folder`, whatever it was to be."""
+    _clear(folder, "*")
 
 
-def _clear(folder: Path, name: str) -> int:
-    freed = 0
+def leftovers(folder: Path) -> list[Path]:
+    """What `clear_all` would delete."""
+    found = []
+    for guard in sorted(folder.glob(".*.????????.partial.guard")):
+        with contextlib.suppress(OSError), _held(guard, new=False):
+            found.append(guard.with_name(guard.name.removesuffix(".guard")))
+    return found
+
+
+def _clear(folder: Path, name: str) -> None:
     for guard in folder.glob(f".{name}.????????.partial.guard"):
         with contextlib.suppress(OSError):
             with _held(guard, new=False):
-                freed += delete(guard.with_name(guard.name.removesuffix(".guard")))
+                delete(guard.with_name(guard.name.removesuffix(".guard")))
             guard.unlink(missing_ok=True)
-    return freed
 
 
 def _literal(name: str) -> str:
@@ -103,14 +110,12 @@ def _held(guard: Path, new: bool = True) -> Iterator[None]:
         yield
 
 
-def delete(path: Path) -> int:
-    """Delete a file, a link or a folder with everything in it, if it is there; how many bytes its files had."""
-    size = size_of(path)
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder with everything in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-    return size
 
 
 def size_of(path: Path) -> int:

@@ -1,6 +1,7 @@
 """Ctrl-C and the SIGTERM of Slurm, Kubernetes and `docker stop`: what was done is saved, and the exit code says which
 it was."""
 
+import os
 import signal
 import sys
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 class Terminated(SystemExit):
     """SIGTERM came. Where nobody catches it, the process ends with 143 after every block has cleaned up."""
 
-    def __init__(self) -> None:
-        super().__init__(143)
+    def __init__(self, code: int = 143) -> None:
+        super().__init__(code)
 
 
 # What stops work from outside: it is saved, and goes on to whoever waits for the work.
@@ -31,7 +32,29 @@ def is_main_thread() -> bool:
 
 
 @contextmanager
-def answered(left: str = "what was done is saved, and the same command resumes") -> Iterator[None]:
+def at_once() -> Iterator[None]:
+    """Before anything is begun, while modules are imported: Ctrl-C and SIGTERM are one line and the end of the process.
+    An exception would not do, for some modules take it for a fault of their own."""
+    before = {}
+
+    def leave(number: int, _: object) -> None:
+        terminated = number == signal.SIGTERM
+        say_once(f"sparsemix: {'terminated' if terminated else 'interrupted'}; nothing was begun")
+        os._exit(143 if terminated else 130)
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for number, there in usual.items() if is_main_thread() else ():
+        if signal.getsignal(number) is there:
+            before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, there in before.items():
+            signal.signal(number, there)
+
+
+@contextmanager
+def answered(left: str) -> Iterator[None]:
     """A command: Ctrl-C and SIGTERM inside are one line that says what is left, and exit code 130 or 143."""
     before = None
     # A program that has a handler of its own keeps it.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsemix.errors import TrainingError
+from sparsemix.signals import Terminated
 
 if TYPE_CHECKING:
     from sparsemix.settings import RunConfig
@@ -71,6 +72,9 @@ def outcome(work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """The result of `work(*args)`, or the exception that it raised, with its traceback as a note, fit to be sent."""
     try:
         return work(*args)
+    except Terminated:
+        # Whoever ended this worker alone means no other; a launching process that is ended too has its own signal.
+        return WorkerLostError("killed by SIGTERM")
     except BaseException as error:
         error.add_note(traceback.format_exc())
         try:
