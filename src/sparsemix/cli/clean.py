@@ -21,6 +21,6 @@ def clean(
         for folder in folders:
             for freed in free(folder, dry_run):
                 count, total = count + 1, total + freed.bytes
-                print(f"{freed.path}: {si(freed.bytes)}B, {freed.why}")
+                print(f"{freed.path}: {si(freed.bytes, 'B')}, {freed.why}")
     said = "would be freed; without --dry-run it is" if dry_run else "freed"
-    print(f"{si(total)}B in {count} places {said}" if count else "nothing to free")
+    print(f"{si(total, 'B')} in {count} places {said}" if count else "nothing to free")

@@ -10,7 +10,6 @@ import typer
 
 from sparsemix.cli.output import say, show
 from sparsemix.errors import ConfigError
-from sparsemix.run import read_mapping
 
 
 def report(
@@ -35,6 +34,8 @@ def report(
 
 def _comparison(folder: Path) -> dict[str, Any] | None:
     """A finished comparison's result, or None if the folder holds none."""
+    from sparsemix.run import read_mapping
+
     path = folder / "result.json"
     result = read_mapping(path) if path.is_file() else {}
     return result if "rows" in result else None
@@ -76,6 +77,8 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 
 def _command(place: Path, said: str) -> str:
     """The command that made the study, which an earlier report or the study itself may know, or this one."""
+    from sparsemix.run import read_mapping
+
     for path in (place / "analysis.json", place / "result.json"):
         if path.is_file() and (known := read_mapping(path).get("command")):
             return known

@@ -20,9 +20,9 @@ class Freed(NamedTuple):
 
 
 def clean(folder: Path, dry_run: bool = False) -> Iterator[Freed]:
-    """Everything below a folder that can go, each told once it is gone: checkpoints of finished runs that were not asked
-    to keep them (train.keep_checkpoints), and half-written files and folders of processes that are gone. A run that
-    is trained just now is left alone. Raises ConfigError."""
+    """Everything below a folder that can go, each told as it goes: checkpoints of finished runs that were not asked to
+    keep them (train.keep_checkpoints), and half-written files and folders of processes that are gone. A run that is
+    trained just now is left alone. Raises ConfigError."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; name one that holds runs")
     for name, folders, _ in os.walk(folder):

@@ -19,6 +19,7 @@ from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
 from sparsemix.sweep.jobs import Job, measured, probe_job
 from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.phase import working
 from sparsemix.sweep.rounds import train_all
 from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
 from sparsemix.sweep.watch import Watch
@@ -96,9 +97,14 @@ class Comparison:
         """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed.
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
+        with working(self.out) as self.phase:
+            return self._run(plan)
+
+    def _run(self, plan: dict[str, Any]) -> dict[str, list[tuple[RunConfig, Path]]]:
         budget = plan.get("budget_flops") or (1e30 if self.settings.seconds else float(self.settings.budget))
         for kind in self.settings.kinds:
             _ = kind_config(self.settings, kind, self._data_config(), budget).steps
+        self.phase("preparing the text")
         self.shards = self._prepare()
         with self.launcher:
             self.data = self._data_config().replace(fingerprint=self.shards.manifest["fingerprint"])
@@ -161,6 +167,7 @@ class Comparison:
     def _train(self, jobs: Sequence[Job], title: str) -> dict[Path, BaseException]:
         """Run the unfinished jobs; the folders whose losses stopped being finite, with the error. Raises TrainingError
         where one failed otherwise."""
+        self.phase(title)
         with Watch([job.folder for job in jobs], title, self.say) as watch:
             failed = train_all(jobs, self.launcher, watch, self.say)
         if lost := [f"{f.name}: {error}" for f, error in failed.items() if not isinstance(error, TrainingError)]:
@@ -190,6 +197,7 @@ class Comparison:
         """FLOPs per run with which the whole comparison ends in time, from 20 steps of every kind."""
         assert self.settings.seconds is not None
         configs = [kind_config(self.settings, kind, self.data, 1e30) for kind in self.settings.kinds]
+        self.phase("measuring 20 steps of each kind")
         self.say("measuring 20 steps of each kind")
         found: dict[int, tuple[float, float]] = {}
         for i, outcome in self.launcher.map(

@@ -16,6 +16,7 @@ from sparsemix.config import ConfigError
 from sparsemix.report.records import arm_of
 from sparsemix.run import LOCK, Run, read_plan
 from sparsemix.sweep.jobs import ERROR
+from sparsemix.sweep.phase import phase_of
 
 State = Literal["running", "failed", "stopped", "waiting", "done"]
 # Locks do not reach across every file system: a run that wrote this lately is taken to run.
@@ -57,7 +58,7 @@ def cells_of(out: Path) -> list[tuple[Path, dict[str, Any]]]:
     if cells is not None:
         return list({out / "runs" / cell["run"]: cell for cell in reversed(cells)}.items())[::-1]
     folders = [out] if (out / "config.yaml").is_file() else sorted(p.parent for p in out.glob("*/config.yaml"))
-    if not folders and not plan.is_file():
+    if not folders and not plan.is_file() and phase_of(out) is None:
         raise ConfigError(f"{out} holds no runs; name the folder of a study, a comparison or a run")
     return [(folder, {}) for folder in folders]
 
@@ -162,8 +163,9 @@ class Board:
         return found
 
 
-def totals(runs: Sequence[RunStatus]) -> str:
-    """How many runs are in which state, and when all will be done at the present rate."""
+def totals(runs: Sequence[RunStatus], phase: str | None = None) -> str:
+    """How many runs are in which state, and when all will be done at the present rate; `phase` is what their
+    comparison or study does just now (`phase_of`)."""
     counts = {state: sum(run.state == state for run in runs) for state in ("done", *STYLES)}
     said = [f"{counts['done']} of {len(runs)} runs done"]
     said += [f"{count} {state}" for state, count in counts.items() if count and state != "done"]
@@ -171,6 +173,8 @@ def totals(runs: Sequence[RunStatus]) -> str:
     if rate:
         left = sum((1 - run.share) * run.budget for run in runs if run.state in ("running", "waiting", "stopped"))
         said.append(f"about {duration(left / rate)} of training left")
+    if phase is not None:
+        said.append(f"at work: {phase}")
     return ", ".join(said)
 
 

@@ -11,6 +11,7 @@ from sparsemix.run import locked, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.jobs import Job
 from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.phase import working
 from sparsemix.sweep.rounds import train_all
 from sparsemix.sweep.watch import StudyWatch
 
@@ -42,7 +43,9 @@ class Study:
 
     def prepare(self, data: DataConfig, progress: Progress | None = None) -> Shards:
         """The text, read once; `self.data` names it by its fingerprint from here on. Raises ConfigError."""
-        self.shards = prepare(data, self.out / "data", progress)
+        with working(self.out) as phase:
+            phase("preparing the text")
+            self.shards = prepare(data, self.out / "data", progress)
         self.data = data.replace(fingerprint=self.shards.manifest["fingerprint"])
         return self.shards
 
@@ -56,7 +59,8 @@ class Study:
         self._note(cells)
         jobs = {self.folder(cell): Job(cell.config, self.folder(cell), self.out / "data") for cell in cells}
         planned = {self.folder(cell): _planned(cell) for cell in cells}
-        with StudyWatch(list(planned.items()), title, self.say) as watch:
+        with working(self.out) as phase, StudyWatch(list(planned.items()), title, self.say) as watch:
+            phase(title)
             failed = train_all(list(jobs.values()), launcher, watch, self.say, retries)
         for folder, error in failed.items():
             self.failed[folder.name] = str(error) or type(error).__name__
