@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsemix import build_model, build_optimizer, checkpoint
+from sparsemix.errors import DamagedError
 from sparsemix.layers import Ctx, update
 from sparsemix.model import token_nats
 from tiny import BLOCKS, D, T, V
@@ -110,3 +111,37 @@ def test_weights_with_another_name_or_shape_are_refused(tmp_path):
     moe, _ = trained(steps=1, kind="moe")
     with pytest.raises(RuntimeError, match=r"blocks\.1\.ffn"):
         checkpoint.load_weights(moe, tmp_path / "model.safetensors")
+
+
+def spoil(path, how):
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": content[:-9], "bit": content[:-1] + bytes([content[-1] ^ 1])}[how])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"])
+@pytest.mark.parametrize("how", ["empty", "cut", "bit", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, file, how):
+    model, optimizer = trained(steps=1, kind="dense")
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
+    expected, said = bits(model, optimizer), []
+    newer = trained(steps=2, kind="dense")
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=2), *newer)
+    spoil(tmp_path / "step-00000002" / file, how)
+    assert checkpoint.load(tmp_path, *newer, said.append).step == 1
+    assert_same(bits(*newer), expected)
+    assert len(said) == 1 and "step-00000002 is damaged" in said[0] and "step-00000001" in said[0]
+    # It is neither taken the next time nor in the way of its own step.
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=2), *newer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert checkpoint.load(tmp_path, *newer, said.append).step == 2 and len(said) == 1
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_without_a_word(tmp_path):
+    model, optimizer = trained(steps=1, kind="dense")
+    checkpoint.save(tmp_path, checkpoint.TrainState(step=1), model, optimizer)
+    spoil(tmp_path / "step-00000001" / "state.json", "empty")
+    with pytest.raises(DamagedError, match=r"no whole checkpoint \(step-00000001: state.json has 0 of"):
+        checkpoint.load(tmp_path, model, optimizer)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sparsemix import checkpoint, durable, train
 from sparsemix.config import to_yaml
 from sparsemix.run import Run
+from sparsemix.signals import Terminated, stopped_code
 from tiny import prepared, run_config, unchecked_shapes
 
 STEPS = 8
@@ -133,8 +134,11 @@ def answers_ctrl_c():
 
 
 @pytest.mark.usefixtures("answers_ctrl_c")
-@pytest.mark.parametrize("moment", ["update", "AdamW.step"])
-def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(unbroken, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("moment", "number", "stop"),
+    [("update", signal.SIGINT, KeyboardInterrupt), ("AdamW.step", signal.SIGTERM, Terminated)],
+)
+def test_ctrl_c_and_sigterm_in_a_step_wait_for_its_end(unbroken, tmp_path, monkeypatch, moment, number, stop):
     config, shards, reference = unbroken
     config = config.replace(train=config.train.replace(checkpoint_s=1e6))
     owner, name = (torch.optim.AdamW, "step") if moment == "AdamW.step" else (train, moment)
@@ -144,13 +148,15 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(unbroken, tmp_path, mo
         calls.append(1)
         made = real(*args, **kwargs)
         if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return made
 
     monkeypatch.setattr(owner, name, interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(stop) as stopped:
         train.train(config, tmp_path, shards)
+    assert stopped_code(stopped.value) == 128 + number
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     train.train(config, tmp_path, shards)

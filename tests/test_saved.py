@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparsemix import load_model, saved, trained
@@ -167,3 +168,33 @@ def test_a_packed_model_whose_warm_up_is_over_is_read_and_a_damaged_one_refused(
     save_file(tensors, tmp_path / saved.WEIGHTS)
     with pytest.raises(ConfigError, match=r"does not fit the settings .*q\.weight\.codes: packed weights hold a code"):
         saved.read(tmp_path)
+
+
+@pytest.mark.parametrize("file", [saved.WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_changed_bit_in_a_models_folder_is_named(file, tmp_path):
+    words = [f"word{i} and {i * 7919}" for i in range(400)]
+    saved.write(built("dense"), tmp_path, train_tokenizer(words, V))
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.raises(ConfigError, match=f"{file} is not what was written; copy it anew, or.*delete"):
+        saved.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_the_name_of_their_tensor(value, tmp_path):
+    model = built("moe")
+    with torch.no_grad():
+        model.blocks[1].ffn.router.weight[1, 2] = value
+    saved.write(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"1 of 64 numbers of blocks\.1\.ffn\.router\.weight are not finite"):
+        saved.read(tmp_path)
+
+
+def test_an_export_on_a_full_disk_leaves_nothing_and_names_it(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparsemix.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as raised, saved.whole(tmp_path / "deep" / "to") as to:
+        saved.write(built("dense"), to)
+    assert raised.value.errno == 28 and raised.value.filename and not list(tmp_path.iterdir())

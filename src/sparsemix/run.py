@@ -148,13 +148,15 @@ class Run:
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The logged lines; a last line that a killed process left half-written is left out. Raises DamagedError."""
         path = self.folder / "metrics.jsonl"
-        # What follows the last newline was not written to its end.
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
                 if not isinstance(read := json.loads(line), dict):
                     raise ValueError
             except ValueError:
+                # What follows the last newline was not written to its end.
+                if number == len(lines):
+                    return
                 raise DamagedError(
                     f"{path} is damaged in line {number}; copy the file anew, or delete that line"
                 ) from None
