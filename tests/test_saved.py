@@ -11,6 +11,7 @@ from sparsemix import load_model, saved, trained
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import prepare
 from sparsemix.data.tokenizer import train_tokenizer
+from sparsemix.durable import SEAL
 from sparsemix.layers import Ctx, update
 from sparsemix.layers.packed import pack_ternary
 from sparsemix.model import ModelConfig
@@ -59,7 +60,18 @@ def test_several_files_with_the_prefix_of_a_wrapper_are_one_model(tmp_path):
     assert torch.equal(logits(saved.read(tmp_path).model), logits(model))
 
 
+def unsealed(spoil):
+    """What a person who knows of the checksums does."""
+
+    def spoiled(folder):
+        spoil(folder)
+        (folder / SEAL).unlink()
+
+    return spoiled
+
+
 def edit(folder, **changes):
+    (folder / SEAL).unlink()
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -81,7 +93,7 @@ def tokenizer_of(folder, size):
 
 BAD = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
-    "is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "is no JSON": unsealed(lambda folder: (folder / "config.json").write_text("{")),
     "model_type=llama must be sparsemix": lambda folder: edit(folder, model_type="llama"),
     "format=2 must be 1": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
     "written by 9.0": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
@@ -90,9 +102,10 @@ BAD = {
         folder, settings=json.loads((folder / "config.json").read_text())["settings"] | {"d_model": 1}
     ),
     "is missing": lambda folder: (folder / saved.WEIGHTS).unlink(),
-    "is damaged": truncate,
-    "does not fit the settings": misfit,
-    "does not match the model: it has 400 ids, vocab_size=300": lambda folder: tokenizer_of(folder, 400),
+    "is damaged": unsealed(truncate),
+    "model.safetensors has ": truncate,
+    "does not fit the settings": unsealed(misfit),
+    "does not match the model: it has 400 ids, vocab_size=300": unsealed(lambda folder: tokenizer_of(folder, 400)),
 }
 
 
@@ -166,6 +179,7 @@ def test_a_packed_model_whose_warm_up_is_over_is_read_and_a_damaged_one_refused(
     tensors = load_file(tmp_path / saved.WEIGHTS)
     tensors["blocks.0.mixer.q.weight.codes"] |= 3
     save_file(tensors, tmp_path / saved.WEIGHTS)
+    (tmp_path / SEAL).unlink()
     with pytest.raises(ConfigError, match=r"does not fit the settings .*q\.weight\.codes: packed weights hold a code"):
         saved.read(tmp_path)
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -190,12 +190,12 @@ def seal(folder: Path, names: Iterable[str] | None = None) -> None:
     write_atomic(folder / SEAL, json.dumps(held, indent=1, sort_keys=True))
 
 
-def damage(folder: Path) -> str | None:
-    """What of a sealed folder is not as it was when it was sealed, in words; None if all of it is."""
+def damage(folder: Path, names: Collection[str] | None = None) -> str | None:
+    """What of a sealed folder, or of its named files, is not as it was when it was sealed, in words; None if all is."""
     try:
         held = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         for name, was in held.items():
-            if told := _difference(folder / name, was["bytes"], was["sha256"]):
+            if (names is None or name in names) and (told := _difference(folder / name, was["bytes"], was["sha256"])):
                 return f"{name} {told}"
     except FileNotFoundError:
         return f"it has no {SEAL}"

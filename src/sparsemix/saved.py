@@ -55,10 +55,11 @@ def seal_model(folder: Path) -> None:
     seal(folder, sorted(name for name in (WEIGHTS, *SETTINGS) if (folder / name).is_file()))
 
 
-def check_seal(folder: Path) -> None:
+def _check(path: Path) -> None:
     """Raises ConfigError where a file of a model's folder is not what was written with its checksums. A folder without
-    any, which other tools or earlier versions wrote, is taken as it is."""
-    if (folder / SEAL).is_file() and (told := damage(folder)):
+    any, which other tools or earlier versions wrote, is taken as it is; what is missing is said by who needs it."""
+    folder = path.parent
+    if path.is_file() and (folder / SEAL).is_file() and (told := damage(folder, [path.name])):
         raise ConfigError(
             f"{folder} is damaged: {told}; copy it anew, or, if you changed it yourself, delete {folder / SEAL}"
         )
@@ -158,6 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or a model's")
+    _check(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -216,9 +218,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
-    check_seal(folder)
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
+        _check(path)
         try:
             tensors |= load_file(path)
         except SafetensorError as error:
@@ -230,6 +232,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The folder's tokenizer; None if it has none. Raises ConfigError if it needs more ids than the model has."""
     if not (folder / "tokenizer.json").is_file():
         return None
+    _check(folder / "tokenizer.json")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     if num_ids(tokenizer) > vocab_size:
         raise ConfigError(
