@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsemix import cli
+from sparsemix.cli.app import spread_text
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 SMALL = ["--set", "train.test_tokens=3000", "--set", "train.eval_tokens=1000", "--set", "train.evals=1"]
@@ -244,7 +245,7 @@ def test_every_command_that_reads_text_reads_further_suffixes_when_asked():
     ],
 )
 def test_text_takes_several_words(typed, meant):
-    assert cli.spread_text(typed.split()) == meant.split()
+    assert spread_text(typed.split()) == meant.split()
 
 
 def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch, capsys, tmp_path, corpus):

@@ -1,28 +1,35 @@
 """Run = a folder: config.yaml, metrics.jsonl, checkpoints/, model/, result.json. No torch here."""
 
+import hashlib
 import json
 import os
 import platform
 import socket
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sparsemix import __version__
 from sparsemix.commit import commit
 from sparsemix.config import Config, ConfigError, parse, to_yaml
-from sparsemix.durable import write_atomic
-from sparsemix.errors import RunBusyError
+from sparsemix.durable import SEAL, damage, seal, undone, write_atomic
+from sparsemix.errors import DamagedError, RunBusyError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
 LOCK_WAIT_S = 2.0
 LOCK = ".lock"
+# What later commands read of a finished run, and its checksums are of.
+TRUSTED = ("config.yaml", "metrics.jsonl", "documents.npz", "result.json")
 
 
 # How the FLOPs of every run are counted. Runs that hold no convention are from before results did, and were
@@ -101,20 +108,30 @@ class Run:
 
     def _holds(self, config: Config) -> bool:
         """Are these the folder's settings? One that is younger than the folder counts with its default."""
+        there = self.settings
         try:
-            return parse(type(config), self.settings) == config
+            return parse(type(config), there) == config
         except ConfigError:
             return False
 
     @property
     def settings(self) -> dict[str, Any]:
-        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        """What config.yaml holds. Raises DamagedError."""
+        return read_mapping(self.folder / "config.yaml")
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The run's result, or None while it is unfinished."""
+        """The run's result, or None while it is unfinished. Raises DamagedError."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_mapping(path) if path.is_file() else None
+
+    def check(self) -> None:
+        """Raises DamagedError where a file of a finished run is not what the run wrote; runs of earlier versions have
+        no checksums."""
+        if (self.folder / SEAL).is_file() and (told := damage(self.folder)):
+            raise DamagedError(
+                f"{self.folder} is damaged: {told}; copy it anew, or delete {SEAL} in it to have what is there read"
+            )
 
     def lock(self) -> AbstractContextManager[None]:
         """Held while the run is trained. Raises RunBusyError where another process trains it."""
@@ -126,26 +143,112 @@ class Run:
         return is_locked(self.folder / LOCK)
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, with which the run is finished, and the checksums of what it wrote."""
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1))
+        seal(self.folder, [name for name in TRUSTED if (self.folder / name).is_file()])
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged lines; a last line that a killed process left half-written is left out."""
+        """The logged lines; a last line that a killed process left half-written is left out. Raises DamagedError."""
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                if not isinstance(read := json.loads(line), dict):
+                    raise ValueError
+            except ValueError:
+                # What follows the last newline was not written to its end.
+                if number == len(lines):
+                    return
+                raise DamagedError(
+                    f"{path} is damaged in line {number}; copy the file anew, or delete that line"
+                ) from None
+            yield read
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
+        """Forget what was logged after `step`: a resumed run logs it again. Raises DamagedError."""
         if (self.folder / "metrics.jsonl").is_file():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if line.get("step", 0) <= step]
             write_atomic(self.folder / "metrics.jsonl", "".join(kept))
 
     def log(self, **values: Any) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def refusal_leaves_nothing(folder: Path) -> AbstractContextManager[None]:
+    """What the block makes in the folder of a run or of a study is gone where it raises ConfigError before any training
+    was saved: the mended command must not find another's settings or text there."""
+
+    def when(error: BaseException) -> bool:
+        refused = isinstance(error, ConfigError) and not isinstance(error, RunBusyError)
+        # What another process is just making stays.
+        begun = (folder / "plan.yaml").is_file() or any((folder / "checkpoints").glob("step-*"))
+        return refused and not begun and not is_locked(folder / LOCK)
+
+    return undone(folder, when)
+
+
+def read_mapping(path: Path, way_out: str = "copy it anew, or delete the run's folder") -> dict[str, Any]:
+    """The names and values that a .yaml or .json file holds. Raises DamagedError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        told = f"it cannot be read: {' '.join(str(error).split())[:120]}"
+    else:
+        if isinstance(found, dict):
+            return found
+        told = "it is empty" if found is None else f"it holds a {type(found).__name__}, not names and values"
+    raise DamagedError(f"{path} is damaged ({told}); {way_out}")
+
+
+PLAN_WAY_OUT = "copy it anew, or choose another folder and leave this one"
+
+
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write plan.yaml, whose first line is the checksum of the rest: it is written again and again while others read,
+    so that a file beside it could be of another moment."""
+    text = yaml.safe_dump(plan, sort_keys=False)
+    write_atomic(folder / "plan.yaml", f"{_checksum(text)}\n{text}")
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What plan.yaml holds: `settings`, and the `cells` of a study. Raises DamagedError."""
+    path = folder / "plan.yaml"
+    first, _, rest = path.read_bytes().decode(errors="replace").partition("\n")
+    # Plans of earlier versions have no checksum.
+    if first.startswith(_CHECKSUM) and first != _checksum(rest):
+        raise DamagedError(f"{path} is damaged (it is not what was written); {PLAN_WAY_OUT}")
+    plan = read_mapping(path, PLAN_WAY_OUT)
+    cells = plan.get("cells", [])
+    names = ("run", "arm", "role")
+    if not isinstance(cells, list) or not all(isinstance(c, dict) and all(n in c for n in names) for c in cells):
+        raise DamagedError(f"{path} is damaged (`cells` are no list of runs); {PLAN_WAY_OUT}")
+    if not isinstance(plan.get("settings", {}), dict):
+        raise DamagedError(f"{path} is damaged (`settings` are no names and values); {PLAN_WAY_OUT}")
+    return plan
+
+
+_CHECKSUM = "# SHA-256 of what follows: "
+
+
+def _checksum(text: str) -> str:
+    return _CHECKSUM + hashlib.sha256(text.encode()).hexdigest()
+
+
+def by_document(path: Path) -> dict[str, "np.ndarray"]:
+    """What a run's documents.npz holds of every test document, such as `nats` and `bytes`. Raises DamagedError, and
+    FileNotFoundError where there is none."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: held[name] for name in held.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        told = " ".join(str(error).split())[:120]
+        raise DamagedError(f"{path} is damaged ({told}); copy it anew, or delete the run's folder") from None
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ def compare(
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     from sparsemix.config import parse
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.compare import CompareConfig, Comparison
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.texts import text_overrides
@@ -47,7 +48,7 @@ def compare(
         "recipe": recipe,
         "overrides": text_overrides(override or (), text_as or ()),
     }
-    with interruptible(), tracking(track, out), Stages("data", say) as preparation:
+    with refusal_leaves_nothing(out), interruptible(), tracking(track, out), Stages("data", say) as preparation:
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
         comparison = Comparison(config, out, say, made, preparation)

@@ -44,6 +44,7 @@ def isoflop(
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
     from sparsemix.config import parse
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.estimate import table
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
     from sparsemix.sweep.launch import make_launcher
@@ -63,7 +64,7 @@ def isoflop(
         "recipe": recipe,
         "overrides": text_overrides(override or (), text_as or ()),
     }
-    with interruptible(), tracking(track, out):
+    with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
         with Stages("data", say) as progress:
             study.prepare(progress)

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from sparsemix.screen import console
+from sparsemix.signals import answered
+
 
 def fail(message: str, code: int) -> NoReturn:
     print(f"sparsemix: {message}", file=sys.stderr)
@@ -13,18 +16,14 @@ def fail(message: str, code: int) -> NoReturn:
 
 @contextmanager
 def interruptible(left: str = "what was done is saved, and the same command resumes") -> Iterator[None]:
-    """Ctrl-C inside is one line that says what is left, and exit code 130."""
-    try:
+    """Ctrl-C and SIGTERM inside are one line that says what is left, and exit code 130 or 143."""
+    with answered(left):
         yield
-    except KeyboardInterrupt:
-        fail(f"interrupted; {left}", 130)
 
 
 def say(message: str) -> None:
-    from rich.console import Console
-
     # Standard error, as the bars are: standard output holds the result alone.
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    console(highlight=False, soft_wrap=True).print(message, markup=False)
 
 
 def show(tables: Any) -> None:

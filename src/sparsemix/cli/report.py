@@ -1,6 +1,5 @@
 """`sparsemix report`. Heavy imports are inside: the command line answers at once, and a report needs no torch."""
 
-import json
 import os
 import shlex
 import sys
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.output import show
+from sparsemix.cli.output import say, show
 from sparsemix.errors import ConfigError
 
 
@@ -35,8 +34,10 @@ def report(
 
 def _comparison(folder: Path) -> dict[str, Any] | None:
     """A finished comparison's result, or None if the folder holds none."""
+    from sparsemix.run import read_mapping
+
     path = folder / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    result = read_mapping(path) if path.is_file() else {}
     return result if "rows" in result else None
 
 
@@ -63,7 +64,7 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
         raise ConfigError("several folders have one report: give --out with the folder that it goes to")
     place = out or folders[0]
     # A run that is named twice is one run.
-    records = list({(r.folder.resolve(), r.arm, r.role): r for r in read_runs(folders)}.values())
+    records = list({(r.folder.resolve(), r.arm, r.role): r for r in read_runs(folders, say)}.values())
     said = shlex.join(["sparsemix", *sys.argv[1:]])
     analysis = analyse(records, baseline=baseline, allow_repeats=allow_repeats, command=_command(place, said))
     page = write_study(analysis, place, records)
@@ -76,7 +77,9 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 
 def _command(place: Path, said: str) -> str:
     """The command that made the study, which an earlier report or the study itself may know, or this one."""
+    from sparsemix.run import read_mapping
+
     for path in (place / "analysis.json", place / "result.json"):
-        if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")).get("command")):
+        if path.is_file() and (known := read_mapping(path).get("command")):
             return known
     return said

@@ -47,6 +47,7 @@ def reproduce(
         raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.texts import text_overrides
     from sparsemix.track import tracking
@@ -69,8 +70,8 @@ def reproduce(
     trials = f" and at least {planned.trials} that try learning rates" if planned.trials else ""
     say(f"{runs} runs{trials}, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
     if not dry_run:
-        made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
-        with interruptible(), tracking(track, out):
+        with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
+            made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
             _run(planned, settings, out, made, retries, data_dir)
 
 

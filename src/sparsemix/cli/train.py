@@ -29,6 +29,7 @@ def train(
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare, read_line
     from sparsemix.machine import tune_cpu_allocator
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.settings import RunConfig
     from sparsemix.sweep.watch import Stages, Watch
     from sparsemix.track import tracking
@@ -46,7 +47,8 @@ def train(
     if falling := config.still_falling:
         say(f"{', '.join(falling)}: more than the run has steps, so its capacity stays above the goal")
     place = data or out.parent / f"data-{config_hash(parse(DataConfig, raw['data']))}"
-    with interruptible(), tracking(track, out):
+    # The text's folder goes with a refusal that comes after it, such as a text of no whole window.
+    with refusal_leaves_nothing(place), refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         with Stages("data", say) as preparation:
             shards = prepare(config.data, place, preparation)
         say(read_line(shards.manifest))

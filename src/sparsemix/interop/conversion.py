@@ -77,6 +77,7 @@ def _write(to: Path, source: Source, converted: Converted, said: dict[str, Any])
         for name in BESIDE_TOKENIZER if source.tokenizer else ():
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, aside / name)
+        saved.seal_model(aside)
         (aside / "receipt.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
         (aside / "README.md").write_text(_page(said), encoding="utf-8")
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 
+from sparsemix.durable import SEAL
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.interop.hf_config import SparsemixConfig
 from sparsemix.interop.hf_inputs import context, known_cache, loss_of, shifted
@@ -97,6 +98,8 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the two files that trust_remote_code=True runs."""
         self.config.auto_map = dict(AUTO_MAP)
+        # Checksums of what stood there before are of no use to what is written now.
+        (Path(save_directory) / SEAL).unlink(missing_ok=True)
         # Today's names, whichever the weights were read under.
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         for name, text in FILES.items():

@@ -159,10 +159,12 @@ class MoD(Layer):
         # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
         passing = [b for b, count in enumerate(counts) if count]
+        if not passing and not self.training:
+            return torch.zeros_like(x), Aux()
         if not passing:
             # In training the wrapped layer must say what it observed: nothing, of filling.
             nobody = keep[:, :1]
-            return self.apply_to(x, scores, nobody.long(), nobody, ctx) if self.training else (torch.zeros_like(x), Aux())
+            return self.apply_to(x, scores, nobody.long(), nobody, ctx)
         if len(passing) < len(counts):
             rows = torch.tensor(passing, dtype=torch.long, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))

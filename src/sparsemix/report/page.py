@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.figures import CSS
 from sparsemix.report.numbers import (
     DASH,
@@ -57,7 +58,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(f"Equal-FLOP comparison: {kinds}", byline, sections), encoding="utf-8")
+    write_atomic(path, render(f"Equal-FLOP comparison: {kinds}", byline, sections))
 
 
 def render(title: str, byline: str, sections: Sequence[tuple[str, str, str]], css: str = "") -> str:

@@ -2,19 +2,20 @@
 
 import json
 import struct
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
+from sparsemix.errors import DamagedError
 from sparsemix.evaluate.estimate import Units, units
-from sparsemix.run import CONVENTION, Run
+from sparsemix.run import CONVENTION, Run, by_document, read_plan
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,28 @@ class Record:
 
 def document_units(folders: Sequence[Path]) -> Units:
     """The test losses of runs on the same text, a row a run."""
-    held = []
-    for folder in folders:
-        with np.load(folder / "documents.npz", allow_pickle=False) as file:
-            held.append({name: file[name] for name in file.files})
+    held = [by_document(folder / "documents.npz") for folder in folders]
     # Runs from before parts were scored hold one loss a document.
     return units(np.stack([file["nats"] for file in held]), held[0]["bytes"], held[0].get("groups"))
 
 
 def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record | None:
     """The run in a folder, called `arm` or by what its settings are; None if it is unfinished. Raises ConfigError."""
+    try:
+        return _read_run(folder, arm, role)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamagedError(f"{folder} holds no whole run ({told}); copy it anew, or delete the folder") from None
+
+
+def _read_run(folder: Path, arm: str | None, role: str) -> Record | None:
     run = Run(folder)
     result = run.result
     if result is None:
         return None
+    run.check()
     settings = run.settings
     cost = result.get("cost") or _cost_of_old(folder, result)
     curve = tuple((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)
@@ -100,22 +109,29 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     )
 
 
-def read_runs(folders: Sequence[Path]) -> list[Record]:
+def read_runs(folders: Sequence[Path], say: Callable[[str], None] = warnings.warn) -> list[Record]:
     """Every finished run of the folders: a study's (its plan.yaml says whose each run is), a comparison's or any other
-    folder of runs, or a run's own. Raises ConfigError where there is none."""
-    found: list[Record | None] = []
+    folder of runs, or a run's own. A damaged one is said and left out. Raises ConfigError where there is none."""
+    named: list[tuple[Path, str | None, str]] = []
     for folder in folders:
-        plan = folder / "plan.yaml"
-        cells = yaml.safe_load(plan.read_text(encoding="utf-8")).get("cells") if plan.is_file() else None
+        cells = read_plan(folder).get("cells") if (folder / "plan.yaml").is_file() else None
         if cells is not None:
-            for cell in cells:
-                if ((run := folder / "runs" / cell["run"]) / "config.yaml").is_file():
-                    found.append(read_run(run, cell["arm"], cell["role"]))
+            named += [(folder / "runs" / cell["run"], cell["arm"], cell["role"]) for cell in cells]
         elif (folder / "config.yaml").is_file():
-            found.append(read_run(folder))
+            named.append((folder, None, "grid"))
         elif folder.is_dir():
-            found += [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
-    records = [record for record in found if record is not None]
+            named += [(path.parent, None, "grid") for path in sorted(folder.glob("*/config.yaml"))]
+    records, damaged = [], {}
+    for folder, arm, role in named:
+        try:
+            record = read_run(folder, arm, role) if (folder / "config.yaml").is_file() else None
+        except DamagedError as error:
+            damaged[folder] = str(error)
+            continue
+        if record is not None:
+            records.append(record)
+    for told in damaged.values():
+        say(f"left out: {told}")
     if not records:
         raise ConfigError(f"{', '.join(map(str, folders))} hold no finished run; name a study's or a run's folder")
     return records

@@ -15,6 +15,7 @@ from sparsemix.sweep.grid import Grid, Ladders
 from sparsemix.sweep.isoflop import run_grid
 from sparsemix.sweep.ladder import Size
 from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.phase import working
 from sparsemix.sweep.study import Progress, Study
 from sparsemix.sweep.texts import data_config, described, prepared
 
@@ -101,7 +102,9 @@ class IsoflopStudy:
     def plan(self, launcher: Launcher) -> list[Planned]:
         """Every size that the study begins with, and what it takes."""
         self.study.say(f"measuring 20 steps of {len(self.arms)} kinds at their smallest and largest sizes")
-        return planned(self.arms, self.ladders, self.study.shards, self.study.out / "data", launcher)
+        with working(self.study.out) as phase:
+            phase("measuring 20 steps of each kind")
+            return planned(self.arms, self.ladders, self.study.shards, self.study.out / "data", launcher)
 
     def run(self, launcher: Launcher) -> list[Record]:
         """What is left of the runs. Raises KeyboardInterrupt with all saved."""

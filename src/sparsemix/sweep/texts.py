@@ -1,13 +1,13 @@
 """The text that runs are compared on: its settings, prepared once, checked and described."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsemix.config import ConfigError, parse
+from sparsemix.config import parse
 from sparsemix.data import DataConfig, Shards
 from sparsemix.recipes import settings_of
+from sparsemix.run import refusal_leaves_nothing
 from sparsemix.settings import RunConfig
 
 
@@ -21,15 +21,10 @@ def data_config(recipe: str, overrides: tuple[str, ...], text: tuple[str, ...]) 
 def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Shards:
     """The shards that `prepare` writes below `out`; a text too short for `config` leaves no folder that was not there.
     Raises ConfigError."""
-    existed = out.exists()
-    shards = prepare()
-    try:
+    with refusal_leaves_nothing(out):
+        shards = prepare()
         shards.num_windows(config.model.seq_len)
-    except ConfigError:
-        if not existed:
-            shutil.rmtree(out)
-        raise
-    return shards
+        return shards
 
 
 def text_overrides(overrides: Sequence[str], text_as: Sequence[str]) -> tuple[str, ...]:

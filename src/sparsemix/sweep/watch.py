@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sparsemix.run import Run
-from sparsemix.sweep.status import Board, last_line, table, totals
+from sparsemix.screen import console, only_shows
+from sparsemix.sweep.status import Board, has_settings, last_line, table, totals
 
 PLAIN_EVERY_S = 20.0
 
@@ -24,16 +25,16 @@ class Watch:
         self.said_at = time.monotonic()
         self.tasks: dict[Path, TaskID] = {}
         self.budgets: dict[Path, float] = {}
-        console = Console(stderr=True)
+        screen = console()
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=console,
+            console=screen,
             refresh_per_second=2,
-            disable=not console.is_terminal,
+            disable=not screen.is_terminal,
         )
 
     def __enter__(self) -> Self:
@@ -44,16 +45,19 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
+    @only_shows
     def done(self, folder: Path) -> None:
         """Mark a run as ended and say what it reached."""
         self.finished.add(folder)
-        result = Run(folder).result
+        # A worker may have died before it made the run's folder.
+        result = Run(folder).result if has_settings(folder) else None
         reached = f"{result['validation_bpb']:.4f} bits/byte on validation" if result else "failed"
         self.say(f"{self.title}: {len(self.finished)} of {len(self.folders)} runs, {folder.name} {reached}")
         if folder in self.tasks:
             self.bars.remove_task(self.tasks.pop(folder))
         self.bars.update(self.overall, completed=len(self.finished))
 
+    @only_shows
     def __call__(self) -> None:
         notes = []
         for folder in self.folders:
@@ -83,7 +87,7 @@ class StudyWatch:
 
     def __init__(self, cells: Sequence[tuple[Path, dict[str, Any]]], title: str, say: Callable[[str], None]) -> None:
         self.board, self.title, self.say = Board(cells), title, say
-        self.console = Console(stderr=True)
+        self.console = console()
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
         self.said_at = time.monotonic()
 
@@ -96,6 +100,7 @@ class StudyWatch:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
+    @only_shows
     def done(self, folder: Path) -> None:
         """Say what a run that has ended reached."""
         runs = self.board.look()
@@ -104,6 +109,7 @@ class StudyWatch:
         what = f"{ended.arm} {ended.budget:.3g} FLOPs, width {ended.width}, seed {ended.seed} ({folder.name})"
         self.say(f"{self.title}: {count} of {len(runs)} runs, {what}: {ended.state} {ended.said}")
 
+    @only_shows
     def __call__(self) -> None:
         if self.live.is_started:
             runs = self.board.look()
@@ -125,17 +131,18 @@ class Stages:
         self.title, self.say = title, say
 
     def __enter__(self) -> Self:
-        console = Console(stderr=True)
+        screen = console()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            console=console,
+            console=screen,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not screen.is_terminal,
         )
         self.stage: str | None = None
         return self
 
+    @only_shows
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         if stage != self.stage:
             if self.bar.disable:
