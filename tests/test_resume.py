@@ -135,7 +135,7 @@ def test_random_routing_draws_from_seed_and_step_alone(unbroken, tmp_path):
 def test_a_run_says_the_same_again_and_when_it_was_resumed_at_its_end(unbroken, tmp_path):
     data, shards = unbroken[0].data, unbroken[1]
     config = run_config(data, "mode", STEPS)
-    config = config.replace(train=config.train.replace(checkpoint_s=1e6))
+    config = config.replace(train=config.train.replace(checkpoint_s=1e6, keep_checkpoints=True))
 
     results = [train.train(config, tmp_path / name, shards).result for name in ("once", "again")]
     steps = results[0]["steps"]

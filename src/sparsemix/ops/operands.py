@@ -7,7 +7,7 @@ wrong is found when something is. The kinds of error are those of PyTorch's line
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ DTYPES = {
     "i64": torch.int64,
     "u8": torch.uint8,
 }
+_assert_on_device = torch.ops.aten._assert_async.msg
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _WORD = re.compile(r"(\w+)(?::(\w+)(?:\[([^\]]*)\]|\((.*?)\)(?=[\s?]|$))(\S*))?(?:\s|$)")
 
@@ -137,7 +138,7 @@ def _test(
     return space["test"]  # pyright: ignore[reportReturnType]
 
 
-def _explain(op: str, tensors: tuple[Tensor | None, ...]) -> None:
+def _explain(op: str, tensors: tuple[Tensor | None, ...]) -> NoReturn:
     """Raises what is wrong with the operands of an op."""
     sizes: dict[str, int] = {}
     leaders: dict[str, tuple[str, torch.dtype]] = {}
@@ -224,7 +225,7 @@ def check_ids(rule: str, ids: Tensor, num_rows: int) -> None:
         return
     low, high = ids.aminmax()
     if not ids.is_cpu:
-        torch._assert_async((low >= 0) & (high < num_rows), f"{rule} reach out of a table of {num_rows} rows")
+        _assert_on_device((low >= 0) & (high < num_rows), f"{rule} reach out of a table of {num_rows} rows")
     elif int(low) < 0 or int(high) >= num_rows:
         raise IndexError(f"{rule} {int(low)} to {int(high)} reach out of a table of {num_rows} rows")
 
@@ -234,7 +235,7 @@ def _check_counts(rule: str, counts: Tensor, num_rows: int) -> None:
     # Each of them first: the sum of larger ones may wrap.
     if not counts.is_cpu:
         good = (low >= 0) & (high <= num_rows) & (counts.sum() <= num_rows)
-        torch._assert_async(good, f"{rule} must be at least 0 and add up to at most {num_rows} rows")
+        _assert_on_device(good, f"{rule} must be at least 0 and add up to at most {num_rows} rows")
     elif int(low) < 0 or int(high) > num_rows or int(counts.sum()) > num_rows:
         raise ValueError(
             f"{rule} of {int(low)} to {int(high)} rows an expert must be at least 0 and add up to at most "
@@ -244,7 +245,7 @@ def _check_counts(rule: str, counts: Tensor, num_rows: int) -> None:
 
 def _demand(holds: Tensor, message: str, kind: type[Exception]) -> None:
     if not holds.is_cpu:
-        torch._assert_async(holds, message)
+        _assert_on_device(holds, message)
     elif not bool(holds):
         raise kind(message)
 
