@@ -99,10 +99,9 @@ def note_picks(table: Tensor, ids: Int[Tensor, "N R"]) -> None:
 def take_picks(table: Tensor) -> Bool[Tensor, " M"]:
     """The rows that were picked since the last call."""
     lent = _lent.get(table)
-    picked = None if lent is None else lent.picked
-    if picked is None:
+    if lent is None or lent.picked is None:
         return torch.zeros(len(table), dtype=torch.bool, device=table.device)
-    lent.picked = None
+    picked, lent.picked = lent.picked, None
     return picked
 
 
