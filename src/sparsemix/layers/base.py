@@ -162,7 +162,9 @@ class Layer(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Tensor], prefix: str, *rest: Any
+    ) -> None:
         # torch hands over a dictionary of its own, not the caller's.
         for old, new in self.renamed.items():
             if prefix + old in state_dict:
@@ -217,7 +219,7 @@ def check_observed(num_updates: Int[Tensor, ""], what: str, training: bool, inst
     message = f"{what} were never observed: {way}, or {instead}"
     if torch.compiler.is_exporting():
         # Not torch._check, whose message is lost on the way.
-        torch._assert_async(num_updates > 0, message)
+        torch._assert_async(num_updates > 0, message)  # type: ignore[attr-defined]
     elif not num_updates:
         raise RuntimeError(message)
 
