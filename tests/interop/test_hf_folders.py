@@ -11,7 +11,7 @@ import torch
 from hf_models import hf_model, settings
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
 import sparsemix
 from sparsemix import saved
@@ -316,3 +316,15 @@ def test_a_tokenizer_gives_the_ids_of_training(tmp_path):
     assert again.eos_token_id == again.bos_token_id == again.pad_token_id == end_of_text(tokenizer)
     batch = again([*texts[:2], "a"], padding=True, return_tensors="pt")
     assert batch["attention_mask"][2, 0] == 0 and again.model_max_length == T
+
+
+def test_end_of_text_is_a_label_once_padding_has_a_token_of_its_own():
+    """As docs/huggingface.md says."""
+    model, tokenizer = hf_model("dense").float(), wrap_tokenizer(train_tokenizer(["a cat sat"] * 9, V), T)
+    rows, collate = [{"input_ids": [5, 6, tokenizer.eos_token_id]}, {"input_ids": [7]}], DataCollatorForLanguageModeling
+    assert tokenizer.eos_token_id not in collate(tokenizer, mlm=False)(rows)["labels"]
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    model.resize_token_embeddings(max(model.config.vocab_size, len(tokenizer)), mean_resizing=False)
+    batch = collate(tokenizer, mlm=False)(rows)
+    assert batch["labels"].tolist() == [[5, 6, tokenizer.eos_token_id], [-100, -100, 7]]
+    assert model(**batch).loss.isfinite()

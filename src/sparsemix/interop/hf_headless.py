@@ -21,7 +21,7 @@ class SparsemixModel(SparsemixForCausalLM):
 
     def __init__(self, config: SparsemixConfig, model: LM | None = None) -> None:
         super().__init__(config, model)
-        self.model.lm_head = nn.Identity()
+        self.model.lm_head = nn.Identity()  # type: ignore[assignment]
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -44,7 +44,8 @@ class SparsemixModel(SparsemixForCausalLM):
         """As SparsemixForCausalLM's, but for labels and logits."""
         if given := sorted({"labels", "shift_labels"} & kwargs.keys()):
             raise ValueError(f"{given[0]}: a loss needs a head; load the model by AutoModelForCausalLM")
-        out = super().forward(input_ids, attention_mask, position_ids, **kwargs | {"return_dict": True})
+        kwargs["return_dict"] = True
+        out = super().forward(input_ids, attention_mask, position_ids, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=out.logits,
             hidden_states=out.hidden_states,

@@ -227,7 +227,7 @@ def check_observed(num_updates: Int[Tensor, ""], what: str, training: bool, inst
     message = f"{what} were never observed: {way}, or {instead}"
     if torch.compiler.is_exporting():
         # Not torch._check, whose message is lost on the way.
-        torch._assert_async(num_updates > 0, message)
+        torch._assert_async(num_updates > 0, message)  # type: ignore[attr-defined]
     elif not num_updates:
         raise RuntimeError(message)
 

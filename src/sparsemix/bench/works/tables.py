@@ -96,7 +96,7 @@ def optimizer_cases(quick: bool) -> Iterator[Case]:
             if bag is None:
                 y = layer.mix(coef, ids)
             else:
-                table = layer.values
+                table = layer.rows
                 y = F.embedding_bag(ids, table, mode="sum", per_sample_weights=coef, sparse=bag == "sparse")
             y.backward(direction(y))
             optimizer.step()
@@ -105,7 +105,7 @@ def optimizer_cases(quick: bool) -> Iterator[Case]:
 
     def moved(made: Stepping) -> dict[str, Tensor]:
         layer, step = made
-        return movement({"values": layer.values}, step)
+        return movement({"values": layer.rows}, step)
 
     def ours(catch_up: bool) -> Contender:
         # Compared with catch-up on: without it rows that a step leaves out move less, by design.
