@@ -9,7 +9,7 @@ from texts import SPLITS, config_of, documents_of, make_texts, write_corpus
 from tokenizers import Tokenizer, models
 
 from sparsemix.config import ConfigError, parse
-from sparsemix.data import DataConfig, Shards, prepare, shards
+from sparsemix.data import DataConfig, Shards, prepare, preparation, write_shards
 from sparsemix.data.corpus import read_documents
 from sparsemix.data.tokenizer import encode_batch, train_tokenizer
 
@@ -25,7 +25,7 @@ def test_preparing_twice_gives_identical_files(corpus, tmp_path):
 
 def test_finished_shards_are_reused_without_reading_the_text(corpus, monkeypatch):
     _, config, s = corpus
-    monkeypatch.setattr(shards, "_collect", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(preparation, "_collect", lambda *_: pytest.fail("the text was read"))
     assert prepare(config, s.folder).manifest == s.manifest
     named = config.replace(fingerprint=s.manifest["fingerprint"])
     assert prepare(named, s.folder).manifest == s.manifest
@@ -90,11 +90,11 @@ def test_a_killed_preparation_leaves_nothing_at_the_folder(corpus, tmp_path):
     script = """
 import os, signal, sys
 from sparsemix.data import DataConfig, prepare, shards
-write, calls = shards.write_stream, []
+write, calls = write_shards.write_stream, []
 def kill(tokenizer, texts, path):
     calls.append(path)
     return write(tokenizer, texts, path) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGKILL)
-shards.write_stream = kill
+write_shards.write_stream = kill
 prepare(DataConfig.model_validate_json(sys.argv[1]), shards.Path(sys.argv[2]))
 """
     folder = tmp_path / "out" / "s"
@@ -109,7 +109,7 @@ def test_an_interrupted_preparation_cleans_up(corpus, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "write_stream", interrupt)
+    monkeypatch.setattr(write_shards, "write_stream", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus[1], tmp_path / "out" / "s")
     assert list((tmp_path / "out").iterdir()) == []
@@ -117,14 +117,14 @@ def test_an_interrupted_preparation_cleans_up(corpus, tmp_path, monkeypatch):
 
 def test_two_preparations_of_one_folder_agree(corpus, tmp_path, monkeypatch):
     _, config, s = corpus
-    folder, write = tmp_path / "s", shards.write_stream
+    folder, write = tmp_path / "s", write_shards.write_stream
 
     def other_process_finishes_first(tokenizer, texts, path):
-        monkeypatch.setattr(shards, "write_stream", write)
+        monkeypatch.setattr(write_shards, "write_stream", write)
         prepare(config, folder)
         return write(tokenizer, texts, path)
 
-    monkeypatch.setattr(shards, "write_stream", other_process_finishes_first)
+    monkeypatch.setattr(write_shards, "write_stream", other_process_finishes_first)
     assert prepare(config, folder).manifest == s.manifest
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
