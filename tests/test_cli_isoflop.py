@@ -120,7 +120,10 @@ def test_a_text_read_often_is_said_in_the_plan(isoflop, here):
         (["--budgets", "1e12", "--recipe", "tinny"], "did you mean 'tiny'?"),
         (["--budgets", "1e12", "--seeds", "0"], "seeds=0"),
         (["--budgets", "1e12", "--lr", "fast"], "lr=fast must be a positive number, rule, or sweep"),
-        (["--budgets", "1e12", "--set", "train.lr=0.1"], "overrides=train.lr=0.1 cannot be: --lr decides it"),
+        (
+            ["--budgets", "1e12", "--set", "train.lr=0.1"],
+            "overrides=train.lr=0.1 would have no effect: --lr decides train.lr",
+        ),
         (["--budgets", "1e12", "--set", "model.d_modl=3"], "did you mean 'd_model'?"),
     ],
 )

@@ -205,14 +205,16 @@ def test_the_result_says_what_was_measured(corpus, tmp_path):
     data, shards = corpus
     result = result_of(run_config(data, "nested", steps=3), tmp_path, shards)
     documents = np.load(tmp_path / "documents.npz")
-    ids, num_bytes = shards.eval_documents("test", 150)
-    np.testing.assert_array_equal(documents["ids"], ids)
+    parts = shards.parts("test", T, 150)
+    num_bytes = parts.bytes
+    np.testing.assert_array_equal(documents["ids"], parts.docs)
+    np.testing.assert_array_equal(documents["groups"], shards.groups("test")[parts.docs])
     np.testing.assert_array_equal(documents["bytes"], num_bytes)
     total = documents["nats"].sum()
     assert result["bpb"] == pytest.approx(total / math.log(2) / num_bytes.sum(), rel=1e-12)
     assert result["perplexity"] == pytest.approx(math.exp(total / result["test_tokens"]), rel=1e-12)
     assert result["lookahead_bpb"] not in (None, result["bpb"])
-    assert sum(result["routing"]["passes"]) == result["test_tokens"] == shards.starts("test")[len(ids)]
+    assert sum(result["routing"]["passes"]) == result["test_tokens"] == parts.tokens <= 150
     assert set(result["routing"]["predictor"]) == {"blocks.1"}
     always = {"blocks.0.ffn", "blocks.2.ffn"}
     assert always <= set(result["routing"]["experts"]) <= always | {"blocks.1.inner.ffn"}

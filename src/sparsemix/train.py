@@ -14,7 +14,7 @@ import torch
 
 from sparsemix import checkpoint, machine, saved
 from sparsemix.config import ConfigError
-from sparsemix.data import Batch, Shards
+from sparsemix.data import Batch, Parts, Shards
 from sparsemix.errors import TrainingError
 from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestimate, to_device
@@ -204,9 +204,14 @@ def extra_flops(config: RunConfig, line: dict[str, float]) -> float:
 
 
 def validation_bpb(config: RunConfig, model: LM, shards: Shards) -> float:
-    """Causal bits per byte on the first validation documents."""
-    _, num_bytes = shards.eval_documents("validation", config.train.eval_tokens)
-    return document_losses(model, _eval_batches(config, shards, "validation")).bits_per_byte(int(num_bytes.sum()))
+    """Causal bits per byte on parts of the validation documents."""
+    losses = document_losses(model, _eval_batches(config, shards, "validation"))
+    return losses.bits_per_byte(int(_parts(config, shards, "validation").bytes.sum()))
+
+
+def _parts(config: RunConfig, shards: Shards, split: str) -> Parts:
+    tokens = config.train.test_tokens if split == "test" else config.train.eval_tokens
+    return shards.parts(split, config.model.seq_len, tokens)
 
 
 def _eval_batches(config: RunConfig, shards: Shards, split: str) -> Iterator[Batch]:
@@ -220,11 +225,13 @@ def reestimation_batches(config: RunConfig, shards: Shards, num_batches: int = 1
 
 
 def evaluate(config: RunConfig, model: LM, shards: Shards, folder: Path) -> dict[str, Any]:
-    """Causal test losses per document (kept in documents.npz), the leak of look-ahead routing, routing statistics."""
-    ids, num_bytes = shards.eval_documents("test", config.train.test_tokens)
+    """Causal test losses by document or part of one (kept in documents.npz, with the document and the group of each),
+    the leak of look-ahead routing, routing statistics."""
+    parts = _parts(config, shards, "test")
+    num_bytes, groups = parts.bytes, shards.groups("test")[parts.docs]
     causal = document_losses(model, _eval_batches(config, shards, "test"))
-    nats = np.array([causal.nats[int(i)] for i in ids])
-    np.savez(folder / "documents.npz", ids=ids, nats=nats, bytes=num_bytes)
+    nats = np.array([causal.nats[part] for part in range(len(num_bytes))])
+    np.savez(folder / "documents.npz", ids=parts.docs, nats=nats, bytes=num_bytes, groups=groups)
     result: dict[str, Any] = {
         "bpb": causal.bits_per_byte(int(num_bytes.sum())),
         "perplexity": float(np.exp(causal.total / causal.tokens)),

@@ -9,7 +9,7 @@ from texts import SPLITS, config_of, documents_of, make_texts, write_corpus
 from tokenizers import Tokenizer, models
 
 from sparsemix.config import ConfigError, parse
-from sparsemix.data import DataConfig, Shards, prepare, preparation, write_shards
+from sparsemix.data import DataConfig, Shards, preparation, prepare, write_shards
 from sparsemix.data.corpus import read_documents
 from sparsemix.data.tokenizer import encode_batch, train_tokenizer
 
@@ -89,13 +89,14 @@ def test_a_killed_preparation_leaves_nothing_at_the_folder(corpus, tmp_path):
     _, config, s = corpus
     script = """
 import os, signal, sys
-from sparsemix.data import DataConfig, prepare, shards
+from pathlib import Path
+from sparsemix.data import DataConfig, prepare, write_shards
 write, calls = write_shards.write_stream, []
-def kill(tokenizer, texts, path):
+def kill(tokenizer, texts, path, on_text):
     calls.append(path)
-    return write(tokenizer, texts, path) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGKILL)
+    return write(tokenizer, texts, path, on_text) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGKILL)
 write_shards.write_stream = kill
-prepare(DataConfig.model_validate_json(sys.argv[1]), shards.Path(sys.argv[2]))
+prepare(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 """
     folder = tmp_path / "out" / "s"
     done = subprocess.run([sys.executable, "-c", script, config.model_dump_json(), str(folder)], check=False)
@@ -119,10 +120,10 @@ def test_two_preparations_of_one_folder_agree(corpus, tmp_path, monkeypatch):
     _, config, s = corpus
     folder, write = tmp_path / "s", write_shards.write_stream
 
-    def other_process_finishes_first(tokenizer, texts, path):
+    def other_process_finishes_first(tokenizer, texts, path, on_text):
         monkeypatch.setattr(write_shards, "write_stream", write)
         prepare(config, folder)
-        return write(tokenizer, texts, path)
+        return write(tokenizer, texts, path, on_text)
 
     monkeypatch.setattr(write_shards, "write_stream", other_process_finishes_first)
     assert prepare(config, folder).manifest == s.manifest

@@ -114,33 +114,6 @@ def test_training_doc_ids_name_the_document_of_each_input(corpus):
             assert starts[d] <= w * T + p < starts[d + 1]
 
 
-@pytest.mark.parametrize("max_tokens", [None, 1, 100, 400])
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 7), (3, 64), (50, 100_000)])
-def test_every_evaluated_token_is_scored_exactly_once(corpus, max_tokens, batch_size, seq_len):
-    s = corpus[2]
-    ids, sizes = s.eval_documents("validation", max_tokens)
-    targets, doc_ids = [], []
-    for batch in s.eval_batches("validation", batch_size, seq_len, max_tokens):
-        real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.valid is None else batch.valid
-        assert batch.tokens.shape[0] <= batch_size and batch.tokens.shape[1] == seq_len
-        assert (batch.targets[~real] == -100).all()
-        assert torch.equal(batch.tokens[:, 1:][real[:, 1:]], batch.targets[:, :-1][real[:, 1:]])
-        targets += batch.targets[real].tolist()
-        doc_ids += batch.doc_ids[real].tolist()
-    end = s.starts("validation")[len(ids)]
-    assert targets == s.tokens("validation")[1 : end + 1].tolist()
-    assert np.bincount(doc_ids).tolist() == np.diff(s.starts("validation")[: len(ids) + 1]).tolist()
-    texts = documents_of(s, "validation")[: len(ids)]
-    assert sizes.sum() == sum(len(t.encode()) for t in texts)
-
-
-def test_evaluation_takes_the_most_whole_documents_that_fit_and_at_least_one(corpus):
-    s = corpus[2]
-    starts = s.starts("validation").tolist()
-    count = [len(s.eval_documents("validation", m)[0]) for m in (None, 1, starts[3], starts[3] - 1, starts[3] + 1)]
-    assert count == [len(starts) - 1, 1, 3, 2, 3]
-
-
 def test_padding_is_marked_only_where_there_is_some(corpus):
     s = corpus[2]
     total = int(s.starts("test")[-1])

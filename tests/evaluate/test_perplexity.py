@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -38,22 +40,27 @@ def batches(shards, batch_size=3, max_tokens=200):
     return list(shards.eval_batches("test", batch_size, T, max_tokens))
 
 
+@pytest.mark.parametrize("max_tokens", [160, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_document_losses_are_those_of_each_piece_of_a_document_on_its_own(shards, kind):
+def test_losses_of_parts_are_those_of_each_stretch_of_a_window_on_its_own(shards, kind, max_tokens):
     model = model_of(kind, shards)
-    tokens, starts = shards.tokens("test"), shards.starts("test")
-    losses = document_losses(model, batches(shards, max_tokens=160))
-    expected = dict.fromkeys(losses.nats, 0.0)
-    end = starts[len(expected)]
-    for doc in expected:
-        for window in range(0, end, T):
-            first, last = max(starts[doc], window), min(starts[doc + 1], window + T)
-            if first < last:
-                piece = torch.from_numpy(tokens[first : last + 1].astype(np.int64))[None]
-                with evaluating(model):
-                    logits = model(piece[:, :-1], Ctx(causal=True)).logits
-                expected[doc] += -float(logits.log_softmax(-1).gather(2, piece[:, 1:, None]).sum())
-    assert len(expected) >= 2 and losses.tokens == end
+    tokens, parts = shards.tokens("test"), shards.parts("test", T, max_tokens)
+    losses = document_losses(model, batches(shards, max_tokens=max_tokens))
+    places = [(part, at) for part in range(len(parts.starts)) for at in range(parts.starts[part], parts.ends[part])]
+    expected = dict.fromkeys(range(len(parts.starts)), 0.0)
+    for window in range(0, len(places), T):
+        row = places[window : window + T]
+        # A stretch ends where the next place is not the next token of the same document.
+        breaks = (i for i in range(1, len(row)) if row[i][1] != row[i - 1][1] + 1 or tokens[row[i][1]] == 0)
+        cuts = [0, *breaks, len(row)]
+        for first, last in pairwise(cuts):
+            piece = torch.from_numpy(tokens[row[first][1] : row[last - 1][1] + 2].astype(np.int64))[None]
+            with evaluating(model):
+                nats = -model(piece[:, :-1], Ctx(causal=True)).logits.log_softmax(-1).gather(2, piece[:, 1:, None])
+            for (part, _), value in zip(row[first:last], nats.flatten().tolist(), strict=True):
+                expected[part] += value
+    assert len(expected) >= 2 and losses.tokens == len(places) == parts.tokens
+    assert max_tokens is None or losses.tokens < len(tokens) - 1
     assert losses.nats == pytest.approx(expected, rel=1e-11)
 
 
@@ -160,14 +167,16 @@ def test_flops_spent_are_the_analytic_cost_where_routing_does_not_decide_it(shar
 
 def test_flops_spent_with_mod_lie_between_skipping_all_and_routing_all(shards):
     model, config = model_of("mod", shards).float(), config_of("mod")
-    spent = flops_spent(model, batches(shards))
+    # Padding is never routed.
+    full = [batch for batch in batches(shards) if batch.valid is None]
+    spent = flops_spent(model, full)
     routed_all = config_of([BLOCKS["mod"][0], mod(block(BLOCKS["dense"][1]["ffn"]), capacity=1.0)]).cost().flops / T
     inner = config.blocks[1].inner.cost(D, T).flops / T
     assert routed_all - inner < spent < routed_all
     bias = model.blocks[1].predictor.down.bias.data
     for value, expected in ((-1e4, routed_all - inner), (1e4, routed_all)):
         bias.fill_(value)
-        assert flops_spent(model, batches(shards)) == pytest.approx(expected, rel=1e-12)
+        assert flops_spent(model, full) == pytest.approx(expected, rel=1e-12)
 
 
 def test_flops_spent_with_noops_are_those_of_the_real_experts_that_ran(shards):

@@ -15,7 +15,7 @@ QUANTITIES = {
     "arm", "budget", "optimal_params", "optimal_params_ci", "nats", "nats_ci", "bpb", "bpb_ci", "gap_nats",
     "gap_nats_ci", "gap_percent", "gap_percent_ci", "gap_bpb", "gap_bpb_ci", "p_value", "verdict", "test", "visible",
     "forward_ratio", "forward_ratio_ci", "flop_multiplier", "flop_multiplier_ci", "wall_multiplier",
-    "wall_multiplier_ci", "steps_per_s_ratio", "steps_per_s_ratio_ci",
+    "wall_multiplier_ci", "steps_per_s_ratio", "steps_per_s_ratio_ci", "seeds", "effective_documents", "limit",
 }  # fmt: skip
 
 

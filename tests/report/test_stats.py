@@ -7,6 +7,7 @@ from scipy import special
 from scipy import stats as scipy_stats
 
 from sparsemix.config import ConfigError
+from sparsemix.evaluate.estimate import effective, units
 from sparsemix.report.stats import (
     Difference,
     Interval,
@@ -220,7 +221,7 @@ def test_verdicts_say_what_was_resolved_and_what_could_have_been():
     higher = replace(lower, interval=interval(0.001, 0.001, estimate=0.02))
     assert verdict(lower, 0.05, 0.0123, untuned=False) == "better"
     assert verdict(higher, 0.04, 0.0123, untuned=True) == "worse, untuned"
-    unresolved = "not resolved: could have seen a difference of 0.012 bits/byte"
+    unresolved = "not resolved: could have seen a difference of 0.012 bits/byte; more seeds would see more"
     assert verdict(lower, 0.051, 0.0123, untuned=False) == unresolved
     assert verdict(lower, 0.051, 0.0123, untuned=True) == unresolved + ", untuned"
 
@@ -255,3 +256,49 @@ def test_kinds_with_different_seeds_cannot_be_paired():
 def test_a_design_question_without_an_answer_is_refused(comparisons, power):
     with pytest.raises(ConfigError, match="comparisons="):
         smallest_visible(interval(0.01, 0.01), comparisons, power)
+
+
+def test_parts_of_a_document_are_summed_where_documents_are_enough():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 3)
+    nats, sizes = rng.uniform(1, 2, (2, 36)), rng.integers(90, 110, 36)
+    found = units(nats, sizes, groups)
+    assert not found.by_part and found.bytes.tolist() == sizes.reshape(12, 3).sum(axis=1).tolist()
+    np.testing.assert_allclose(found.nats, nats.reshape(2, 12, 3).sum(axis=2))
+    # What the parts of a document share is not averaged away.
+    shared = np.repeat(rng.normal(0, 20, 12), 3) + nats
+    honest, naive = (bits_per_byte(n, b) for n, b in (units(shared, sizes, groups)[:2], (shared, sizes)))
+    assert honest.se_docs > 1.4 * naive.se_docs
+
+
+def test_parts_stand_for_documents_where_one_has_most_of_the_bytes():
+    # 14 documents, one with 81 % of the bytes: the interval of documents was [0.07, 5.91] around 2.99.
+    sizes = np.append(np.full(43, 100), np.full(13, 77))
+    groups = np.append(np.zeros(43, int), np.arange(1, 14))
+    nats = np.random.default_rng(0).normal(2, 0.1, (3, 56)) * sizes
+    found = units(nats, sizes, groups)
+    assert found.by_part and found.nats is nats
+    by_document = bits_per_byte(np.stack([np.bincount(groups, row) for row in nats]), np.bincount(groups, sizes))
+    by_part = bits_per_byte(found.nats, found.bytes)
+    assert by_part.estimate == pytest.approx(by_document.estimate)
+    assert by_part.high - by_part.low < (by_document.high - by_document.low) / 4
+    assert by_part.effective_docs > 50 > 2 > effective(np.bincount(groups, sizes))
+
+
+def test_without_groups_every_loss_is_its_own():
+    nats, sizes = np.ones((1, 3)), np.array([1, 2, 3])
+    assert units(nats, sizes).nats is nats
+    assert units(nats, sizes, np.array([7, 2, 9])).nats is nats
+
+
+def test_the_limit_is_the_part_that_makes_the_interval_wide():
+    assert interval(0.01, 0.001).limit == "seeds"
+    assert interval(0.001, 0.01).limit == "documents"
+    # Two seeds have a t of 12.7: more of them help even where their spread is small.
+    assert interval(0.002, 0.01, df_seeds=1).limit == "seeds"
+    assert interval(0.0, 0.01, df_seeds=0).limit == "seeds"
+
+
+def test_a_verdict_says_what_to_add():
+    close = Difference(interval(0.001, 0.01, estimate=-0.02), p_value=0.2)
+    assert verdict(close, 0.2, 0.05, untuned=False).endswith("; more test text would see more")

@@ -2,10 +2,13 @@
 
 import pytest
 
+from sparsemix.config import ConfigError, parse
 from sparsemix.data import DataConfig
 from sparsemix.layers.ternary import PrecisionConfig
+from sparsemix.reproduce.lab import ReproduceConfig
 from sparsemix.sweep.arms import rate_by_rule
 from sparsemix.sweep.compare import CompareConfig, kind_config
+from sparsemix.sweep.isoflop_study import IsoflopConfig
 from sparsemix.sweep.sizing import SIZES
 
 SETTINGS = CompareConfig()
@@ -57,3 +60,28 @@ def test_a_recipe_may_be_ternary_and_a_kind_float():
     assert config_of("dense", settings) == config_of("dense@ternary")
     assert config_of("dense@float", settings) == config_of("dense")
     assert config_of("dense@float") == config_of("dense")
+
+
+@pytest.mark.parametrize("config", [CompareConfig, IsoflopConfig, ReproduceConfig])
+@pytest.mark.parametrize(
+    ("override", "setting"),
+    [
+        ("train.lr=0.001", "train.lr"),
+        (" train.lr =0.001", "train.lr"),
+        ("train={lr: 0.001, warmup: 0.1}", "train.lr"),
+        ("train.budget_flops=1e12", "train.budget_flops"),
+        ("seed=3", "seed"),
+        ("data.text=[a.txt]", "data.text"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(config, override, setting):
+    budgets = {"budgets": (1e12,)} if config is IsoflopConfig else {}
+    with pytest.raises(ConfigError, match=f"would have no effect: .* decides {setting}"):
+        parse(config, {"overrides": (override,), **budgets})
+    parse(config, {"overrides": ("train.warmup=0.1", "data.test_fraction=0.1"), **budgets})
+
+
+@pytest.mark.parametrize("budget", ["auto:0s", "auto:0.0min", "auto:0h"])
+def test_a_budget_of_no_time_is_refused(budget):
+    with pytest.raises(ConfigError, match=f"budget={budget} must give a time above 0"):
+        parse(CompareConfig, {"budget": budget})

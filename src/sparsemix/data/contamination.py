@@ -86,5 +86,3 @@ def warning(measured: Mapping[str, Any]) -> Iterator[str]:
                 f"{measured[split]:.0%} of the {split} split's windows of {WINDOW} tokens stand word for word in the "
                 "training text; its losses are too low: remove repeated text, or keep it together (--split folder)"
             )
-
-

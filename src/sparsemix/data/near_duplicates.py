@@ -1,6 +1,7 @@
 """Which texts say the same: exact and near duplicates, and texts of which a good part stands in another."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
@@ -32,8 +33,9 @@ _EMPTY = np.uint64(np.iinfo(np.uint64).max)
 class Index:
     """What is kept of each text: a key of its set of shingles, 16 band keys (on disk), and a sample of its shingles."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._bands = [TemporaryFile(dir=folder) for _ in range(_BANDS)]
+    def __init__(self, files: ExitStack, folder: Path | None = None) -> None:
+        made = (TemporaryFile(dir=folder) for _ in range(_BANDS))  # noqa: SIM115  (the stack closes them)
+        self._bands = [files.enter_context(file) for file in made]
         self._keys = Rows(np.uint64)
         self._hashes, self._owners = Rows(np.uint64), Rows(np.int64)
         self._limit, self._held = np.uint64(1 << 62), 0
@@ -112,10 +114,6 @@ class Index:
         a, b = np.divmod(pairs, max(1, len(kept)))
         bound = shared >= np.maximum(_SHARED_LEAST, _SHARED * np.minimum(held[a], held[b]))
         return _joined(len(kept), a[bound], b[bound])
-
-    def close(self) -> None:
-        for file in self._bands:
-            file.close()
 
 
 class _Sample(NamedTuple):

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,8 +160,7 @@ def _distinct(
     texts: Iterable[str], files: ExitStack, folder: Path | None, report: Progress
 ) -> tuple[Spool, Index, Bool[np.ndarray, "D"]]:
     """(all texts, their index, which of them stay)."""
-    spool = files.enter_context(closing(Spool(folder)))
-    index = files.enter_context(closing(Index(folder)))
+    spool, index = Spool(files, folder), Index(files, folder)
     for batch in batched(texts, len):
         spool.add(batch)
         index.add(batch)

@@ -1,19 +1,21 @@
 """Memory-mapped token ids on disk -> batches in an order that resumes exactly."""
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import model_serializer, model_validator
 from tokenizers import Tokenizer
 
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import corpus
 from sparsemix.data.corpus import SPLITS
-from sparsemix.data.tokenizer import id_dtype, load_tokenizer
+from sparsemix.data.parts import Parts, scored_parts
+from sparsemix.data.tokenizer import id_dtype, load_tokenizer, token_bytes
 from sparsemix.data.windows import Batch, Stream
 from sparsemix.durable import SEAL, damage
 
@@ -52,7 +54,7 @@ class DataConfig(Config):
         return self
 
     @model_serializer(mode="wrap")
-    def _named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         # Runs are named by the hash of their settings: one that came later is named only where it is not its default.
         return {k: v for k, v in dump(self).items() if (k, v) != ("split", "hash")}
 
@@ -70,6 +72,7 @@ class Shards:
             s: np.load(path) if (path := folder / f"{s}.groups.npy").is_file() else np.arange(len(self._bytes[s]))
             for s in SPLITS
         }
+        self._parts: dict[tuple[str, int, int | None], Parts] = {}
         self._streams = {s: Stream(self._tokens[s], self._starts[s]) for s in SPLITS}
 
     @classmethod
@@ -150,14 +153,23 @@ class Shards:
         windows = permute(samples % n, n, seed, samples // n)
         return self._streams["train"].rows(windows, seq_len, n * seq_len)
 
-    def eval_batches(self, split: str, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Windows over the first whole documents of a split: see Stream.eval_batches."""
-        return self._streams[split].eval_batches(batch_size, seq_len, max_tokens)
+    def parts(self, split: str, seq_len: int, max_tokens: int | None = None) -> Parts:
+        """What of a split is scored in windows of seq_len tokens: all of it, or parts of about max_tokens tokens
+        in all, drawn evenly from the whole split (see parts.py)."""
+        key = (split, seq_len, max_tokens)
+        if key not in self._parts:
+            text = (self._tokens[split], self._starts[split], self._bytes[split])
+            self._parts[key] = scored_parts(*text, self._lengths, seq_len, max_tokens)
+        return self._parts[key]
 
-    def eval_documents(self, split: str, max_tokens: int | None = None) -> tuple[Documents, Documents]:
-        """(doc_ids, UTF-8 bytes) of the documents that eval_batches with the same max_tokens covers."""
-        k = self._streams[split].covered(max_tokens)
-        return np.arange(k), self._bytes[split][:k]
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        """Bytes that each id stands for: exact for byte-level tokenizers, else a guess that is scaled to the text."""
+        return token_bytes(self.tokenizer(), self.vocab_size)
+
+    def eval_batches(self, split: str, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Windows over the `parts` of a split, their loss to be summed by `part_ids`."""
+        return self._streams[split].eval_batches(batch_size, seq_len, self.parts(split, seq_len, max_tokens))
 
 
 def permute(i: Int64[np.ndarray, "B"], n: int, seed: int, epoch: Int64[np.ndarray, "B"]) -> Int64[np.ndarray, "B"]:

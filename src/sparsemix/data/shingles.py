@@ -1,4 +1,4 @@
-"""Texts -> hashes of their shingles: five units in a row, a unit being a word, or less where words are not separated."""
+"""Texts -> hashes of their shingles: five units in a row, a unit being a word, or less where words are not apart."""
 
 import functools
 from collections.abc import Iterator, Sequence

@@ -83,8 +83,9 @@ def split(
     below = {TEST: fractions["test"], VALIDATION: fractions["test"] + fractions["validation"]}
     by_hash = np.where(place < below[TEST], TEST, np.where(place < below[VALIDATION], VALIDATION, TRAIN))
     found = Sides(by_hash[index].astype(np.int8))
-    asked = np.array([0.0, fractions["validation"], fractions["test"]]) * sizes.sum()
-    if ordered or not _right(found.shares(sizes) * sizes.sum(), asked, sizes.sum()):
+    total = int(sizes.sum())
+    asked = np.array([0.0, fractions["validation"], fractions["test"]]) * total
+    if ordered or not _right(found.shares(sizes) * total, asked, total):
         found = Sides(_filled(place, held, asked, ordered)[index].astype(np.int8))
         _cut_off(found, spool, asked, np.argsort(places if ordered else -sizes, kind="stable"))
     _fill_empty(found, sizes)

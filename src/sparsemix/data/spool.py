@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
@@ -39,8 +40,8 @@ class Rows:
 class Spool:
     """Texts in a nameless file, which the system deletes when the process ends, however that is."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._file = TemporaryFile(dir=folder)
+    def __init__(self, files: ExitStack, folder: Path | None = None) -> None:
+        self._file = files.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115  (the stack closes it)
         self._sizes, self._hashes = Rows(np.int64), Rows(np.uint8, 32)
         self._firsts, self._end = Rows(np.int64), 0
 
@@ -86,9 +87,6 @@ class Spool:
         """Its UTF-8 bytes from `first` to before `last`."""
         self._file.seek(int(self._firsts.array[document]) + first)
         return self._file.read(max(0, last - first))
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def batched(texts: Iterable[T], size: Callable[[T], int], most: int = 1 << 14) -> Iterator[list[T]]:

@@ -80,6 +80,18 @@ def num_ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Int64[np.ndarray, "V"]:
+    """UTF-8 bytes of every id's text, 0 for special tokens. Exact for a byte-level vocabulary, where a character of a
+    token's name is a byte; for another it counts what marks spaces and bytes too."""
+    held = tokenizer.get_vocab(with_added_tokens=True)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    lengths = np.zeros(vocab_size, np.int64)
+    for name, i in held.items():
+        lengths[i] = 0 if name in special else len(name) if alphabet.issuperset(name) else len(name.encode())
+    return lengths
+
+
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int64[np.ndarray, "L"]]:
     """The token ids of each text, without any special token."""
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -89,19 +101,6 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int64[np.nd
 def id_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     """The smallest type that holds the ids: uint16 or uint32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def write_stream(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> Int64[np.ndarray, "starts"]:
-    """Writes `EOT d1 EOT d2 ... EOT` as raw ids; returns each document's first index, then that of the final EOT."""
-    eot = np.array([end_of_text(tokenizer)], id_dtype(num_ids(tokenizer)))
-    starts = [0]
-    with path.open("wb") as file:
-        for first in range(0, len(texts), 64):
-            for ids in encode_batch(tokenizer, texts[first : first + 64]):
-                np.concatenate([eot, ids.astype(eot.dtype)]).tofile(file)
-                starts.append(starts[-1] + 1 + len(ids))
-        eot.tofile(file)
-    return np.array(starts, np.int64)
 
 
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,13 @@
-"""Ratios of sums over documents, with their standard errors."""
+"""Ratios of sums over documents, with their standard errors, and what counts as a document."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Int, Real, Shaped
+
+# Fewer documents of equal weight say too little of other documents: their parts stand in for them.
+ENOUGH_DOCUMENTS = 10
 
 
 class Estimate(NamedTuple):
@@ -51,3 +54,32 @@ def share(right: Bool[np.ndarray, " n"]) -> Estimate:
     """p = mean(right), with the binomial standard error sqrt(p (1 - p) / (n - 1))."""
     p, n = float(right.mean()), len(right)
     return Estimate(p, float(np.sqrt(p * (1 - p) / (n - 1))) if n > 1 else None)
+
+
+class Units(NamedTuple):
+    """What an interval resamples: losses (S, U) and bytes (U,) of documents, or of their parts where there are few."""
+
+    nats: Float[np.ndarray, "S U"]
+    bytes: Int[np.ndarray, " U"]
+    by_part: bool
+
+
+def effective(weights: Real[np.ndarray, " D"]) -> float:
+    """(sum w)^2 / sum w^2: how many equal weights would weigh the same."""
+    return float(weights.sum(dtype=np.float64) ** 2 / np.square(weights, dtype=np.float64).sum())
+
+
+def units(
+    nats: Real[np.ndarray, "S P"], bytes_: Int[np.ndarray, " P"], groups: Int[np.ndarray, " P"] | None = None
+) -> Units:
+    """The parts of each group (a document, or near-copies of one) summed, for parts of one text are not independent.
+
+    Groups that weigh no more than 10 equally long ones could say nothing of other texts. Their parts are taken for
+    independent then, and the interval speaks of more text of these documents, not of other documents."""
+    if groups is None or len(np.unique(groups)) == len(groups):
+        return Units(nats, bytes_, by_part=False)
+    _, of = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(of, weights=bytes_).astype(bytes_.dtype)
+    if effective(sizes) < ENOUGH_DOCUMENTS:
+        return Units(nats, bytes_, by_part=True)
+    return Units(np.stack([np.bincount(of, weights=row) for row in nats]), sizes, by_part=False)

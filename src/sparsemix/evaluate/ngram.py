@@ -3,25 +3,30 @@
 import math
 
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 from sparsemix.config import ConfigError
 
-EOT = 0
-
 
 def ngram_baselines(
-    train: Integer[np.ndarray, "N"], test: Integer[np.ndarray, "T"], test_bytes: int, vocab_size: int
+    train: Integer[np.ndarray, "N"],
+    test: Integer[np.ndarray, "T"],
+    test_bytes: int,
+    vocab_size: int,
+    scored: Bool[np.ndarray, "T"] | None = None,
+    eot: int = 0,
 ) -> dict[str, float]:
-    """bpb = sum_t -log2 p(test_t | context) / test_bytes for t >= 1, under four models counted on `train`.
+    """bpb = sum_t -log2 p(test_t | context) / test_bytes for t >= 1 (those that `scored` marks), under four models
+    counted on `train`.
 
-    Keys: uniform_bpb, unigram_bpb, bigram_bpb, fivegram_bpb. Both streams are `EOT d1 EOT d2 ... EOT`, EOT = id 0.
+    Keys: uniform_bpb, unigram_bpb, bigram_bpb, fivegram_bpb. Both streams are `EOT d1 EOT d2 ... EOT`, EOT = id `eot`.
     Raises ConfigError as `ngram_nats` does, and if test_bytes < 1."""
     if test_bytes < 1:
         raise ConfigError(f"test_bytes={test_bytes} must be >= 1: count the UTF-8 bytes of the test documents")
-    bits = ngram_nats(train, test, vocab_size, max_order=5).sum(axis=1) / math.log(2)
+    asked = np.ones(len(test) - 1, bool) if scored is None else scored[1:]
+    bits = ngram_nats(train, test, vocab_size, max_order=5, eot=eot)[:, asked].sum(axis=1) / math.log(2)
     return {
-        "uniform_bpb": (len(test) - 1) * math.log2(vocab_size) / test_bytes,
+        "uniform_bpb": int(asked.sum()) * math.log2(vocab_size) / test_bytes,
         "unigram_bpb": float(bits[0]) / test_bytes,
         "bigram_bpb": float(bits[1]) / test_bytes,
         "fivegram_bpb": float(bits[4]) / test_bytes,
@@ -29,7 +34,7 @@ def ngram_baselines(
 
 
 def ngram_nats(
-    train: Integer[np.ndarray, "N"], test: Integer[np.ndarray, "T"], vocab_size: int, max_order: int = 5
+    train: Integer[np.ndarray, "N"], test: Integer[np.ndarray, "T"], vocab_size: int, max_order: int = 5, eot: int = 0
 ) -> Float[np.ndarray, "max_order T-1"]:
     """-ln p_n(test_t | h) for t = 1..T-1, row n-1 for order n, with Witten-Bell interpolation:
     p_n(w|h) = (c(hw) + T(h) p_{n-1}(w|h')) / (c(h) + T(h)), T(h) = distinct continuations of h, h' = h less its
@@ -43,8 +48,8 @@ def ngram_nats(
             raise ConfigError(f"{name} has {len(tokens)} tokens and must have >= 2: an end-of-text id, then documents")
         if not 0 <= (low := int(tokens.min())) <= (high := int(tokens.max())) < vocab_size:
             raise ConfigError(f"{name} ids {low}..{high} must lie in [0, vocab_size={vocab_size}): check the tokenizer")
-    if int(test[0]) != EOT:
-        raise ConfigError(f"test[0]={int(test[0])} must be the end-of-text id {EOT}: start at a document")
+    if int(test[0]) != eot:
+        raise ConfigError(f"test[0]={int(test[0])} must be the end-of-text id {eot}: start at a document")
     words, asked = train.astype(np.int64), test.astype(np.int64)
     unigram = (np.bincount(words[1:], minlength=vocab_size) + 1) / (len(words) - 1 + vocab_size)
     p = unigram[asked[1:]]
@@ -52,7 +57,7 @@ def ngram_nats(
     # A gram's id is its rank among the grams of its order, so (id of the prefix, token) always fits in 64 bits.
     train_ids, test_ids = words, asked
     for _ in range(max_order - 1):
-        train_prefix, test_prefix = _contexts(train_ids, words), _contexts(test_ids, asked)
+        train_prefix, test_prefix = _contexts(train_ids, words, eot), _contexts(test_ids, asked, eot)
         counted = train_prefix >= 0
         grams, ranks, counts = np.unique(
             train_prefix[counted] * vocab_size + words[1:][counted], return_inverse=True, return_counts=True
@@ -65,13 +70,13 @@ def ngram_nats(
     return np.stack(rows)
 
 
-def _contexts(ids: Int[np.ndarray, "T"], tokens: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T-1"]:
+def _contexts(ids: Int[np.ndarray, "T"], tokens: Int[np.ndarray, "T"], eot: int) -> Int[np.ndarray, "T-1"]:
     """The id of the gram that ends just before each token from the second on, -1 where there is none.
 
     `ids[t]` is the gram that ends at t. One that ends in EOT and is longer than it reaches into another document."""
     context = ids[:-1].copy()
     if ids is not tokens:
-        context[tokens[:-1] == EOT] = -1
+        context[tokens[:-1] == eot] = -1
     return context
 
 

@@ -21,7 +21,7 @@ SUMMED = ("counts", "gate_mass", "gate_histogram", "confusion", "taken")
 
 @dataclass
 class Losses:
-    """Nats per document (document id -> sum over its tokens) and the tokens scored."""
+    """Nats per document, or per part of one (its id -> sum over its tokens), and the tokens scored."""
 
     nats: dict[int, float] = field(default_factory=dict)
     tokens: int = 0
@@ -62,8 +62,8 @@ def evaluating(model: nn.Module, causal: bool = True) -> Iterator[None]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    moved = [t.to(device) for t in batch[:4]]
-    return Batch(*moved, valid=None if batch.valid is None else batch.valid.to(device))
+    valid, part_ids = (None if t is None else t.to(device) for t in (batch.valid, batch.part_ids))
+    return Batch(*(t.to(device) for t in batch[:4]), valid=valid, part_ids=part_ids)
 
 
 def context(batch: Batch, causal: bool) -> Ctx:
@@ -93,7 +93,8 @@ def prediction_entropy(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B T"]:
 
 def _add(losses: Losses, batch: Batch, nats: Tensor, stats: dict[str, Tensor], entropy: Tensor | None) -> None:
     scored = batch.targets != -100
-    docs, where = torch.unique(batch.doc_ids[scored], return_inverse=True)
+    owner = batch.doc_ids if batch.part_ids is None else batch.part_ids
+    docs, where = torch.unique(owner[scored], return_inverse=True)
     sums = torch.zeros(len(docs), dtype=torch.float64).index_add_(0, where.cpu(), nats[scored].double().cpu())
     for doc, value in zip(docs.tolist(), sums.tolist(), strict=True):
         losses.nats[doc] = losses.nats.get(doc, 0.0) + value

@@ -11,7 +11,7 @@ from scipy.stats import t
 
 from sparsemix import __version__
 from sparsemix.config import config_hash, to_yaml
-from sparsemix.evaluate.estimate import ratio
+from sparsemix.evaluate.estimate import effective, ratio, units
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
 from sparsemix.model import LM, ModelConfig
@@ -142,12 +142,14 @@ def hub_datasets(config: RunConfig | None) -> list[str] | None:
 
 
 class Test(NamedTuple):
-    """Bits per byte, the standard error over documents, half a 95 % interval, and the number of documents."""
+    """Bits per byte, the standard error over documents, half a 95 % interval, and the number of documents (of their
+    parts where documents are too few to say anything of others)."""
 
     value: float
     error: float
     half: float
     documents: int
+    by_part: bool
 
 
 def bits_per_byte(path: Path) -> Test | None:
@@ -158,11 +160,12 @@ def bits_per_byte(path: Path) -> Test | None:
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as held:
-        bits, num_bytes = held["nats"] / np.log(2), held["bytes"].astype(float)
+        losses = units(held["nats"][None], held["bytes"], held.get("groups"))
+    bits, num_bytes = losses.nats[0] / np.log(2), losses.bytes.astype(float)
     found = ratio(bits, num_bytes)
     error = float("inf") if found.error is None else found.error
-    degrees = max(1.0, num_bytes.sum() ** 2 / np.square(num_bytes).sum() - 1)
-    return Test(found.value, error, float(t.ppf(0.975, degrees)) * error, len(bits))
+    degrees = max(1.0, effective(num_bytes) - 1)
+    return Test(found.value, error, float(t.ppf(0.975, degrees)) * error, len(bits), losses.by_part)
 
 
 def about_evaluation(result: Mapping[str, Any] | None, test: Test | None, source: Path) -> str:
@@ -171,11 +174,13 @@ def about_evaluation(result: Mapping[str, Any] | None, test: Test | None, source
     lines = []
     if test is not None:
         low, high = test.value - test.half, test.value + test.half
+        scored = "parts of documents" if test.by_part else "documents"
+        choice = "more text of the same documents" if test.by_part else "the choice of documents"
         lines.append(
             f"Held-out documents of the training text, causal routing: **{test.value:.4f} bits per byte**, standard "
-            f"error {test.error:.4f}, 95 % interval [{low:.4f}, {high:.4f}] over {test.documents} documents; "
+            f"error {test.error:.4f}, 95 % interval [{low:.4f}, {high:.4f}] over {test.documents} {scored}; "
             f"perplexity a token {result['perplexity']:.3f} on {result['test_tokens']:,} tokens. The interval covers "
-            "the choice of documents, not that of the seed: this is one run."
+            f"{choice}, not that of the seed: this is one run."
         )
     if (ahead := result.get("lookahead_bpb")) is not None:
         lines.append(

@@ -11,10 +11,18 @@ from sparsemix.report.numbers import DASH, fixed, interval, si
 BASELINES = {"uniform_bpb": "uniform", "unigram_bpb": "unigram", "bigram_bpb": "bigram", "fivegram_bpb": "5-gram"}
 
 
+def rests_on(row: dict[str, Any]) -> str:
+    """`3 x 14.2`: the seeds and the effective number of documents behind a row's intervals."""
+    return f"{len(row.get('runs') or [])} x {fixed(row.get('effective_documents'), 1)}"
+
+
 def tables(result: dict[str, Any]) -> Group:
     """Losses with verdicts, costs, and what each run took, then warnings."""
-    loss = Table(title="Causal loss on held-out documents", caption="95 % intervals; negative differences are better")
-    for name in ("kind", "bits/byte", "interval", "perplexity", "vs dense", "interval", "verdict"):
+    loss = Table(
+        title="Causal loss on held-out documents",
+        caption=result.get("limits") or "95 % intervals; negative differences are better",
+    )
+    for name in ("kind", "bits/byte", "interval", "perplexity", "vs dense", "interval", "seeds x docs", "verdict"):
         loss.add_column(name, justify="left" if name in ("kind", "verdict") else "right")
     for row in result["rows"]:
         loss.add_row(
@@ -24,11 +32,12 @@ def tables(result: dict[str, Any]) -> Group:
             fixed(row["perplexity"], 2),
             fixed(row["difference"], 4, signed=True),
             interval(row["difference_ci"], 4, signed=True),
+            rests_on(row),
             row["verdict"],
         )
     loss.add_section()
     for key, name in BASELINES.items():
-        loss.add_row(name, fixed(result["baselines"][key], 4), *[DASH] * 4, "count model")
+        loss.add_row(name, fixed(result["baselines"][key], 4), *[DASH] * 5, "count model")
     cost = Table(title="Cost and speed")
     columns = (
         "kind",

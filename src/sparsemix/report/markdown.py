@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparsemix.report.console import BASELINES
+from sparsemix.report.console import BASELINES, rests_on
 from sparsemix.report.numbers import exponent, fixed, interval, p_value, percent, si
 
 
@@ -14,11 +14,12 @@ def to_markdown(result: dict[str, Any]) -> str:
     parts = [
         f"`{result['command']}`",
         f"{result['scope']}",
+        result.get("limits") or "",
         *(f"**Warning:** {text}" for text in result["warnings"]),
         markdown_table(
-            ("kind", "bits/byte", "95 %", "perplexity", "vs dense", "95 %", "p (Holm)", "verdict"),
+            ("kind", "bits/byte", "95 %", "perplexity", "vs dense", "95 %", "seeds x docs", "p (Holm)", "verdict"),
             [_loss_row(row) for row in rows]
-            + [(name, fixed(result["baselines"][key], 4), *[""] * 5, "count model") for key, name in BASELINES.items()],
+            + [(name, fixed(result["baselines"][key], 4), *[""] * 6, "count model") for key, name in BASELINES.items()],
         ),
         markdown_table(
             (
@@ -55,6 +56,7 @@ def _loss_row(row: dict[str, Any]) -> tuple[str, ...]:
         fixed(row["perplexity"], 2),
         fixed(row["difference"], 4, signed=True),
         interval(row["difference_ci"], 4, signed=True),
+        rests_on(row),
         p_value(row["p_value"]),
         row["verdict"],
     )

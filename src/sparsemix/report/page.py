@@ -116,6 +116,7 @@ def _verdict(result: dict[str, Any]) -> Markup:
         paragraph(headline, "headline"),
         listed(lines, "verdicts") if lines else "",
         paragraph(note, "note") if lines else "",
+        paragraph(result["limits"]) if result.get("limits") else "",
         paragraph(result.get("scope")),
         warned(result.get("warnings") or []),
     )

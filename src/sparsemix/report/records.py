@@ -13,6 +13,7 @@ import yaml
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
+from sparsemix.evaluate.estimate import Units, units
 from sparsemix.run import CONVENTION, Run
 
 
@@ -47,9 +48,9 @@ class Record:
     result: dict[str, Any]
 
     def documents(self) -> tuple[Float[np.ndarray, "D"], Int[np.ndarray, "D"]]:
-        """(nats, bytes) of every test document."""
-        with np.load(self.folder / "documents.npz") as file:
-            return file["nats"], file["bytes"]
+        """(nats, bytes) of every test document, or of every part where there are few."""
+        found = document_units([self.folder])
+        return found.nats[0], found.bytes
 
     @property
     def corpus(self) -> str:
@@ -61,6 +62,16 @@ class Record:
     def convention(self) -> str:
         """How its FLOPs were counted."""
         return self.result.get("convention", CONVENTION)
+
+
+def document_units(folders: Sequence[Path]) -> Units:
+    """The test losses of runs on the same text, a row a run."""
+    held = []
+    for folder in folders:
+        with np.load(folder / "documents.npz", allow_pickle=False) as file:
+            held.append({name: file[name] for name in file.files})
+    # Runs from before parts were scored hold one loss a document.
+    return units(np.stack([file["nats"] for file in held]), held[0]["bytes"], held[0].get("groups"))
 
 
 def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record | None:

@@ -9,6 +9,7 @@ from scipy import special
 from scipy.optimize import root_scalar
 
 from sparsemix.config import ConfigError
+from sparsemix.evaluate.estimate import effective
 
 LEVEL = 0.05
 RESAMPLES = 2000
@@ -19,7 +20,8 @@ SMALLEST_P = 1e-12
 class Interval:
     """A 95 % interval [low, high] around an estimate, in bits per byte; se^2 = se_seeds^2 + se_docs^2.
 
-    With one seed nothing is known of other seeds: se_seeds = df_seeds = 0 and the interval is over documents only."""
+    With one seed nothing is known of other seeds: se_seeds = df_seeds = 0 and the interval is over documents only.
+    effective_docs: how many equally long documents would weigh the same (0: none were looked at)."""
 
     estimate: float
     low: float
@@ -29,6 +31,13 @@ class Interval:
     se_docs: float
     df_seeds: int
     df_docs: float
+    effective_docs: float = 0.0
+
+    @property
+    def limit(self) -> str:
+        """`seeds` or `documents`: of which there are too few, the part that makes the interval as wide as it is."""
+        seeds = _t(self.df_seeds, LEVEL) * self.se_seeds if self.seeds_seen else np.inf
+        return "seeds" if seeds >= _t(self.df_docs, LEVEL) * self.se_docs else "documents"
 
     @property
     def seeds_seen(self) -> bool:
@@ -64,9 +73,9 @@ def bits_per_byte(nats: Real[np.ndarray, "S D"], bytes_: Real[np.ndarray, "D"], 
     estimate = float(ratios.mean())
     se_seeds = float(ratios.std(ddof=1)) / num_seeds**0.5 if num_seeds > 1 else 0.0
     se_docs = _document_se(bits.mean(axis=0), weights, resamples)
-    df_docs = max(float(weights.sum() ** 2 / (weights**2).sum()) - 1, 1.0)
+    docs = effective(weights)
     se = float(np.hypot(se_seeds, se_docs))
-    point = Interval(estimate, estimate, estimate, se, se_seeds, se_docs, num_seeds - 1, df_docs)
+    point = Interval(estimate, estimate, estimate, se, se_seeds, se_docs, num_seeds - 1, max(docs - 1, 1.0), docs)
     half = float(_half_width(point, LEVEL))
     return replace(point, low=estimate - half, high=estimate + half)
 
@@ -127,7 +136,8 @@ def verdict(difference: Difference, adjusted_p: float, visible: float, untuned: 
     elif adjusted_p <= LEVEL:
         text = "better" if difference.interval.estimate < 0 else "worse"
     else:
-        text = f"not resolved: could have seen a difference of {visible:.2g} bits/byte"
+        more = "seeds" if difference.interval.limit == "seeds" else "test text"
+        text = f"not resolved: could have seen a difference of {visible:.2g} bits/byte; more {more} would see more"
     return text + (", untuned" if untuned else "")
 
 

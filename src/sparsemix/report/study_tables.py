@@ -42,7 +42,7 @@ def gaps(analysis: Analysis) -> Spec:
         [
             q["arm"], exponent(q["budget"]), _with(q, "gap_nats", 4, True), _with(q, "gap_percent", 2, True),
             _with(q, "gap_bpb", 4, True), p_value(q.get("p_value")), str(q.get("verdict") or DASH),
-            fixed(q.get("visible"), 4),
+            fixed(q.get("visible"), 4), fixed(q.get("seeds"), 0), fixed(q.get("effective_documents"), 1),
         ]
         for q in analysis["quantities"]
         if q["arm"] != analysis["baseline"]
@@ -51,9 +51,10 @@ def gaps(analysis: Analysis) -> Spec:
     caption = (
         f"Loss of the size next to the optimum minus {analysis['baseline']}'s at the same budget; negative is better. "
         f"Test: {tests or DASH}; p-values after Holm over all rows. Visible: the smallest difference that the seeds "
-        "show with a power of 80\u00a0%, in nats."
+        "show with a power of 80\u00a0%, in nats. Effective documents: how many of equal length would weigh the same."
     )
     columns = ["arm", "budget", "nats per token", "percent", "bits per byte", "p (Holm)", "verdict", "visible"]
+    columns += ["seeds", "effective documents"]
     return Spec(caption, columns, rows, (0, 6))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import DataConfig
@@ -13,9 +13,17 @@ from sparsemix.recipes import settings_of, sizes_of
 from sparsemix.report.records import Record
 from sparsemix.reproduce.base import SCALES, Design, Entry, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.sweep import texts
-from sparsemix.sweep.arms import backbone, run_config
+from sparsemix.sweep.arms import backbone, refuse_decided, run_config
 from sparsemix.sweep.isoflop import Grid, planned_cells, run_grid, run_seeds
 from sparsemix.sweep.study import Cell, Study
+
+# What the reproductions decide themselves, and by what.
+DECIDED = {
+    "train.budget_flops": "--budget",
+    "train.lr": "each reproduction's own rate",
+    "seed": "--seeds",
+    "data.text": "--text",
+}
 
 
 class ReproduceConfig(Config):
@@ -27,6 +35,11 @@ class ReproduceConfig(Config):
     budget: float | None = Field(default=None, gt=0)
     seeds: int | None = Field(default=None, ge=1)
     overrides: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _rules(self) -> "ReproduceConfig":
+        refuse_decided(self.overrides, DECIDED)
+        return self
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,6 @@
 """The runs that are compared: a dense backbone at a width, and what is put in its place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sparsemix.config import ConfigError, apply_overrides, parse
@@ -24,6 +24,24 @@ class Arm(NamedTuple):
     placement: str = "middle"
     rate: float = 1.0
     sized: Callable[[DenseConfig, int], dict[str, Any]] | None = None
+
+
+def refuse_decided(overrides: tuple[str, ...], decided: Mapping[str, str]) -> None:
+    """Raises ValueError for an override of a setting that something else decides (setting -> what), and that would have
+    no effect."""
+    for override in overrides:
+        path, _, text = override.partition("=")
+        for setting in _leaves(path.strip(), apply_overrides({}, [f"value={text}"])["value"]):
+            if by := decided.get(setting):
+                raise ValueError(f"overrides={override} would have no effect: {by} decides {setting}")
+
+
+def _leaves(path: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}", inner)
+    else:
+        yield path
 
 
 def rate_by_rule(d_model: int) -> float:

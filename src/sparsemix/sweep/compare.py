@@ -17,12 +17,15 @@ from sparsemix.errors import TrainingError
 from sparsemix.run import Run
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
-from sparsemix.sweep.arms import Arm, backbone, run_config
+from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
 from sparsemix.sweep.jobs import Job, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.rounds import train_all
 from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
 from sparsemix.sweep.watch import Watch
+
+# What a comparison decides itself, and the option that it decides it by.
+DECIDED = {"train.budget_flops": "--budget", "train.lr": "--lr", "seed": "--seeds", "data.text": "--text"}
 
 
 class CompareConfig(Config):
@@ -47,6 +50,9 @@ class CompareConfig(Config):
             self.rule(
                 _number(self.budget) > 0, "budget", "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)"
             )
+        elif not self.seconds > 0:
+            self.rule(False, "budget", "must give a time above 0 (such as auto:6min)")
+        refuse_decided(self.overrides, DECIDED)
         return self
 
     @property

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sparsemix.config import Config
 from sparsemix.report.records import Record
-from sparsemix.sweep.arms import Arm
+from sparsemix.sweep.arms import Arm, refuse_decided
 from sparsemix.sweep.estimate import Planned, planned
 from sparsemix.sweep.grid import Grid, Ladders
 from sparsemix.sweep.isoflop import run_grid
@@ -55,9 +55,7 @@ class IsoflopConfig(Config):
         self.rule(self.size_seeds <= self.seeds, "size_seeds", f"must be at most seeds={self.seeds}")
         if self.lr not in ("rule", "sweep"):
             self.rule(_is_positive(self.lr), "lr", "must be a positive number, rule, or sweep")
-        for override in self.overrides:
-            if option := DECIDED.get(override.partition("=")[0].strip()):
-                raise ValueError(f"overrides={override} cannot be: {option} decides it")
+        refuse_decided(self.overrides, DECIDED)
         return self
 
     @property

@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 
 from sparsemix.data import Shards
+from sparsemix.evaluate.estimate import Units, effective
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
-from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
+from sparsemix.report.records import document_units
+from sparsemix.report.stats import (
+    Difference,
+    bits_per_byte,
+    difference,
+    holm,
+    smallest_visible,
+    verdict,
+)
 from sparsemix.run import CONVENTION, Run, hardware, versions
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.compare import Comparison, settings_text
@@ -22,16 +31,16 @@ Runs = dict[str, list[tuple[RunConfig, Path]]]
 def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any]:
     """The content of result.json."""
     settings, shards = comparison.settings, comparison.shards
-    losses = {kind: _document_losses([folder for _, folder in several]) for kind, several in runs.items()}
+    losses = {kind: document_units([folder for _, folder in several]) for kind, several in runs.items()}
     differences = {
-        kind: difference(nats, losses["dense"][0], num_bytes)
-        for kind, (nats, num_bytes) in losses.items()
+        kind: difference(found.nats, losses["dense"].nats, found.bytes)
+        for kind, found in losses.items()
         if kind != "dense"
     }
     tuned = settings.lr == "sweep"
     words = _verdicts(differences, untuned=not tuned)
     rows = [
-        {**_measures(kind, *losses[kind]), **_compared(differences.get(kind)), **words.get(kind, BASELINE)}
+        {**_measures(kind, losses[kind]), **_compared(differences.get(kind)), **words.get(kind, BASELINE)}
         | several[0][0].costs()
         | _spent(several)
         for kind, several in runs.items()
@@ -57,16 +66,13 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         "versions": versions(),
         "hardware": f"{hardware()}; {launcher.workers} runs at a time, {launcher.threads} thread(s) each",
     }
+    result["limits"] = _limits(losses["dense"], differences, settings.seeds, corpus)
     return {**result, "warnings": _warnings(result, settings.seeds)}
 
 
+# Tokens before a target that the longest count model looks at.
+CONTEXT = 4
 BASELINE = {"verdict": "baseline", "p_value": None}
-
-
-def _document_losses(folders: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """(nats (S, D), bytes (D,)) of the test documents, one row a seed."""
-    files = [np.load(folder / "documents.npz") for folder in folders]
-    return np.stack([file["nats"] for file in files]), files[0]["bytes"]
 
 
 def _verdicts(differences: dict[str, Difference], untuned: bool) -> dict[str, dict[str, Any]]:
@@ -81,15 +87,48 @@ def _verdicts(differences: dict[str, Difference], untuned: bool) -> dict[str, di
     }
 
 
-def _measures(kind: str, nats: np.ndarray, num_bytes: np.ndarray) -> dict[str, Any]:
-    own = bits_per_byte(nats, num_bytes)
-    return {"kind": kind, "bpb": own.estimate, "bpb_ci": [own.low, own.high]}
+def _measures(kind: str, losses: Units) -> dict[str, Any]:
+    own = bits_per_byte(losses.nats, losses.bytes)
+    seen = {"seeds": len(losses.nats), "effective_documents": own.effective_docs, "by_part": losses.by_part}
+    return {"kind": kind, "bpb": own.estimate, "bpb_ci": [own.low, own.high], "bpb_limit": own.limit, **seen}
 
 
 def _compared(d: Difference | None) -> dict[str, Any]:
     if d is None:
-        return {"difference": None, "difference_ci": None}
-    return {"difference": d.interval.estimate, "difference_ci": [d.interval.low, d.interval.high]}
+        return {"difference": None, "difference_ci": None, "difference_limit": None}
+    interval = d.interval
+    return {
+        "difference": interval.estimate,
+        "difference_ci": [interval.low, interval.high],
+        "difference_limit": interval.limit,
+    }
+
+
+def _limits(losses: Units, differences: dict[str, Difference], seeds: int, corpus: dict[str, Any]) -> str:
+    """What the intervals rest on, and what would make them narrower."""
+    scored, held = corpus["evaluated"], corpus["splits"]["test"]
+    what = "parts of documents" if losses.by_part else "documents"
+    said = (
+        f"Intervals rest on {seeds} seed{'s' * (seeds != 1)} and {len(losses.bytes)} {what}, which weigh as much as "
+        f"{effective(losses.bytes):.3g} of equal length"
+    )
+    if losses.by_part:
+        number = f"{scored['documents']} document{'s' * (scored['documents'] != 1)}"
+        said += (
+            f"; they are of {number}, too few or too unequal to speak for others, so that the intervals are about more "
+            "text of the same documents"
+        )
+    few_seeds, few_documents = (
+        [kind for kind, d in differences.items() if d.interval.limit == limit] for limit in ("seeds", "documents")
+    )
+    if few_seeds:
+        said += f". More seeds would narrow the differences of {', '.join(few_seeds)} most (--seeds)"
+    if few_documents:
+        more = "add text, or raise data.test_fraction"
+        if scored["tokens"] < held["tokens"] - 1:
+            more = f"raise train.test_tokens, the test split has {held['tokens']} tokens"
+        said += f". More test text would narrow those of {', '.join(few_documents)} most ({more})"
+    return f"{said}."
 
 
 def _spent(several: list[tuple[RunConfig, Path]]) -> dict[str, Any]:
@@ -123,20 +162,16 @@ def _run_row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _baselines(shards: Shards, config: RunConfig) -> dict[str, float]:
     """Count models trained on the whole training split, on the same test tokens."""
-    test_tokens = config.train.test_tokens
-    ids, num_bytes = shards.eval_documents("test", test_tokens)
-    end = int(shards.starts("test")[len(ids)]) + 1
-    return ngram_baselines(
-        np.asarray(shards.tokens("train")),
-        np.asarray(shards.tokens("test")[:end]),
-        int(num_bytes.sum()),
-        config.model.vocab_size,
-    )
+    parts = shards.parts("test", config.model.seq_len, config.train.test_tokens)
+    eot = shards.manifest["end_of_text"]
+    test, scored = parts.with_context(shards.tokens("test"), CONTEXT, eot)
+    train, num_bytes = np.asarray(shards.tokens("train")), int(parts.bytes.sum())
+    return ngram_baselines(train, test, num_bytes, config.model.vocab_size, scored, eot)
 
 
 def _corpus(shards: Shards, config: RunConfig) -> dict[str, Any]:
     manifest = shards.manifest
-    ids, num_bytes = shards.eval_documents("test", config.train.test_tokens)
+    parts = shards.parts("test", config.model.seq_len, config.train.test_tokens)
     measures = ("bytes", "documents", "tokens")
     return {
         "sources": manifest["sources"],
@@ -148,9 +183,9 @@ def _corpus(shards: Shards, config: RunConfig) -> dict[str, Any]:
         "tokenizer": manifest["tokenizer"],
         "splits": {s: {m: manifest[m][s] for m in measures} for s in ("train", "validation", "test")},
         "evaluated": {
-            "documents": len(ids),
-            "bytes": int(num_bytes.sum()),
-            "tokens": int(shards.starts("test")[len(ids)]),
+            "documents": len(np.unique(parts.docs)),
+            "bytes": int(parts.bytes.sum()),
+            "tokens": parts.tokens,
         },
     }
 

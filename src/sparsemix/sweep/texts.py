@@ -24,11 +24,6 @@ def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Sha
     shards = prepare()
     try:
         shards.num_windows(config.model.seq_len)
-        if (count := len(shards.eval_documents("test", config.train.test_tokens)[0])) < 2:
-            raise ConfigError(
-                f"text={', '.join(config.data.text)} leaves {count} test document; intervals need at least 2: "
-                "give more documents, or a larger share: --set data.test_fraction=0.3"
-            )
     except ConfigError:
         if not existed:
             shutil.rmtree(out)
@@ -50,6 +45,7 @@ def described(shards: Shards, text: tuple[str, ...]) -> str:
 
 def evaluated_tokens(config: RunConfig, shards: Shards) -> int:
     """Tokens that a run evaluates from its start to its end."""
-    train = config.train
-    covered = int(shards.starts("test")[len(shards.eval_documents("test", train.test_tokens)[0])])
-    return (train.evals + 1) * train.eval_tokens + covered * (2 if config.model.looks_ahead else 1)
+    train, seq_len = config.train, config.model.seq_len
+    often = shards.parts("validation", seq_len, train.eval_tokens).tokens
+    once = shards.parts("test", seq_len, train.test_tokens).tokens
+    return (train.evals + 1) * often + once * (2 if config.model.looks_ahead else 1)

@@ -24,7 +24,7 @@ from sparsemix.report.stats import holm, smallest_visible, verdict
 NOTHING = dict.fromkeys((
     "gap_nats", "gap_nats_ci", "gap_percent", "gap_percent_ci", "gap_bpb", "gap_bpb_ci", "p_value", "test", "visible",
     "forward_ratio", "forward_ratio_ci", "flop_multiplier", "flop_multiplier_ci", "wall_multiplier",
-    "wall_multiplier_ci", "steps_per_s_ratio", "steps_per_s_ratio_ci",
+    "wall_multiplier_ci", "steps_per_s_ratio", "steps_per_s_ratio_ci", "seeds", "effective_documents", "limit",
 ))  # fmt: skip
 
 
@@ -89,6 +89,9 @@ def _gap(gap: Gap, base: Curve) -> dict[str, Any]:
         "gap_percent": 100 * bpb[0] / base.bpb / loss,
         "gap_percent_ci": [100 * end / base.bpb / loss for end in bpb[1]],
         "test": gap.test,
+        "seeds": gap.seeds,
+        "effective_documents": interval.effective_docs,
+        "limit": interval.limit,
     }
 
 
