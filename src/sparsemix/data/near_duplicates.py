@@ -21,12 +21,12 @@ _SAME = 0.8
 _COMPARED, _ROUNDS = 4, 8
 # Hashes of one text that its similarity is computed from: of a longer text a random sample, error below 0.004.
 _SAMPLE = 1 << 14
-# Shingles of the whole corpus that are kept to find shared parts: one in four, fewer where there are more than this.
-_SHARED_SAMPLE = 1 << 23
+# Shingles of the whole corpus that are kept to find shared parts, at most: of more a random sample.
+_SHARED_SAMPLE = 1 << 22
 # What more texts than this share is taken for boilerplate (a licence, a form), which binds nobody.
 _BOILERPLATE = 16
-# Two texts belong together if this share of the smaller one stands in the other, and 32 sampled shingles at least.
-_SHARED, _SHARED_LEAST = 0.5, 32
+# Two texts belong together if this share of one of them stands in the other, and so many shingles of the sample.
+_SHARED, _SHARED_LEAST = 0.25, 3
 _EMPTY = np.uint64(np.iinfo(np.uint64).max)
 
 
@@ -38,7 +38,7 @@ class Index:
         self._bands = [files.enter_context(file) for file in made]
         self._keys = Rows(np.uint64)
         self._hashes, self._owners = Rows(np.uint64), Rows(np.int64)
-        self._limit, self._held = np.uint64(1 << 62), 0
+        self._limit, self._held = 1 << 64, 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,17 +66,16 @@ class Index:
             mixed[:, band].tofile(file)
 
     def _sample(self, hashes: np.ndarray, owners: np.ndarray) -> None:
-        kept = hashes < self._limit
-        self._hashes.add(hashes[kept])
-        self._owners.add(owners[kept])
-        self._held += int(kept.sum())
-        while self._held > _SHARED_SAMPLE:
-            self._limit >>= np.uint64(1)
-            kept = self._hashes.array < self._limit
-            hashes, owners = self._hashes.array[kept], self._owners.array[kept]
-            self._hashes, self._owners, self._held = Rows(np.uint64), Rows(np.int64), len(hashes)
+        hashes, owners = _below(self._limit, hashes, owners)
+        while True:
             self._hashes.add(hashes)
             self._owners.add(owners)
+            self._held += len(hashes)
+            if self._held <= _SHARED_SAMPLE:
+                return
+            self._limit >>= 1
+            hashes, owners = _below(self._limit, self._hashes.array, self._owners.array)
+            self._hashes, self._owners, self._held = Rows(np.uint64), Rows(np.int64), 0
 
     def candidates(self, kept: Bool[np.ndarray, "D"]) -> Int64[np.ndarray, "P 2"]:
         """Pairs (later, earlier) of kept texts that share a band, each with the first few of its bucket."""
@@ -94,22 +93,23 @@ class Index:
         return np.stack(np.divmod(pairs, max(1, len(kept))), axis=1)
 
     def clusters(self, kept: Bool[np.ndarray, "D"]) -> Int64[np.ndarray, "D"]:
-        """For each text the first text of its cluster: texts of which half stands in another, chained."""
+        """For each text the first text of its cluster: texts of which a quarter stands in another, chained."""
         hashes, owners = self._hashes.array, self._owners.array
         mine = kept[owners]
-        # A shingle that a text has twice counts once.
-        order = np.lexsort((owners[mine], hashes[mine]))
+        # Owners ascend, so a stable sort leaves them in order; a shingle that a text has twice counts once.
+        order = np.argsort(hashes[mine], kind="stable")
         hashes, owners = hashes[mine][order], owners[mine][order]
         once = np.append(True, (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1]))[: len(hashes)]
         hashes, owners = hashes[once], owners[once]
+        held = np.bincount(owners, minlength=len(kept))
         first, place = _runs(hashes)
         rare = np.bincount(first, minlength=len(first))[first] <= _BOILERPLATE
-        held = np.bincount(owners[rare], minlength=len(kept))
         later = np.flatnonzero(rare & (place > 0))
         # With the bucket's first text and with the one before: chains bind the rest.
-        mates = np.concatenate([owners[first[later]], owners[later[place[later] > 1] - 1]])
+        again = later[place[later] > 1]
+        mates = np.concatenate([owners[first[later]], owners[again - 1]])
         pairs, shared = np.unique(
-            mates * len(kept) + np.concatenate([owners[later], owners[later[place[later] > 1]]]), return_counts=True
+            mates * len(kept) + np.concatenate([owners[later], owners[again]]), return_counts=True
         )
         a, b = np.divmod(pairs, max(1, len(kept)))
         bound = shared >= np.maximum(_SHARED_LEAST, _SHARED * np.minimum(held[a], held[b]))
@@ -121,6 +121,13 @@ class _Sample(NamedTuple):
 
     hashes: UInt64[np.ndarray, "S"]
     limit: int
+
+
+def _below(limit: int, hashes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if limit == 1 << 64:
+        return hashes, owners
+    there = hashes < np.uint64(limit)
+    return hashes[there], owners[there]
 
 
 def _runs(ordered: np.ndarray) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:

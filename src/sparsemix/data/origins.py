@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from sparsemix.config import ConfigError
-from sparsemix.data.corpus import Document
+from sparsemix.data.corpus import SPLITS, Document
 
 
 class Origins:
@@ -37,6 +37,12 @@ class Origins:
         if self.rule == "time":
             return np.arange(int(kept.sum()))
         return np.array(self._values, np.int64)[kept]
+
+    def check(self, kept: Bool[np.ndarray, "D"]) -> None:
+        """Raises ConfigError if there are too few files or folders for three splits."""
+        if self.rule in ("file", "folder") and (count := len(np.unique(self.groups(kept)))) < len(SPLITS):
+            rule = f"needs text from {len(SPLITS)} {self.rule}s at least, and this is from {count}"
+            raise ConfigError(f"split={self.rule} {rule}; add {self.rule}s, or leave the split to the hash")
 
     def newest_first(self, kept: Bool[np.ndarray, "D"]) -> Float64[np.ndarray, "K"]:
         """A place in [0, 1) for each document: the newest file first, within a file what comes later in it."""

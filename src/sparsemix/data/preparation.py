@@ -78,7 +78,8 @@ def _prepare(config: DataConfig, folder: Path, report: Progress) -> None:
             rule = f"the text is now {mark}; restore it, or drop the setting"
             raise ConfigError(f"fingerprint={config.fingerprint}: {rule}")
         fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
-        sides = split(found.spool, found.groups, found.places, fractions, ordered=config.split == "time")
+        rule = {"ordered": config.split == "time", "cut": config.split in ("hash", "time")}
+        sides = split(found.spool, found.groups, found.places, fractions, **rule)
         facts = {
             "fingerprint": mark,
             "stamp": stamp,
@@ -141,6 +142,7 @@ def _collect(config: DataConfig, files: ExitStack, folder: Path | None, report: 
     documents = corpus.read_documents(config.text, lambda done: report("reading", done, None))
     spool, index, kept = _distinct(origins.noted(documents), files, folder, report)
     found, dropped = spool.only(np.flatnonzero(kept)), int((~kept).sum())
+    origins.check(kept)
     if len(found) >= len(SPLITS):
         groups = origins.groups(kept) if origins.named else index.clusters(kept)[kept]
         places = origins.newest_first(kept) if config.split == "time" else uniform(found.hashes)
