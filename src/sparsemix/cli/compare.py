@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, Track, Workers, split_setting
 from sparsemix.cli.output import interruptible, say, show
 
 
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
     text: Text = None,
+    split: Split = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mh_moe,mod",
@@ -43,7 +44,7 @@ def compare(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": tuple(override or ()),
+        "overrides": (*(override or ()), *split_setting(split)),
     }
     with interruptible(), tracking(track, out), Stages("data", say) as preparation:
         config = parse(CompareConfig, settings)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, Track, Workers, split_setting
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -17,6 +17,7 @@ def isoflop(
     out: Annotated[Path, typer.Option(help="Folder of this study; the same command resumes it.")],
     budgets: Annotated[str, typer.Option(help="Training FLOPs of a run, one budget or several: 1e12,3e12.")],
     text: Text = None,
+    split: Split = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mod",
@@ -59,7 +60,7 @@ def isoflop(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": tuple(override or ()),
+        "overrides": (*(override or ()), *split_setting(split)),
     }
     with interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)

@@ -7,6 +7,14 @@ import typer
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="Files, folders, globs, hf:NAME:SPLIT, or stdlib; one or more.")
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help="What goes to one split together: hash (near-copies; the default), folder, file, or time (the newest are "
+        "test).",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as model.d_model=96. Repeatable.")]
 
 # Where runs are trained; `make_launcher` takes these.
@@ -28,3 +36,8 @@ Track = Annotated[
     str | None,
     typer.Option("--track", help="Also give metrics to tensorboard, wandb (offline) or trackio (local)."),
 ]
+
+
+def split_setting(split: str | None) -> tuple[str, ...]:
+    """--split as a setting."""
+    return () if split is None else (f"data.split={split}",)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, Track, Workers, split_setting
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -21,6 +21,7 @@ def reproduce(
     ),
     scale: Annotated[str, typer.Option(help="demo, laptop, gpu, or paper (the published setting).")] = "demo",
     text: Text = None,
+    split: Split = None,
     budget: Annotated[float | None, typer.Option(help="Training FLOPs a run, in place of the scale's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds, in place of the scale's.", min=1)] = None,
     override: Set = None,
@@ -56,7 +57,7 @@ def reproduce(
             "scale": scale,
             "budget": budget,
             "seeds": seeds,
-            "overrides": tuple(override or ()),
+            "overrides": (*(override or ()), *split_setting(split)),
         },
     )
     if data_dir is not None and not data_dir.is_dir():
@@ -76,7 +77,7 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
     from sparsemix.sweep.study import Study
-    from sparsemix.sweep.texts import prepared
+    from sparsemix.sweep.texts import prepared, tell
     from sparsemix.sweep.watch import Stages
 
     study = Study(out, settings, say)
@@ -84,6 +85,7 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
         text = lab.data_config(planned.design, settings)
         # A text with too few test documents is refused before anything trains.
         prepared(out, lambda: study.prepare(text, progress), planned.cells[0].config)
+    tell(study.shards, text.text, say)
     planned = lab.plan(planned.entry.name, settings, study.data)
     with launcher as made:
         outcome, records = lab.run(planned, study, made, say, retries, corpora)

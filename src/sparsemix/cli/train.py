@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Text, Track
+from sparsemix.cli.options import Split, Text, Track, split_setting
 from sparsemix.cli.output import interruptible, say
 from sparsemix.errors import ConfigError
 
@@ -17,6 +17,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings, such as train.lr=3e-3.")] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same command resumes it.")] = Path("runs/train"),
     text: Text = None,
+    split: Split = None,
     init_from: Annotated[
         Path | None, typer.Option(help="A saved model: its settings, tokenizer and weights in the recipe's place.")
     ] = None,
@@ -29,13 +30,14 @@ def train(
     from sparsemix.data import DataConfig, prepare
     from sparsemix.machine import tune_cpu_allocator
     from sparsemix.settings import RunConfig
+    from sparsemix.sweep.texts import tell
     from sparsemix.sweep.watch import Stages, Watch
     from sparsemix.track import tracking
     from sparsemix.train import train as train_run
 
     if keep_memory:
         tune_cpu_allocator()
-    raw = _settings(recipe, overrides or [], init_from)
+    raw = _settings(recipe, [*(overrides or ()), *split_setting(split)], init_from)
     if text:
         raw["data"]["text"] = tuple(text)
     config = parse(RunConfig, raw)
@@ -46,6 +48,7 @@ def train(
     with interruptible(), tracking(track, out):
         with Stages("data", say) as preparation:
             shards = prepare(config.data, place, preparation)
+        tell(shards, config.data.text, say)
         config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
         with Watch([out], "training", say) as watch:
             result = train_run(config, out, shards, lambda _: watch()).result

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sparsemix.report.figures import CSS
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import (
     DASH,
     Markup,
@@ -193,6 +194,7 @@ def _data(result: dict[str, Any]) -> Markup:
         ["sources", Markup("<br>".join(escape(source) for source in corpus.get("sources") or [None]))],
         ["size", f"{si(corpus.get('bytes'), 'B')} in {si(corpus.get('documents'))} documents"],
         ["duplicates dropped", si(corpus.get("duplicates_dropped"))],
+        ["held out", found_in_train(corpus.get("contamination"))],
         ["tokenizer", f"{corpus.get('tokenizer') or DASH}, vocabulary of {fixed(corpus.get('vocab_size'), 0)}"],
         ["SHA-256 fingerprint", _code(corpus.get("fingerprint"))],
     ]

@@ -21,7 +21,7 @@ from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
 from sparsemix.sweep.jobs import Job, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.rounds import train_all
-from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
+from sparsemix.sweep.texts import data_config, evaluated_tokens, prepared, tell
 from sparsemix.sweep.watch import Watch
 
 # What a comparison decides itself, and the option that it decides it by.
@@ -146,7 +146,7 @@ class Comparison:
     def _prepare(self) -> Shards:
         dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
         shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", self.progress), dense)
-        self.say(described(shards, self.settings.text))
+        tell(shards, self.settings.text, self.say)
         return shards
 
     def _describe(self, configs: dict[str, RunConfig]) -> None:

@@ -15,7 +15,7 @@ from sparsemix.sweep.isoflop import run_grid
 from sparsemix.sweep.ladder import Size
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.study import Progress, Study
-from sparsemix.sweep.texts import data_config, described, prepared
+from sparsemix.sweep.texts import data_config, prepared, tell
 
 # What the study decides itself, and the option that it decides it by.
 DECIDED = {
@@ -93,7 +93,7 @@ class IsoflopStudy:
         study, budget = self.study, max(self.grid.budgets)
         example = self.grid.config(self.arms[0], self.grid.sizes[0] if self.grid.sizes else None, self.text, budget)
         prepared(study.out, lambda: study.prepare(self.text, progress), example)
-        study.say(described(study.shards, self.text.text))
+        tell(study.shards, self.text.text, study.say)
         self.ladders = Ladders(self.arms, self.grid, study.data)
 
     def plan(self, launcher: Launcher) -> list[Planned]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import DataConfig, Shards
 from sparsemix.recipes import settings_of
+from sparsemix.report.held_out import found_in_train
 from sparsemix.settings import RunConfig
 
 
@@ -29,6 +30,14 @@ def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Sha
             shutil.rmtree(out)
         raise
     return shards
+
+
+def tell(shards: Shards, text: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """Say what was read, how it was split, and what to beware of."""
+    say(described(shards, text))
+    say(f"text: {found_in_train(shards.manifest.get('contamination'))}")
+    for line in shards.manifest.get("warnings", ()):
+        say(f"warning: {line}")
 
 
 def described(shards: Shards, text: tuple[str, ...]) -> str:
