@@ -1,5 +1,6 @@
 """Documents of a spool -> tokenizer, token streams and manifest in a folder."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,12 @@ from tokenizers import Tokenizer
 from sparsemix.data.contamination import contamination, warning
 from sparsemix.data.shards import DataConfig
 from sparsemix.data.spool import Spool
-from sparsemix.data.token_stream import write_stream
+from sparsemix.data.token_stream import byte_pieces, write_stream
 from sparsemix.data.tokenizer import end_of_text, id_dtype, load_tokenizer, num_ids, train_tokenizer
 
 Progress = Callable[[str, int, int | None], None]
 # A tokenizer's words are settled long before this much text, and learning them takes longer than encoding does.
-_TOKENIZER_BYTES = 1 << 25
+_TOKENIZER_BYTES = 3 << 22
 
 
 class Pieces(NamedTuple):
@@ -28,9 +29,10 @@ class Pieces(NamedTuple):
     last: Int64[np.ndarray, "P"]
     groups: Int64[np.ndarray, "P"]
 
-    def texts(self, spool: Spool) -> Iterator[str]:
+    def texts(self, spool: Spool) -> Iterator[bytes]:
+        """Their UTF-8 bytes."""
         for document, first, last in zip(self.documents.tolist(), self.first.tolist(), self.last.tolist(), strict=True):
-            yield spool.raw(document, first, last).decode()
+            yield spool.raw(document, first, last)
 
 
 def write_shards(
@@ -47,16 +49,12 @@ def write_shards(
     tokenizer, said = _tokenizer(config, splits["train"], num_bytes["train"], spool, report)
     tokenizer.save(str(folder / "tokenizer.json"))
     num_tokens: dict[str, int] = {}
-    done, total = 0, sum(num_bytes.values())
-
-    def written(text: str) -> None:
-        nonlocal done
-        done += len(text.encode())
-        report("tokenizing", done, total)
-
+    before, total = 0, sum(num_bytes.values())
     report("tokenizing", 0, total)
     for split, pieces in splits.items():
+        written = functools.partial(_further, report, before, total)
         starts = write_stream(tokenizer, pieces.texts(spool), folder / f"{split}.bin", written)
+        before += num_bytes[split]
         num_tokens[split] = int(starts[-1]) + 1
         np.save(folder / f"{split}.starts.npy", starts)
         np.save(folder / f"{split}.bytes.npy", sizes[split])
@@ -84,10 +82,14 @@ def write_shards(
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def _further(report: Progress, before: int, total: int, done: int) -> None:
+    report("tokenizing", before + done, total)
+
+
 def _tokenizer(
     config: DataConfig, train: Pieces, num_bytes: int, spool: Spool, report: Progress
 ) -> tuple[Tokenizer, str]:
-    """(the tokenizer, what it is in words): the named one, or one trained on the first 32 MiB of the training split,
+    """(the tokenizer, what it is in words): the named one, or one trained on the first 12 MiB of the training split,
     whose order is that of hashes: a random sample of a larger one."""
     if config.tokenizer:
         report("reading the tokenizer", 0, None)
@@ -100,10 +102,9 @@ def _tokenizer(
             report("training the tokenizer", held, most)
             if held >= _TOKENIZER_BYTES:
                 return
-            # A character has four bytes at most; what is left over is one text's end.
-            text = text[: _TOKENIZER_BYTES - held]
-            held += len(text.encode())
-            yield text
+            piece = next(byte_pieces(text, _TOKENIZER_BYTES - held)) if len(text) > _TOKENIZER_BYTES - held else text
+            held += len(text)
+            yield piece.decode()
 
     tokenizer = train_tokenizer(sample(), config.vocab_size)
     of = "the training split" if num_bytes <= _TOKENIZER_BYTES else f"{most / 1e6:.1f} MB of the training split"
