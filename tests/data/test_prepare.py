@@ -1,13 +1,16 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from texts import SPLITS, config_of, documents_of, make_texts, write_corpus
 from tokenizers import Tokenizer, models
 
+from sparsemix import durable
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import DataConfig, Shards, preparation, prepare, write_shards
 from sparsemix.data.corpus import read_documents
@@ -83,6 +86,78 @@ def test_damaged_shards_are_refused(tmp_path):
     path.unlink()
     with pytest.raises(ConfigError, match=r"holds damaged shards \(train.bin is missing\); delete the folder"):
         Shards.open(s.folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged", "said"),
+    [
+        ("test.starts.npy", lambda raw: b"", "has 0 of"),
+        ("train.bin", lambda raw: raw[:100] + b"\xff\xff" + raw[102:], "is not what was written"),
+        ("train.bin", lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:], "is not what was written"),
+        ("tokenizer.json", lambda raw: raw.replace(b"0", b"1", 1), "is not what was written"),
+        ("manifest.json", lambda raw: raw.replace(b'"test": ', b'"test":1', 1), "is not what was written"),
+        ("checksums.json", lambda raw: raw[:-5], "checksums.json cannot be read"),
+    ],
+)
+def test_shards_with_any_changed_byte_are_refused_and_the_file_is_named(corpus, tmp_path, file, damaged, said):
+    _, config, s = corpus
+    folder = shutil.copytree(s.folder, tmp_path / "s")
+    path = folder / file
+    path.write_bytes(damaged(path.read_bytes()))
+    for opened in (Shards.open, lambda folder: prepare(config, folder)):
+        with pytest.raises(
+            ConfigError, match=rf"holds damaged shards \({file} .*\); delete the folder and prepare"
+        ) as e:
+            opened(folder)
+        assert said in str(e.value)
+    path.unlink()
+    with pytest.raises(ConfigError, match=rf"{file}|holds no finished shards"):
+        Shards.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged", "said"),
+    [
+        ("test.starts.npy", lambda raw: b"", "damaged shards"),
+        ("train.bin", lambda raw: raw[:100] + b"\xff\xff" + raw[102:], "train.bin has an id beyond the vocabulary"),
+        ("test.starts.npy", lambda raw: raw[:-8] + bytes(8), "test.starts.npy is not in order"),
+        ("manifest.json", lambda raw: raw.replace(b'"vocab_size"', b'"other"', 1), "'vocab_size'"),
+        ("manifest.json", lambda raw: raw[:50], "damaged shards"),
+        ("manifest.json", lambda raw: b"[]", "damaged shards"),
+    ],
+)
+def test_shards_of_earlier_versions_open_and_what_does_not_fit_together_is_told(corpus, tmp_path, file, damaged, said):
+    folder = shutil.copytree(corpus[2].folder, tmp_path / "s")
+    (folder / "checksums.json").unlink()
+    for split in SPLITS:
+        (folder / f"{split}.groups.npy").unlink()
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sealed": true', '"sealed": false'))
+    assert (Shards.open(folder).groups("test") == np.arange(corpus[2].manifest["documents"]["test"])).all()
+    (folder / file).write_bytes(damaged((folder / file).read_bytes()))
+    with pytest.raises(ConfigError, match=said):
+        Shards.open(folder)
+
+
+def test_shards_are_hashed_once_in_a_process_unless_a_file_changes(corpus, tmp_path, monkeypatch):
+    folder, hashed = shutil.copytree(corpus[2].folder, tmp_path / "s"), []
+    real = durable.sha256_of
+    monkeypatch.setattr(durable, "sha256_of", lambda path: hashed.append(path.name) or real(path))
+    for _ in range(3):
+        Shards.open(folder)
+    assert sorted(hashed) == sorted(p.name for p in folder.iterdir() if p.name != "checksums.json")
+    os.utime(folder / "train.bin", (1, 1))
+    Shards.open(folder)
+    assert len(hashed) == 2 * (len(list(folder.iterdir())) - 1)
+
+
+def test_where_the_shards_go_is_tried_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation.corpus, "read_documents", lambda *_: pytest.fail("the text was read"))
+    config = config_of(write_corpus(tmp_path / "a.jsonl", make_texts(8)))
+    for place in (tmp_path / "a.jsonl" / "s", tmp_path / ("n" * 300), "/proc/nothing/s"):
+        with pytest.raises(ConfigError, match=r"cannot be written \(.*\); choose another folder"):
+            prepare(config, Path(place))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_killed_preparation_leaves_nothing_at_the_folder(corpus, tmp_path):

@@ -48,10 +48,11 @@ def prepare(config: DataConfig, folder: Path, progress: Progress | None = None) 
     beside `folder`. Raises ConfigError for unreadable text, a folder that cannot be written or holds something else,
     and a text that is not the one that `config.fingerprint` or the shards name."""
     report = progress or (lambda stage, done, total: None)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return _reuse(config, folder, report)
-    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
+    missing: list[Path] = []
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            return _reuse(config, folder, report)
+        missing = [parent for parent in folder.absolute().parents if not parent.exists()]
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         with aside(folder) as temporary:
             temporary.mkdir()

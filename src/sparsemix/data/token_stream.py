@@ -142,7 +142,7 @@ class _Words:
 
     def _clear(self) -> None:
         self._flat, self._counts, self._size = Rows(self._dtype), Rows(np.int64), 0
-        # Most are found in a table by some bits of their hash; what shares these with an earlier one, in the dictionary.
+        # Most are found in a table by some bits of their hash; what shares these with an earlier one, in the other.
         self._slot_hash = np.zeros(1 << _SLOT_BITS, np.uint64)
         self._slot_word = np.full(1 << _SLOT_BITS, -1, np.int32)
         self._known: dict[int, int] = {}
