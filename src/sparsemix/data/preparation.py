@@ -1,5 +1,6 @@
 """Sources -> documents -> shards in a folder, in bounded memory."""
 
+import errno
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,7 +60,7 @@ def prepare(config: DataConfig, folder: Path, progress: Progress | None = None) 
             _prepare(config, temporary, report)
     except OSError as error:
         # Another process may have prepared the same folder meanwhile.
-        if (folder / "manifest.json").is_file():
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and (folder / "manifest.json").is_file():
             return _reuse(config, folder, report)
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
     finally:
