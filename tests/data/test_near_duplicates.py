@@ -42,7 +42,7 @@ def kept(texts):
 def clusters(texts):
     with ExitStack() as files:
         _, index = indexed(texts, files)
-        return index.clusters(np.ones(len(texts), bool)).tolist()
+        return index.clusters(np.ones(len(texts), bool), np.arange(len(texts))).tolist()
 
 
 def shingle_set(text):

@@ -7,7 +7,8 @@ import pytest
 from texts import SPLITS, config_of, documents_of, make_texts, side_by_hash, write_corpus
 
 from sparsemix.config import ConfigError
-from sparsemix.data import DataConfig, prepare
+from sparsemix.data import DataConfig, preparation, prepare
+from sparsemix.data.corpus import Document
 from sparsemix.data.split import TEST, TRAIN, VALIDATION, Sides, split, uniform, warnings
 from sparsemix.data.spool import Spool
 
@@ -111,6 +112,27 @@ def test_documents_of_one_group_stay_on_one_side():
     # Where all is one group, nothing can stay together, and no split is empty.
     found, held = sides(texts, [0] * 200)
     assert (found.shares(held) > 0).all()
+
+
+def read_as(monkeypatch, documents):
+    """Sources then hold these (name, text)."""
+    monkeypatch.setattr(
+        preparation.corpus, "read_documents", lambda *_: iter([Document(name, text) for name, text in documents])
+    )
+
+
+def test_the_parts_in_which_a_long_document_is_read_stay_on_one_side(tmp_path, monkeypatch):
+    parts = [(f"{i // 4}.txt", f"{i // 4} {prose(i, 800)}") for i in range(120)]
+    path = write_corpus(tmp_path / "a.jsonl", ["unread"])
+    read_as(monkeypatch, parts)
+    s = prepare(config_of(path), tmp_path / "s")
+    of = [{text.split()[0] for text in documents_of(s, split)} for split in SPLITS]
+    assert sum(map(len, of)) == 30 and sum(s.manifest["groups"].values()) == 30
+    assert sum(s.manifest["documents"].values()) == 120
+    # One or two documents are cut into pieces, however many parts they were read in.
+    read_as(monkeypatch, parts[:8])
+    s = prepare(config_of(path), tmp_path / "two")
+    assert s.manifest["cut_into_pieces"] and len(set().union(*(s.groups(split).tolist() for split in SPLITS))) == 2
 
 
 @pytest.mark.parametrize("script", ["的一是在不了有和人这", "กขฃคฅฆงจฉ", "abc", "é"])

@@ -92,8 +92,9 @@ class Index:
                 pairs = np.union1d(pairs, found)
         return np.stack(np.divmod(pairs, max(1, len(kept))), axis=1)
 
-    def clusters(self, kept: Bool[np.ndarray, "D"]) -> Int64[np.ndarray, "D"]:
-        """For each text the first text of its cluster: texts of which a quarter stands in another, chained."""
+    def clusters(self, kept: Bool[np.ndarray, "D"], documents: Int64[np.ndarray, "D"]) -> Int64[np.ndarray, "D"]:
+        """For each text the first text of its cluster: texts of which a quarter stands in another, chained. Texts that
+        follow each other and are parts of one of the `documents` are in one."""
         hashes, owners = self._hashes.array, self._owners.array
         mine = kept[owners]
         # Owners ascend, so a stable sort leaves them in order; a shingle that a text has twice counts once.
@@ -113,7 +114,10 @@ class Index:
         )
         a, b = np.divmod(pairs, max(1, len(kept)))
         bound = shared >= np.maximum(_SHARED_LEAST, _SHARED * np.minimum(held[a], held[b]))
-        return _joined(len(kept), a[bound], b[bound])
+        there = np.flatnonzero(kept)
+        parts = documents[there[1:]] == documents[there[:-1]]
+        joined = ((a[bound], b[bound]), (there[:-1][parts], there[1:][parts]))
+        return _joined(len(kept), *(np.concatenate(ends) for ends in zip(*joined, strict=True)))
 
 
 class _Sample(NamedTuple):

@@ -1,6 +1,7 @@
 """Where documents came from, for splits by file, folder or time."""
 
 import functools
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Origins:
         self.rule = rule
         self._roots = [path for source in sources if (path := Path(source).expanduser()).is_dir()]
         self._known: dict[str, int] = {}
-        self._values: list[float] = []
+        self._values, self._numbers, self._last = array("d"), array("q"), ""
 
     @property
     def named(self) -> bool:
@@ -28,9 +29,18 @@ class Origins:
     def noted(self, documents: Iterable[Document]) -> Iterator[str]:
         """Their texts. Raises ConfigError for a time that cannot be known."""
         for document in documents:
+            # A long document comes in parts, one after the other under its name.
+            further = bool(self._numbers) and document.name == self._last
+            self._numbers.append(len(self._numbers) if not further else self._numbers[-1])
+            self._last = document.name
             if self.named:
                 self._values.append(self._value(document.name))
             yield document.text
+
+    @property
+    def numbers(self) -> Int64[np.ndarray, "D"]:
+        """For each text the first text of the document that it is a part of."""
+        return np.array(self._numbers, np.int64)
 
     def groups(self, kept: Bool[np.ndarray, "D"]) -> Int64[np.ndarray, "K"]:
         """A number for each file or folder; by time each document is its own."""

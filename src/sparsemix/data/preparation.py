@@ -119,7 +119,10 @@ def _stamp(sources: Sequence[str]) -> str | None:
     for source in (s for s in sources if not s.startswith("hf:")):
         if not (files := corpus.find_files(source)):
             return None
-        lines += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+        try:
+            lines += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it") from None
     return corpus.sha256("\n".join(lines))
 
 
@@ -145,12 +148,14 @@ def _collect(config: DataConfig, files: ExitStack, folder: Path | None, report: 
     spool, index, kept = _distinct(origins.noted(documents), files, folder, report)
     found, dropped = spool.only(np.flatnonzero(kept)), int((~kept).sum())
     origins.check(kept)
-    if len(found) >= len(SPLITS):
-        groups = origins.groups(kept) if origins.named else index.clusters(kept)[kept]
+    numbers = origins.numbers
+    if len(np.unique(numbers[kept])) >= len(SPLITS):
+        groups = origins.groups(kept) if origins.named else index.clusters(kept, numbers)[kept]
         places = origins.newest_first(kept) if config.split == "time" else uniform(found.hashes)
         return Corpus(found, groups, groups, places, dropped)
     size, source = int(found.sizes.sum()) / 200, []
-    spool, _, kept = _distinct(_all_pieces(found, size, source), files, folder, report)
+    pieces = _all_pieces(found, size, numbers[kept].tolist(), source)
+    spool, _, kept = _distinct(pieces, files, folder, report)
     found = spool.only(np.flatnonzero(kept))
     if len(found) < len(SPLITS):
         rule = f"holds {len(found)} different paragraphs or lines, but each of the three splits needs one"
@@ -171,10 +176,11 @@ def _distinct(
     return spool, index, keep(spool, index, report)
 
 
-def _all_pieces(spool: Spool, size: float, source: list[int]) -> Iterator[str]:
-    for document, text in enumerate(spool.texts(range(len(spool)))):
+def _all_pieces(spool: Spool, size: float, numbers: Sequence[int], source: list[int]) -> Iterator[str]:
+    """The pieces of all texts; `source` gets the number of the document that each is from."""
+    for number, text in zip(numbers, spool.texts(range(len(spool))), strict=True):
         for piece in _pieces(text, size):
-            source.append(document)
+            source.append(number)
             yield piece
 
 
