@@ -112,7 +112,10 @@ def test_a_poem_of_short_lines_is_dropped_where_it_is_set_anew_and_its_versions_
     assert kept([lines, anew, last]) == [0]
     # Where every line ends otherwise, too little is left to drop it, yet both go to one side.
     other = "\n".join(" ".join([*line, "oh"]) for line in [*poem[:6], words(90, 5)])
-    short = ["red sun, cold sea, white sand, a boat", "red sun, cold sea, white sand, a gull"]
+    short = [
+        f"green hills, red sun, cold sea, white sand, a boat far out, and on the pier stands one who {end}"
+        for end in ("who waits", "that goes")
+    ]
     assert kept(short) == [0, 1] and clusters(short) == [0, 0]
     assert clusters(["\n".join(" ".join(line) for line in poem[:2] * 4), other])[0] == 0
 

@@ -21,17 +21,20 @@ _SAME = 0.8
 _COMPARED, _ROUNDS = 4, 8
 # Hashes of one text that its similarity is computed from: of a longer text a random sample, error below 0.004.
 _SAMPLE = 1 << 14
-# Shingles of the whole corpus that are kept to find shared parts, at most: of more a random sample.
+# Passages of the whole corpus that are kept to find shared parts, at most: of more a random sample.
 _SHARED_SAMPLE = 1 << 22
 # What more texts than this share is taken for boilerplate (a licence, a form), which binds nobody.
 _BOILERPLATE = 16
-# Two texts belong together if this share of one of them stands in the other, and so many shingles of the sample.
-_SHARED, _SHARED_LEAST = 0.25, 3
+# A passage is 13 units in a row, those of three shingles, the last of which begins so much later. Less is often shared
+# by chance or custom; GPT-3's authors took 13 words too (arXiv:2005.14165, appendix C).
+_LATER = 8
+# Two texts belong together if this share of one's passages stands in the other, and so many of the sample.
+_SHARED, _SHARED_LEAST = 0.1, 3
 _EMPTY = np.uint64(np.iinfo(np.uint64).max)
 
 
 class Index:
-    """What is kept of each text: a key of its set of shingles, 16 band keys (on disk), and a sample of its shingles."""
+    """What is kept of each text: a key of its set of shingles, 16 band keys (on disk), and a sample of its passages."""
 
     def __init__(self, files: ExitStack, folder: Path | None = None) -> None:
         made = (TemporaryFile(dir=folder) for _ in range(_BANDS))  # noqa: SIM115  (the stack closes them)
@@ -56,7 +59,7 @@ class Index:
             at = owners * _BINS + (hashes >> np.uint64(58)).astype(np.int64)
             np.minimum.at(bins, at, hashes)
             np.add.at(keys, owners, mix64(hashes + np.uint64(1)))
-            self._sample(hashes, owners + first)
+            self._sample(*passages(hashes, owners + first))
         self._keys.add(keys)
         bands = _filled(bins.reshape(-1, _BINS)).reshape(len(texts), _BANDS, -1)
         mixed = np.zeros(bands.shape[:2], np.uint64)
@@ -93,11 +96,11 @@ class Index:
         return np.stack(np.divmod(pairs, max(1, len(kept))), axis=1)
 
     def clusters(self, kept: Bool[np.ndarray, "D"], documents: Int64[np.ndarray, "D"]) -> Int64[np.ndarray, "D"]:
-        """For each text the first text of its cluster: texts of which a quarter stands in another, chained. Texts that
+        """For each text the first text of its cluster: texts of which a tenth stands in another, chained. Texts that
         follow each other and are parts of one of the `documents` are in one."""
         hashes, owners = self._hashes.array, self._owners.array
         mine = kept[owners]
-        # Owners ascend, so a stable sort leaves them in order; a shingle that a text has twice counts once.
+        # Owners ascend, so a stable sort leaves them in order; a passage that a text has twice counts once.
         order = np.argsort(hashes[mine], kind="stable")
         hashes, owners = hashes[mine][order], owners[mine][order]
         once = np.append(True, (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1]))[: len(hashes)]
@@ -125,6 +128,13 @@ class _Sample(NamedTuple):
 
     hashes: UInt64[np.ndarray, "S"]
     limit: int
+
+
+def passages(hashes: UInt64[np.ndarray, "S"], owners: Int64[np.ndarray, "S"]) -> tuple[np.ndarray, np.ndarray]:
+    """(hash, owner) of each passage of a block of shingles."""
+    one = owners[_LATER:] == owners[:-_LATER]
+    middle = hashes[_LATER // 2 : len(hashes) - _LATER // 2] * np.uint64(5)
+    return mix64(hashes[:-_LATER] * np.uint64(3) + middle + hashes[_LATER:])[one], owners[:-_LATER][one]
 
 
 def _below(limit: int, hashes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
