@@ -25,8 +25,9 @@ def plain(text):
 
 def shown(drawn):
     console = Console(file=io.StringIO(), width=400)
-    console.print(drawn)
-    return plain(console.file.getvalue())
+    with console.capture() as said:
+        console.print(drawn)
+    return plain(said.get())
 
 
 def test_a_comparison_says_it_on_its_page_in_markdown_and_on_the_terminal(result, tmp_path):
