@@ -9,7 +9,6 @@ import pytest
 import zstandard
 
 from sparsemix.config import ConfigError
-from sparsemix.data.corpus import Document, deduplicate, fingerprint, split_of
 from sparsemix.data.documents import read_documents
 
 TEXTS = ["first text\nwith two lines", "zweiter Text: äöü €", "third"]
@@ -197,43 +196,3 @@ def test_a_hub_data_set_that_fails_is_one_line(monkeypatch):
     for bad in ("hf:imdb", "hf:a/b/c/d:train", "hf:a//b:train", "hf::train"):
         with pytest.raises(ConfigError, match="must look like hf:NAME:SPLIT"):
             texts(bad)
-
-
-def test_exact_and_edited_copies_are_dropped_and_the_first_stays():
-    original = words(1, 600)
-    edited = [*original[:300], "edited", *original[301:], "appended"]
-    other, short = words(2, 600), ["only", "three", "words"]
-    documents = [Document(str(i), " ".join(w)) for i, w in enumerate([original, other, edited, short, other, short])]
-    kept, dropped = deduplicate(documents)
-    assert [d.name for d in kept] == ["0", "1", "3"]
-    assert dropped == 3
-
-
-def test_texts_that_share_half_their_shingles_are_kept():
-    # Jaccard 1/3 for every pair: the same first half, another second half.
-    head = words(3, 500)
-    documents = [Document(str(i), " ".join(head + words(10 + i, 500))) for i in range(20)]
-    assert deduplicate(documents) == (documents, 0)
-
-
-def test_word_order_and_short_texts_count_in_deduplication():
-    a = words(4, 400)
-    documents = [Document("a", " ".join(a)), Document("b", " ".join(reversed(a)))]
-    documents += [Document(t, t) for t in ("one", "two", "one two", "two one", "one two three four")]
-    assert deduplicate(documents) == (documents, 0)
-
-
-def test_split_fractions_are_met_and_the_test_split_ignores_the_validation_fraction():
-    many = [f"text {i}" for i in range(4000)]
-    splits = [split_of(t, 0.1, 0.05) for t in many]
-    assert abs(splits.count("validation") / 4000 - 0.1) < 0.02
-    assert abs(splits.count("test") / 4000 - 0.05) < 0.015
-    wider = [split_of(t, 0.3, 0.05) for t in many]
-    assert [s == "test" for s in splits] == [s == "test" for s in wider]
-    assert wider.count("validation") > splits.count("validation")
-
-
-def test_the_fingerprint_depends_on_the_texts_and_not_on_their_order_or_names():
-    a, b, c = (Document(n, n * 3) for n in "abc")
-    assert fingerprint([a, b]) == fingerprint([b, Document("renamed", a.text)])
-    assert len({fingerprint(d) for d in ([a], [a, b], [a, c])}) == 3

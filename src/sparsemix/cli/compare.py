@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, TextAs, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible, say, show
 
 
@@ -15,6 +15,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
     text: Text = None,
     text_as: TextAs = None,
+    split: Split = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mh_moe,mod",
@@ -34,7 +35,6 @@ def compare(
     from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.compare import CompareConfig, Comparison
     from sparsemix.sweep.launch import make_launcher
-    from sparsemix.sweep.texts import text_overrides
     from sparsemix.sweep.watch import Stages
     from sparsemix.track import tracking
 
@@ -46,7 +46,7 @@ def compare(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": text_overrides(override or (), text_as or ()),
+        "overrides": (*(override or ()), *text_settings(text_as, split)),
     }
     with refusal_leaves_nothing(out), interruptible(), tracking(track, out), Stages("data", say) as preparation:
         config = parse(CompareConfig, settings)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, TextAs, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -18,6 +18,7 @@ def isoflop(
     budgets: Annotated[str, typer.Option(help="Training FLOPs of a run, one budget or several: 1e12,3e12.")],
     text: Text = None,
     text_as: TextAs = None,
+    split: Split = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mod",
@@ -48,7 +49,6 @@ def isoflop(
     from sparsemix.sweep.estimate import table
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
     from sparsemix.sweep.launch import make_launcher
-    from sparsemix.sweep.texts import text_overrides
     from sparsemix.sweep.watch import Stages
     from sparsemix.track import tracking
 
@@ -62,7 +62,7 @@ def isoflop(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": text_overrides(override or (), text_as or ()),
+        "overrides": (*(override or ()), *text_settings(text_as, split)),
     }
     with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, TextAs, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible, say, show
 from sparsemix.errors import ConfigError
 
@@ -22,6 +22,7 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="demo, laptop, gpu, or paper (the published setting).")] = "demo",
     text: Text = None,
     text_as: TextAs = None,
+    split: Split = None,
     budget: Annotated[float | None, typer.Option(help="Training FLOPs a run, in place of the scale's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds, in place of the scale's.", min=1)] = None,
     override: Set = None,
@@ -49,7 +50,6 @@ def reproduce(
     from sparsemix.reproduce.lab import ReproduceConfig, plan
     from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.launch import make_launcher
-    from sparsemix.sweep.texts import text_overrides
     from sparsemix.track import tracking
 
     settings = parse(
@@ -59,7 +59,7 @@ def reproduce(
             "scale": scale,
             "budget": budget,
             "seeds": seeds,
-            "overrides": text_overrides(override or (), text_as or ()),
+            "overrides": (*(override or ()), *text_settings(text_as, split)),
         },
     )
     if data_dir is not None and not data_dir.is_dir():
@@ -76,11 +76,10 @@ def reproduce(
 
 
 def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, corpora: Path | None) -> None:
-    from sparsemix.data import read_line
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
     from sparsemix.sweep.study import Study
-    from sparsemix.sweep.texts import prepared
+    from sparsemix.sweep.texts import prepared, tell
     from sparsemix.sweep.watch import Stages
 
     study = Study(out, settings, say)
@@ -88,7 +87,7 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
         text = lab.data_config(planned.design, settings)
         # A text with too few test documents is refused before anything trains.
         prepared(out, lambda: study.prepare(text, progress), planned.cells[0].config)
-    say(read_line(study.shards.manifest))
+    tell(study.shards, text.text, say)
     planned = lab.plan(planned.entry.name, settings, study.data)
     with launcher as made:
         outcome, records = lab.run(planned, study, made, say, retries, corpora)

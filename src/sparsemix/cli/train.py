@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.options import Text, TextAs, Track
+from sparsemix.cli.options import Split, Text, TextAs, Track, text_settings
 from sparsemix.cli.output import interruptible, say
 from sparsemix.errors import ConfigError
 
@@ -18,6 +18,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The run's folder; the same command resumes it.")] = Path("runs/train"),
     text: Text = None,
     text_as: TextAs = None,
+    split: Split = None,
     init_from: Annotated[
         Path | None, typer.Option(help="A saved model: its settings, tokenizer and weights in the recipe's place.")
     ] = None,
@@ -27,21 +28,20 @@ def train(
 ) -> None:
     """Train one model to its budget and evaluate it causally."""
     from sparsemix.config import config_hash, parse
-    from sparsemix.data import DataConfig, prepare, read_line
+    from sparsemix.data import DataConfig, prepare
     from sparsemix.machine import tune_cpu_allocator
     from sparsemix.run import refusal_leaves_nothing
     from sparsemix.settings import RunConfig
+    from sparsemix.sweep.texts import tell
     from sparsemix.sweep.watch import Stages, Watch
     from sparsemix.track import tracking
     from sparsemix.train import train as train_run
 
     if keep_memory:
         tune_cpu_allocator()
-    raw = _settings(recipe, overrides or [], init_from)
+    raw = _settings(recipe, [*(overrides or ()), *text_settings(text_as, split)], init_from)
     if text:
         raw["data"]["text"] = tuple(text)
-    if text_as:
-        raw["data"]["text_as"] = tuple(text_as)
     config = parse(RunConfig, raw)
     say(f"{config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens")
     if falling := config.still_falling:
@@ -51,7 +51,7 @@ def train(
     with refusal_leaves_nothing(place), refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         with Stages("data", say) as preparation:
             shards = prepare(config.data, place, preparation)
-        say(read_line(shards.manifest))
+        tell(shards, config.data.text, say)
         config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
         with Watch([out], "training", say) as watch:
             result = train_run(config, out, shards, lambda _: watch()).result

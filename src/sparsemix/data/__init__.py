@@ -2,7 +2,8 @@
 
 from sparsemix.data.documents import read_documents
 from sparsemix.data.parts import Parts
-from sparsemix.data.shards import DataConfig, Shards, prepare
+from sparsemix.data.preparation import prepare
+from sparsemix.data.shards import DataConfig, Shards
 from sparsemix.data.tally import Tally, read_line
 from sparsemix.data.windows import Batch
 

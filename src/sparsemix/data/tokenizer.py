@@ -117,19 +117,6 @@ def id_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def write_stream(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> Int64[np.ndarray, "starts"]:
-    """Writes `EOT d1 EOT d2 ... EOT` as raw ids; returns each document's first index, then that of the final EOT."""
-    eot = np.array([end_of_text(tokenizer)], id_dtype(num_ids(tokenizer)))
-    starts = [0]
-    with path.open("wb") as file:
-        for first in range(0, len(texts), 64):
-            for ids in encode_batch(tokenizer, texts[first : first + 64]):
-                np.concatenate([eot, ids.astype(eot.dtype)]).tofile(file)
-                starts.append(starts[-1] + 1 + len(ids))
-        eot.tofile(file)
-    return np.array(starts, np.int64)
-
-
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, starts) of `EOT d1 EOT d2 ... EOT` in memory; no further text is read once there are max_tokens."""
     eot = np.array([end_of_text(tokenizer)], np.int64)

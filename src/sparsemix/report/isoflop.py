@@ -41,7 +41,8 @@ def analyse(
     arms = sorted(dict.fromkeys(r.arm for r in used), key=lambda arm: arm != baseline)
     curves = curves_of(used, arms, _bpb_of_a_nat(used))
     optima = draw_optima(curves, resamples)
-    train_tokens = _train_tokens(used)
+    manifest = manifest_of(used)
+    train_tokens = manifest["tokens"]["train"] if manifest else None
     often = (r for r in used if (epochs_of(r, train_tokens) or 0) > NO_VERDICT and not allow_repeats)
     repeated = frozenset((r.arm, r.budget) for r in often)
     tuned = tuned_arms(records)
@@ -55,13 +56,14 @@ def analyse(
     base = [c for c in curves if c.arm == baseline]
     by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)
     quantities, far = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples, by_law))
+    repeats = warnings_of(records, curves, baseline, train_tokens, allow_repeats)
     documents = all(q["test"] in (None, BOTH) for q in quantities)
     return {
         "title": f"isoFLOP study: {', '.join(arms)}",
         "command": command,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "convention": used[0].convention,
-        "corpus": _corpus(used[0], train_tokens),
+        "corpus": _corpus(used[0], manifest),
         "baseline": baseline,
         "arms": arms,
         "budgets": sorted({r.budget for r in used}),
@@ -74,7 +76,7 @@ def analyse(
         "laws": laws,
         "granularity": granularity,
         "quantities": quantities,
-        "warnings": warnings_of(records, curves, baseline, train_tokens, allow_repeats) + said + far,
+        "warnings": [*manifest.get("warnings", ()), *repeats, *said, *far],
         "does_not_show": does_not_show(records, curves, tuned, laws=bool(laws), documents=documents),
     }
 
@@ -91,13 +93,8 @@ def _bpb_of_a_nat(records: Sequence[Record]) -> float:
     return float(np.median(ratios))
 
 
-def _train_tokens(records: Sequence[Record]) -> int | None:
-    """Tokens of the training split, from the study's prepared text where it still stands."""
-    return int(manifest["tokens"]["train"]) if (manifest := manifest_of(records)) else None
-
-
-def manifest_of(records: Sequence[Record]) -> dict[str, Any] | None:
-    """What is known of the text that runs were trained on, where it still stands beside them."""
+def manifest_of(records: Sequence[Record]) -> dict[str, Any]:
+    """The facts of the study's prepared text where it still stands beside its runs, else none."""
     for record in records:
         for above in (record.folder.parent, record.folder.parent.parent):
             path = above / "data" / "manifest.json"
@@ -105,21 +102,22 @@ def manifest_of(records: Sequence[Record]) -> dict[str, Any] | None:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
                 if manifest.get("fingerprint") == record.settings["data"].get("fingerprint"):
                     return manifest
-    return None
+    return {}
 
 
 def read_line(records: Sequence[Record]) -> str | None:
     """What was read and what was skipped, in a line."""
-    return ((manifest_of(records) or {}).get("read") or {}).get("line")
+    return (manifest_of(records).get("read") or {}).get("line")
 
 
-def _corpus(record: Record, train_tokens: int | None) -> dict[str, Any]:
+def _corpus(record: Record, manifest: dict[str, Any]) -> dict[str, Any]:
     data = record.settings["data"]
     return {
         "text": list(data.get("text", [])),
         "fingerprint": data.get("fingerprint"),
-        "train_tokens": train_tokens,
-        "read": read_line([record]),
+        "train_tokens": manifest["tokens"]["train"] if manifest else None,
+        "contamination": manifest.get("contamination"),
+        "read": (manifest.get("read") or {}).get("line"),
         "vocab_size": record.settings["model"]["vocab_size"],
     }
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from sparsemix.durable import write_atomic
 from sparsemix.report.figures import CSS
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import (
     DASH,
     Markup,
@@ -195,6 +196,7 @@ def _data(result: dict[str, Any]) -> Markup:
         ["size", f"{si(corpus.get('bytes'), 'B')} in {si(corpus.get('documents'))} documents"],
         ["read", corpus.get("read")],
         ["duplicates dropped", si(corpus.get("duplicates_dropped"))],
+        ["held out", found_in_train(corpus.get("contamination"))],
         ["tokenizer", f"{corpus.get('tokenizer') or DASH}, vocabulary of {fixed(corpus.get('vocab_size'), 0)}"],
         ["SHA-256 fingerprint", _code(corpus.get("fingerprint"))],
     ]

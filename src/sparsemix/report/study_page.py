@@ -8,6 +8,7 @@ from typing import Any
 from sparsemix.durable import write_atomic
 from sparsemix.report import study_layers, study_losses, study_plots, study_tables
 from sparsemix.report.figure_files import write_figure
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import Markup, escape, fixed, interval, is_number, si
 from sparsemix.report.page import join, link, listed, paragraph, render, warned
 from sparsemix.report.records import Record
@@ -188,6 +189,7 @@ class Page:
             ["text", ", ".join(corpus.get("text") or []) or None],
             ["read", corpus.get("read")],
             ["training tokens", si(corpus.get("train_tokens"))],
+            ["held out", found_in_train(corpus.get("contamination"))],
             ["vocabulary", fixed(corpus.get("vocab_size"), 0)],
             ["fingerprint", Markup(f"<code>{escape(corpus.get('fingerprint'))}</code>")],
         ]

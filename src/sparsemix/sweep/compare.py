@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
-from sparsemix.data import DataConfig, Shards, prepare, read_line
+from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.errors import TrainingError
 from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
@@ -21,7 +21,7 @@ from sparsemix.sweep.jobs import Job, measured, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.phase import working
 from sparsemix.sweep.rounds import train_all
-from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
+from sparsemix.sweep.texts import data_config, evaluated_tokens, prepared, tell
 from sparsemix.sweep.watch import Watch
 
 # What a comparison decides itself, and the option that it decides it by.
@@ -147,8 +147,7 @@ class Comparison:
     def _prepare(self) -> Shards:
         dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
         shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", self.progress), dense)
-        self.say(read_line(shards.manifest))
-        self.say(described(shards, self.settings.text))
+        tell(shards, self.settings.text, self.say)
         return shards
 
     def _describe(self, configs: dict[str, RunConfig]) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config
-from sparsemix.data import read_line
 from sparsemix.report.records import Record
 from sparsemix.sweep.arms import Arm, refuse_decided
 from sparsemix.sweep.estimate import Planned, planned
@@ -17,7 +16,7 @@ from sparsemix.sweep.ladder import Size
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.phase import working
 from sparsemix.sweep.study import Progress, Study
-from sparsemix.sweep.texts import data_config, described, prepared
+from sparsemix.sweep.texts import data_config, prepared, tell
 
 # What the study decides itself, and the option that it decides it by.
 DECIDED = {
@@ -95,8 +94,7 @@ class IsoflopStudy:
         study, budget = self.study, max(self.grid.budgets)
         example = self.grid.config(self.arms[0], self.grid.sizes[0] if self.grid.sizes else None, self.text, budget)
         prepared(study.out, lambda: study.prepare(self.text, progress), example)
-        study.say(read_line(study.shards.manifest))
-        study.say(described(study.shards, self.text.text))
+        tell(study.shards, self.text.text, study.say)
         self.ladders = Ladders(self.arms, self.grid, study.data)
 
     def plan(self, launcher: Launcher) -> list[Planned]:

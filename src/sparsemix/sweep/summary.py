@@ -181,6 +181,9 @@ def _corpus(shards: Shards, config: RunConfig) -> dict[str, Any]:
         "documents": sum(manifest["documents"].values()),
         "fingerprint": manifest["fingerprint"],
         "duplicates_dropped": manifest["duplicates_dropped"],
+        "contamination": manifest.get("contamination"),
+        "split": manifest["settings"].get("split", "hash"),
+        "warnings": manifest.get("warnings", []),
         "read": read_line(manifest),
         "vocab_size": manifest["vocab_size"],
         "tokenizer": manifest["tokenizer"],
@@ -263,7 +266,7 @@ def _words(settings: dict[str, Any]) -> str:
 def _warnings(result: dict[str, Any], seeds: int) -> list[str]:
     dense = next(row for row in result["rows"] if row["kind"] == "dense")
     bigram = result["baselines"]["bigram_bpb"]
-    warnings = []
+    warnings = list(result["corpus"]["warnings"])
     if dense["bpb"] > bigram:
         warnings.append(
             f"dense ({dense['bpb']:.3f} bits per byte) has not reached a bigram count model ({bigram:.3f}): these "

@@ -1,12 +1,12 @@
 """The text that runs are compared on: its settings, prepared once, checked and described."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsemix.config import parse
-from sparsemix.data import DataConfig, Shards
+from sparsemix.data import DataConfig, Shards, read_line
 from sparsemix.recipes import settings_of
+from sparsemix.report.held_out import found_in_train
 from sparsemix.run import refusal_leaves_nothing
 from sparsemix.settings import RunConfig
 
@@ -27,9 +27,13 @@ def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Sha
         return shards
 
 
-def text_overrides(overrides: Sequence[str], text_as: Sequence[str]) -> tuple[str, ...]:
-    """The overrides with what --text-as asks for as one more."""
-    return (*overrides, f"data.text_as={json.dumps(list(text_as))}") if text_as else tuple(overrides)
+def tell(shards: Shards, text: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """Say what was read, how it was split, and what to beware of."""
+    say(read_line(shards.manifest))
+    say(described(shards, text))
+    say(f"text: {found_in_train(shards.manifest.get('contamination'))}")
+    for line in shards.manifest.get("warnings", ()):
+        say(f"warning: {line}")
 
 
 def described(shards: Shards, text: tuple[str, ...]) -> str:

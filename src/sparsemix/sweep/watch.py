@@ -9,11 +9,14 @@ from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sparsemix.report.numbers import si
 from sparsemix.run import Run
 from sparsemix.screen import console, only_shows
 from sparsemix.sweep.status import Board, has_settings, last_line, table, totals
 
 PLAIN_EVERY_S = 20.0
+# Work that counts small things calls often, and drawing takes longer than counting.
+REDRAWN_EVERY_S = 0.1
 
 
 class Watch:
@@ -124,8 +127,8 @@ class StudyWatch:
 
 
 class Stages:
-    """Stages of one piece of work: a bar on a terminal, one plain line a stage elsewhere. Context manager; call it
-    with (stage, done, total)."""
+    """Stages of one piece of work: a bar on a terminal; elsewhere a plain line a stage, and how far it is every 20 s.
+    Context manager; call it with (stage, done, total), where done counts bytes if there is no total."""
 
     def __init__(self, title: str, say: Callable[[str], None]) -> None:
         self.title, self.say = title, say
@@ -135,23 +138,34 @@ class Stages:
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
+            TextColumn("{task.fields[far]}", markup=False),
             console=screen,
             transient=True,
             disable=not screen.is_terminal,
         )
         self.stage: str | None = None
+        self.drawn_at = self.said_at = time.monotonic()
         return self
 
     @only_shows
     def __call__(self, stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if stage == self.stage and now - self.drawn_at < REDRAWN_EVERY_S:
+            return
+        self.drawn_at = now
+        far = f"{done / total:.0%}" if total else si(done, "B") if done else ""
         if stage != self.stage:
+            self.said_at = now
             if self.bar.disable:
                 self.say(f"{self.title}: {stage}")
             for task in self.bar.task_ids:
                 self.bar.remove_task(task)
             self.bar.start()
-            self.stage, self.task = stage, self.bar.add_task(f"{self.title}: {stage}", total=total)
-        self.bar.update(self.task, completed=done, total=total)
+            self.stage, self.task = stage, self.bar.add_task(f"{self.title}: {stage}", total=total, far="")
+        elif self.bar.disable and far and now - self.said_at > PLAIN_EVERY_S:
+            self.said_at = now
+            self.say(f"{self.title}: {stage}, {far}")
+        self.bar.update(self.task, completed=done, total=total, far=far)
 
     def finish(self) -> None:
         self.bar.stop()
