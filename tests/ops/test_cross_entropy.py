@@ -227,3 +227,17 @@ def test_the_op_passes_torchs_own_checks(dtype):
     opcheck(
         torch.ops.sparsemix.cross_entropy.default, (hidden.detach(), weight.detach(), targets, dtype, False, "auto")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32, torch.uint8, torch.bool], ids=str)
+def test_labels_of_another_type_are_taken_or_refused_as_by_pytorch(dtype):
+    hidden, weight, _ = case(5, 4, 3, torch.float32)
+    targets = torch.tensor([0, 1, 1, 0, 1]).to(dtype)
+    try:
+        wanted = F.cross_entropy(F.linear(hidden, weight), targets)
+    except RuntimeError as error:
+        assert "expected scalar type Long" in str(error)
+        with pytest.raises(RuntimeError, match="expected scalar type Long for targets but found"):
+            op.cross_entropy(hidden, weight, targets)
+    else:
+        torch.testing.assert_close(op.cross_entropy(hidden, weight, targets)[0], wanted)
