@@ -227,3 +227,18 @@ def test_the_op_passes_torchs_own_checks(dtype):
     opcheck(
         torch.ops.sparsemix.cross_entropy.default, (hidden.detach(), weight.detach(), targets, dtype, False, "auto")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32, torch.uint8, torch.bool], ids=str)
+def test_labels_of_another_type_are_taken_or_refused_as_by_pytorch(dtype):
+    hidden, weight, _ = case(5, 4, 3, torch.float32)
+    targets = torch.tensor([0, 1, 1, 0, 1]).to(dtype)
+    # Past the type checks of the tests.
+    operands = hidden, weight, targets, torch.float32, False, "auto"
+    try:
+        wanted = F.cross_entropy(F.linear(hidden, weight), targets)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="expected scalar type Long for targets but found"):
+            torch.ops.sparsemix.cross_entropy(*operands)
+    else:
+        torch.testing.assert_close(torch.ops.sparsemix.cross_entropy(*operands)[0], wanted)

@@ -60,3 +60,9 @@ def test_without_a_compiler_auto_is_torch_and_native_an_error(compiled, monkeypa
     assert compiled.pick("auto", X) == "torch"
     with pytest.raises(ConfigError, match="no C compiler"):
         compiled.pick("native", X)
+
+
+def test_all_operands_choose_not_the_first(compiled):
+    assert compiled.pick("auto", X, X.double()) == "torch"
+    with pytest.raises(ConfigError, match="takes float32, bfloat16, not"):
+        compiled.pick("native", X, X.half())
