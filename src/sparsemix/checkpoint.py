@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -76,13 +75,18 @@ def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """What the system refuses to safetensors inside is an OSError of `path`, as it is everywhere else."""
+    """What the system refuses to safetensors or tokenizers inside is an OSError of `path`, as it is everywhere else."""
     try:
         yield
-    except SafetensorError as error:
-        # It names the system's error by number only: "... (os error 28)".
+    except OSError:
+        raise
+    # tokenizers has no class of its own for errors.
+    except Exception as error:
+        # They name the system's error by number only: "... (os error 28)".
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from None
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def load(
