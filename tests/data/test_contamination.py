@@ -1,7 +1,7 @@
 import numpy as np
 
 from sparsemix.data import contamination as module
-from sparsemix.data.contamination import WINDOW, contamination, warning
+from sparsemix.data.contamination import WINDOW, TokenFile, contamination, warning
 
 
 def windows(ids, eot=0):
@@ -18,7 +18,7 @@ def made(seed, length):
     return np.random.default_rng(seed).integers(1, 200, length)
 
 
-def test_the_share_is_that_of_counting_windows_one_by_one(monkeypatch):
+def test_the_share_is_that_of_counting_windows_one_by_one(monkeypatch, tmp_path):
     book = made(0, 900)
     tokens = {
         "train": stream([made(1, 500), book, made(2, 13)]),
@@ -34,6 +34,9 @@ def test_the_share_is_that_of_counting_windows_one_by_one(monkeypatch):
         found = contamination(tokens, 0)
         assert {s: found[s] for s in want} == want
         assert found["windows"]["test"] == len(windows(tokens["test"]))
+    for split, ids in tokens.items():
+        ids.tofile(tmp_path / split)
+    assert contamination({split: TokenFile(tmp_path / split, np.uint16) for split in tokens}, 0) == found
     assert contamination({**tokens, "test": stream([made(1, 5)])}, 0)["test"] == 0.0
 
 

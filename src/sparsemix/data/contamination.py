@@ -1,6 +1,7 @@
 """How much of held-out text stands word for word in the training text."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,25 @@ _BLOCK, _SAMPLE = 1 << 18, 1 << 17
 _FILTER_BITS = 23
 
 
+class TokenFile:
+    """Ids of a file, read slice by slice: what a memory map has shown stays in memory."""
+
+    def __init__(self, path: Path, dtype: type[np.unsignedinteger[Any]]) -> None:
+        self._path, self._dtype = path, np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return self._path.stat().st_size // self._dtype.itemsize
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        first, last, _ = at.indices(len(self))
+        return np.fromfile(self._path, self._dtype, count=last - first, offset=first * self._dtype.itemsize)
+
+
+Tokens = np.ndarray | TokenFile
+
+
 def contamination(
-    tokens: Mapping[str, np.ndarray], end_of_text: int, on_tokens: Callable[[int], None] | None = None
+    tokens: Mapping[str, Tokens], end_of_text: int, on_tokens: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     """{split: the share of its windows of 20 tokens that occur in train, "window": 20, "windows": {split: how many}}
     for every split but train.
@@ -44,7 +62,7 @@ def contamination(
     return {**shares, "window": WINDOW, "windows": {s: int(counts[s].sum()) for s in held}}
 
 
-def _sample(tokens: np.ndarray, end_of_text: int) -> UInt64[np.ndarray, "S"]:
+def _sample(tokens: Tokens, end_of_text: int) -> UInt64[np.ndarray, "S"]:
     limit, kept = 1 << 64, np.zeros(0, np.uint64)
     for _, hashes in _windows(tokens, end_of_text):
         kept = np.append(kept, hashes if limit == 1 << 64 else hashes[hashes < np.uint64(limit)])
@@ -54,7 +72,7 @@ def _sample(tokens: np.ndarray, end_of_text: int) -> UInt64[np.ndarray, "S"]:
     return kept
 
 
-def _windows(tokens: np.ndarray, end_of_text: int) -> Iterator[tuple[int, UInt64[np.ndarray, "N"]]]:
+def _windows(tokens: Tokens, end_of_text: int) -> Iterator[tuple[int, UInt64[np.ndarray, "N"]]]:
     """(index of the first token of a block, hashes of the windows that begin in it and hold no end of text)."""
     for start in range(0, len(tokens), _BLOCK):
         ids = np.asarray(tokens[start : start + _BLOCK + WINDOW - 1])

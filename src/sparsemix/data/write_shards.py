@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 from tokenizers import Tokenizer
 
-from sparsemix.data.contamination import contamination, warning
+from sparsemix.data.contamination import TokenFile, contamination, warning
 from sparsemix.data.shards import DataConfig
 from sparsemix.data.spool import Spool
 from sparsemix.data.token_stream import byte_pieces, write_stream
@@ -60,7 +60,7 @@ def write_shards(
         np.save(folder / f"{split}.bytes.npy", sizes[split])
         np.save(folder / f"{split}.groups.npy", pieces.groups)
     dtype, end = id_dtype(num_ids(tokenizer)), end_of_text(tokenizer)
-    ids = {split: np.memmap(folder / f"{split}.bin", dtype, mode="r") for split in splits}
+    ids = {split: TokenFile(folder / f"{split}.bin", dtype) for split in splits}
     measured = contamination(ids, end, lambda n: report("looking for held-out text in train", n, num_tokens["train"]))
     manifest = {
         "sources": list(config.text),
