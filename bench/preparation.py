@@ -25,14 +25,17 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def documents(kind: str, num_bytes: int) -> Iterator[str]:
-    """Texts of about `num_bytes` in all: prose, many short ones, a single long one, Chinese, or without any space."""
+    """Texts of about `num_bytes` in all: prose (as lines of JSON or as files), many short ones, a single long one, Chinese,
+    without any space, or a single character again and again."""
     rng = random.Random(kind)
     common, signs = words(rng, 50_000), [chr(0x4E00 + i) for i in range(3000)]
-    size = {"short": 300, "one": num_bytes, "prose": 20_000}.get(kind, 6_000)
+    size = {"short": 300, "one": num_bytes, "prose": 20_000, "files": 2_000}.get(kind, 6_000)
     done = 0
     while done < num_bytes:
         if kind == "chinese":
             text = "".join(rng.choices(signs, k=size // 3))
+        elif kind == "run":
+            text = "a \n-é"[done % 5] * (num_bytes // 6)
         elif kind == "solid":
             text = "".join(rng.choices("abcdefghij(){};=.", k=size))
         else:
@@ -43,10 +46,15 @@ def documents(kind: str, num_bytes: int) -> Iterator[str]:
 
 def measured(kind: str, num_bytes: int, folder: Path) -> dict[str, float]:
     """What preparing takes, without what writing the text and importing the package took."""
-    path = folder / "text.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for text in documents(kind, num_bytes):
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    path = folder / ("texts" if kind == "files" else "text.jsonl")
+    if kind == "files":
+        path.mkdir()
+        for number, text in enumerate(documents(kind, num_bytes)):
+            (path / f"{number}.txt").write_text(text, encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            for text in documents(kind, num_bytes):
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     began = time.process_time()
     shards = prepare(DataConfig(text=(str(path),), vocab_size=1024), folder / "shards")
     spent = time.process_time() - began
@@ -56,7 +64,7 @@ def measured(kind: str, num_bytes: int, folder: Path) -> dict[str, float]:
 
 def main(sizes: list[int]) -> None:
     print("kind      MB   CPU s  peak MB  MB a CPU second")
-    for kind in ("prose", "short", "one", "chinese", "solid"):
+    for kind in ("prose", "files", "short", "one", "chinese", "solid", "run"):
         for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "-m", "bench.preparation", "--one", kind, str(size * 10**6), folder]
