@@ -25,8 +25,8 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 def documents(kind: str, num_bytes: int) -> Iterator[str]:
-    """Texts of about `num_bytes` in all: prose (as lines of JSON or as files), many short ones, a single long one, Chinese,
-    without any space, or a single character again and again."""
+    """Texts of about `num_bytes` in all: prose (as lines of JSON, or as files), many short ones, a single long one,
+    Chinese, without any space, or a single character again and again."""
     rng = random.Random(kind)
     common, signs = words(rng, 50_000), [chr(0x4E00 + i) for i in range(3000)]
     size = {"short": 300, "one": num_bytes, "prose": 20_000, "files": 2_000}.get(kind, 6_000)
