@@ -52,6 +52,7 @@ def test_a_run_becomes_a_saved_model_with_a_tokenizer_and_a_receipt(monkeypatch,
     assert code == 0 and "warning" not in err
     assert sorted(path.name for path in to.iterdir()) == [
         "README.md",
+        "checksums.json",
         "config.json",
         "model.safetensors",
         "receipt.json",
@@ -129,6 +130,7 @@ def spoiled(run, tmp_path, name):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     if name == "no_json":
         (folder / "config.json").write_text("{")
+        (folder / "checksums.json").unlink()
     return folder
 
 
