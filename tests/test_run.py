@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from sparsemix import run as run_module
-from sparsemix.config import ConfigError, parse
+from sparsemix.config import ConfigError, config_hash, parse, to_yaml
 from sparsemix.durable import write_atomic
 from sparsemix.run import Run, hardware, versions
 from sparsemix.settings import RunConfig
@@ -111,3 +111,20 @@ def test_the_settings_file_is_plain_yaml_without_python_tags(config, tmp_path):
     Run(tmp_path / "run", config)
     text = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
     assert "!!" not in text and yaml.safe_load(text)["model"]["blocks"][1]["kind"] == "mod"
+
+
+def test_settings_that_came_later_do_not_rename_the_runs_of_earlier_versions():
+    ffn = {"kind": "peer", "num_experts": 16, "num_heads": 1, "top_k": 2, "d_key": 8}
+    block = {"kind": "block", "mixer": {"kind": "attention", "num_heads": 2}, "ffn": ffn}
+    model = {"d_model": 16, "vocab_size": 300, "seq_len": 8, "blocks": [block]}
+    raw = {"model": model, "data": {"vocab_size": 300}, "train": {"budget_flops": 1e9}}
+    # Computed before `split`, `text_as` and `keep_checkpoints` were settings.
+    assert config_hash(parse(RunConfig, raw)) == "049406505a"
+    for part, later in (
+        ("data", {"split": "file"}),
+        ("data", {"text_as": [".asc"]}),
+        ("train", {"keep_checkpoints": True}),
+    ):
+        config = parse(RunConfig, raw | {part: raw[part] | later})
+        assert config_hash(config) != "049406505a"
+        assert parse(RunConfig, yaml.safe_load(to_yaml(config))) == config

@@ -207,6 +207,13 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def without_later(config: Config, written: dict[str, Any], later: tuple[str, ...]) -> dict[str, Any]:
+    """A dump without those of the `later` settings that have their defaults. Runs are named by the hash of their
+    settings: one that earlier versions did not have must not rename what they began."""
+    defaults = {name: type(config).model_fields[name].default for name in later}
+    return {k: v for k, v in written.items() if k not in defaults or getattr(config, k) != defaults[k]}
+
+
 def config_hash(config: Config) -> str:
     """Ten hex digits that name these settings."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True)

@@ -1,12 +1,13 @@
 """The settings of a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from sparsemix import saved
-from sparsemix.config import Config, ConfigError
+from sparsemix.config import Config, ConfigError, without_later
 from sparsemix.data import DataConfig
 from sparsemix.layers import MoDConfig
 from sparsemix.machine import DtypeSetting, ThreadsSetting
@@ -41,6 +42,10 @@ class TrainConfig(Config):
     test_tokens: int | None = Field(default=None, ge=1)
     checkpoint_s: float = Field(default=60.0, ge=0)
     keep_checkpoints: bool = False
+
+    @model_serializer(mode="wrap")
+    def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return without_later(self, dump(self), ("keep_checkpoints",))
 
 
 class InitConfig(Config):

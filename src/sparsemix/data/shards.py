@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from pydantic import model_serializer, model_validator
 from tokenizers import Tokenizer
 
-from sparsemix.config import Config, ConfigError
+from sparsemix.config import Config, ConfigError, without_later
 from sparsemix.data import corpus
 from sparsemix.data.corpus import SPLITS
 from sparsemix.data.files import check_text_as
@@ -23,8 +23,6 @@ from sparsemix.durable import SEAL, damage
 Documents = Int64[np.ndarray, "D"]
 
 
-# Settings that earlier versions had not, and their defaults, in Python and in JSON.
-_LATER: dict[str, tuple[Any, ...]] = {"split": ("hash",), "text_as": ((), [])}
 _ARRAYS = ("starts", "bytes")
 _sound: set[tuple[Any, ...]] = set()
 
@@ -61,8 +59,7 @@ class DataConfig(Config):
 
     @model_serializer(mode="wrap")
     def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        # Runs are named by the hash of their settings: those that came later are named only where they are no default.
-        return {k: v for k, v in dump(self).items() if k not in _LATER or v not in _LATER[k]}
+        return without_later(self, dump(self), ("split", "text_as"))
 
 
 class Shards:
