@@ -2,29 +2,28 @@
 
 import os
 import sys
+from typing import Annotated, NoReturn
 
 import typer
 
 from sparsemix.bench.command import bench
 from sparsemix.cli.compare import compare
 from sparsemix.cli.convert import convert
+from sparsemix.cli.ending import ended
 from sparsemix.cli.eval import evaluate
 from sparsemix.cli.export import export
 from sparsemix.cli.generate import generate
 from sparsemix.cli.inspect import inspect
 from sparsemix.cli.isoflop import isoflop
 from sparsemix.cli.listings import doctor, kinds, parity, recipes
-from sparsemix.cli.output import fail
 from sparsemix.cli.report import report
 from sparsemix.cli.reproduce import reproduce
 from sparsemix.cli.status import status
 from sparsemix.cli.train import train
-from sparsemix.errors import ConfigError, TrainingError
 
 app = typer.Typer(
     name="sparsemix",
     help="Compare conditional-computation transformers at equal FLOPs, on your own text, with causal losses.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -37,18 +36,34 @@ for command in (convert, export, recipes, kinds, parity, bench, doctor):
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point: what a user can mend is one line and exit code 2; a training that failed is 1."""
+def main() -> NoReturn:
+    """Entry point; how it ends is said in ending.py."""
     # The Hugging Face libraries print notices that no user of this command needs.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        app(args=spread_text(sys.argv[1:]))
-    except ConfigError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(f"{error.filename or 'file system'}: {error.strerror}; free space or choose another folder", 2)
-    except TrainingError as error:
-        fail(str(error), 1)
+    ended(lambda: _run(sys.argv[1:]))
+
+
+def _run(words: list[str]) -> None:
+    # Not `app()`, which has its own way to end.
+    command = typer.main.get_command(app)
+    with command.make_context("sparsemix", spread_text(words) or ["--help"]) as context:
+        command.invoke(context)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from sparsemix import __version__
+
+        print(f"sparsemix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None: ...
 
 
 def spread_text(args: list[str]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(f"sparsemix: {message}", file=sys.stderr)
+    # One line, whatever a library's message holds.
+    print(f"sparsemix: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

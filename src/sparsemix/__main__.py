@@ -1,0 +1,5 @@
+"""`python -m sparsemix` is `sparsemix`."""
+
+from sparsemix.cli import main
+
+main()
