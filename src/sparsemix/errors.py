@@ -9,5 +9,9 @@ class RunBusyError(ConfigError):
     """Another process trains the same run just now."""
 
 
+class DamagedError(ConfigError):
+    """A file is not what was written, so that what it stands for cannot go on or be read. It concerns one run alone."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; what there is has been saved."""

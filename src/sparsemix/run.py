@@ -12,11 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparsemix.config import Config, ConfigError, parse, to_yaml
 from sparsemix.durable import write_atomic
 from sparsemix.errors import RunBusyError
+from sparsemix.inputs import load_json, load_yaml
 
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
 LOCK_WAIT_S = 2.0
@@ -106,13 +105,14 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        """The run's settings. Raises ConfigError where the file is damaged."""
+        return load_yaml(self.folder / "config.yaml")
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The run's result, or None while it is unfinished."""
+        """The run's result, or None while it is unfinished. Raises ConfigError where the file is damaged."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return load_json(path) if path.exists() else None
 
     def lock(self) -> AbstractContextManager[None]:
         """Held while the run is trained. Raises RunBusyError where another process trains it."""

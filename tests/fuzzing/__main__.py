@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int)
+    parser.add_argument("--slow", action="store_true", help="also print cases of more than a second")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -90,14 +91,18 @@ def main() -> int:
     began, seen, done = time.monotonic(), set(), 0
     with tempfile.TemporaryDirectory() as folder:
         cases.build(place := Path(folder) / "whole")
-        while asked.case is None and time.monotonic() - began < asked.seconds or done == 0:
+        while (asked.case is None and time.monotonic() - began < asked.seconds) or done == 0:
             number = done if asked.case is None else asked.case
             copy = Path(folder) / "copy"
             copy.mkdir()
             words, what = cases.call(place, copy, random.Random(f"{asked.seed}/{number}"))
+            asked_at = time.monotonic()
             ended = ask(words)
+            slow = time.monotonic() - asked_at
             done += 1
             wrong = fault(*ended)
+            if asked.slow and slow > 1:
+                print(json.dumps({"case": number, "what": what, "s": round(slow, 1), "words": words[:4]}), flush=True)
             if asked.case is not None:
                 print(ended)
             if wrong is not None and wrong.partition(":")[0:1] + tuple(wrong.split()[2:3]) not in seen:

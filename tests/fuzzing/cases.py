@@ -9,12 +9,12 @@ from pathlib import Path
 
 import mutate
 import yaml
-from tiny import run_config, write_corpus
 
 from sparsemix.config import config_hash
 from sparsemix.data import prepare
 from sparsemix.recipes import FOLDER
 from sparsemix.train import train
+from tiny import run_config, write_corpus
 
 Call = tuple[list[str], str]
 PATHS = [
@@ -49,7 +49,16 @@ def build(place: Path) -> None:
 
 def call(place: Path, copy: Path, rng: random.Random) -> Call:
     """(words of a command, what is wrong with it); `copy` is an empty folder for what it spoils."""
-    kinds: list[Callable[[Path, Path, random.Random], Call]] = [settings, recipe, options, texts, runs, runs, models, prompts]
+    kinds: list[Callable[[Path, Path, random.Random], Call]] = [
+        settings,
+        recipe,
+        options,
+        texts,
+        runs,
+        runs,
+        models,
+        prompts,
+    ]
     return rng.choice(kinds)(place, copy, rng)
 
 
@@ -68,7 +77,16 @@ def recipe(place: Path, copy: Path, rng: random.Random) -> Call:
     path.write_bytes(source.read_bytes())
     said = mutate.file(rng, path)
     if rng.random() < 0.2 and path.is_file():
-        extra = ["base: recipe.yaml", "base: 3", "base: [x]", "sizes: [1]", "sizes: 3", "sizes: {a: 1}", "model: 3", "train: x"]
+        extra = [
+            "base: recipe.yaml",
+            "base: 3",
+            "base: [x]",
+            "sizes: [1]",
+            "sizes: 3",
+            "sizes: {a: 1}",
+            "model: 3",
+            "train: x",
+        ]
         path.write_bytes(path.read_bytes() + f"\n{rng.choice(extra)}\n".encode())
     name = str(path) if rng.random() < 0.8 else f"{path}:30k"
     where = ["--out", str(copy / "out"), "--text", str(copy / "none.txt")]
@@ -76,8 +94,15 @@ def recipe(place: Path, copy: Path, rng: random.Random) -> Call:
 
 
 def options(place: Path, copy: Path, rng: random.Random) -> Call:
-    out, text, odd = ["--out", str(copy / "out")], ["--text", str(copy / "none.txt")], mutate.word(rng).replace("\x00", "")
-    model, numbers = str(place / "runs" / "moe-0" / "model"), rng.choice(["nan", "inf", "-1", "0", "1e400", "x", "", odd])
+    out, text, odd = (
+        ["--out", str(copy / "out")],
+        ["--text", str(copy / "none.txt")],
+        mutate.word(rng).replace("\x00", ""),
+    )
+    model, numbers = (
+        str(place / "runs" / "moe-0" / "model"),
+        rng.choice(["nan", "inf", "-1", "0", "1e400", "x", "", odd]),
+    )
     asked = [
         ["compare", *out, *text, "--kinds", rng.choice([odd, f"dense,{odd}", f"dense@{odd}", "dense,mod+", "dense,mod+mod"])],
         ["compare", *out, *text, "--budget", rng.choice([numbers, f"auto:{numbers}", "auto:3m", "auto:9999999999h"])],
@@ -117,7 +142,9 @@ def options(place: Path, copy: Path, rng: random.Random) -> Call:
 
 
 def texts(place: Path, copy: Path, rng: random.Random) -> Call:
-    name = rng.choice(["a.txt", "a.md", "a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "a.html", "a", "a.zst", "é.txt"])
+    name = rng.choice(
+        ["a.txt", "a.md", "a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "a.html", "a", "a.zst", "é.txt"]
+    )
     path = copy / name
     whole = mutate.text(rng) * rng.randrange(1, 200)
     held = whole.encode("utf-8", "surrogateescape")
@@ -130,7 +157,15 @@ def texts(place: Path, copy: Path, rng: random.Random) -> Call:
     shown = path if rng.random() < 0.6 else copy
     out = ["--out", str(copy.with_name(f"{copy.name}-out") / "run")]
     # Prepared whole, and then too short for a window: nothing trains.
-    return ["train", "tiny", "model.seq_len=9000000", "train.budget_flops=1e30", *out, "--text", str(shown)], f"text {name}"
+    return [
+        "train",
+        "tiny",
+        "model.seq_len=9000000",
+        "train.budget_flops=1e30",
+        *out,
+        "--text",
+        str(shown),
+    ], f"text {name}"
 
 
 def runs(place: Path, copy: Path, rng: random.Random) -> Call:
@@ -138,7 +173,9 @@ def runs(place: Path, copy: Path, rng: random.Random) -> Call:
     held = copy / source.name
     shutil.copytree(source, held, ignore=shutil.ignore_patterns("checkpoints"))
     files = [path for path in held.rglob("*") if path.is_file() and path.name[0] != "." and path.parent.name != "data"]
-    spoiled = rng.choice([path for path in files if path.suffix in (".json", ".yaml", ".jsonl", ".npz", ".safetensors")])
+    spoiled = rng.choice(
+        [path for path in files if path.suffix in (".json", ".yaml", ".jsonl", ".npz", ".safetensors")]
+    )
     said = mutate.file(rng, spoiled)
     of = spoiled.parent if spoiled.parent.name != "model" else spoiled.parent.parent
     run = str(of) if of != held else str(next(held.rglob("config.yaml"), held).parent)
@@ -149,7 +186,16 @@ def runs(place: Path, copy: Path, rng: random.Random) -> Call:
         ["report", run, "--out", str(copy / "page")],
         ["inspect", run, "--out", str(copy / "inspect"), "--tokens", "100"],
         ["generate", run, "--prompt", "the cat", "--max-tokens", "2"],
-        ["train", "--init-from", run, "--out", str(copy / "out"), "--text", str(copy / "none.txt"), "train.budget_flops=1e9"],
+        [
+            "train",
+            "--init-from",
+            run,
+            "--out",
+            str(copy / "out"),
+            "--text",
+            str(copy / "none.txt"),
+            "train.budget_flops=1e9",
+        ],
     ]
     return commands[min(rng.randrange(10), rng.randrange(len(commands)))], f"{said} in {spoiled.parent.name}"
 

@@ -19,7 +19,15 @@ MERGES = "{a: &a {x: 1}, b: &b {<<: [*a,*a,*a,*a,*a,*a,*a,*a,*a]}, " + (
 # YAML texts: what is read from them is no plain value, no finite one, or none at all.
 WORDS = [
     *("2020-01-01", "2020-13-45", "2001-12-14t21:59:43.10-05:00", "0b_", "0x", "0o9", "1_000", "12:30", "!!int abc"),
-    *("!!float x", "!!bool maybe", "!!timestamp x", "!!binary 1", "!!set {a, b}", "!!omap [a: 1]", "!!python/name:os.x"),
+    *(
+        "!!float x",
+        "!!bool maybe",
+        "!!timestamp x",
+        "!!binary 1",
+        "!!set {a, b}",
+        "!!omap [a: 1]",
+        "!!python/name:os.x",
+    ),
     *("!x y", "&a [*a]", "&a {x: *a}", "*b", "9" * 5000, "-" + "9" * 400, "1e400", ".nan", ".inf", "-.inf", "nan"),
     *("inf", "~", "", "yes", "[]", "{}", "[1]", "{1: 2}", "{[1]: 2}", "{? {a: 1} : b}", "{a: 1, a: 2}", "'", '"', "|"),
     *("@", "%", "[" * 3000, "{a: " * 3000, "[" * 90 + "]" * 90, BOMB, MERGES, "\x00", "\x07", "é", "²", "٣", "[/x]"),
@@ -28,10 +36,42 @@ WORDS = [
 ]
 # The same as what JSON or Python hold.
 VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 3, 1.5, 10**9, 10**30, -(10**400), float("nan"), float("inf"), "", "x", "2020-01-01"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        3,
+        1.5,
+        10**9,
+        10**30,
+        -(10**400),
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "2020-01-01",
+    ),
     *("[/x]", "é", "\udce9", [], {}, [1], [[]], {"kind": "moe"}, {"kind": 3}, {"a": {"b": [None]}}, ["x"] * 50, "../x"),
 ]
-LETTERS = ["", " ", "\n", "\x00", "\r\n", "\ufeff", "word ", "é", "日本語", "𝕏", "<|endoftext|>", "[/x]", "\u202e", "a" * 999]
+LETTERS = [
+    "",
+    " ",
+    "\n",
+    "\x00",
+    "\r\n",
+    "\ufeff",
+    "word ",
+    "é",
+    "日本語",
+    "𝕏",
+    "<|endoftext|>",
+    "[/x]",
+    "\u202e",
+    "a" * 999,
+]
 
 
 def value(rng: random.Random) -> Any:
@@ -76,7 +116,9 @@ def data(rng: random.Random, whole: Any) -> Any:
 def raw(rng: random.Random, held: bytes) -> bytes:
     """Bytes cut, flipped, filled, or others."""
     at = rng.randrange(len(held)) if held else 0
-    filling = rng.choice([b"", b"\x00", b"\xff\xfe", b"{", b"[" * 5000, b"\n", bytes(rng.randrange(256) for _ in range(40))])
+    filling = rng.choice(
+        [b"", b"\x00", b"\xff\xfe", b"{", b"[" * 5000, b"\n", bytes(rng.randrange(256) for _ in range(40))]
+    )
     made = [
         lambda: b"",
         lambda: held[:at],

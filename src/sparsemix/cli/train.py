@@ -75,8 +75,9 @@ def _settings(recipe: str | None, overrides: list[str], init_from: Path | None) 
 def _source(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """The settings that come from a saved model, or from the one in a run's folder."""
     from sparsemix import saved
+    from sparsemix.inputs import expanded
 
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder).resolve()
     folder = folder / "model" if (folder / "config.yaml").is_file() else folder
     config, fingerprint = saved.read_settings(folder), saved.fingerprint(folder)
     if saved.read_tokenizer(folder, config.vocab_size) is None:

@@ -2,18 +2,19 @@
 
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import log, prod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from math import isfinite, log, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
+from sparsemix.errors import DamagedError
 from sparsemix.evaluate.estimate import Units, units
+from sparsemix.inputs import load_yaml, trusted
 from sparsemix.run import CONVENTION, Run
 
 
@@ -80,6 +81,13 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     result = run.result
     if result is None:
         return None
+    with trusted(folder / "result.json"):
+        record = _record(folder, run, result, arm, role)
+        _checked(record)
+    return record
+
+
+def _record(folder: Path, run: Run, result: dict[str, Any], arm: str | None, role: str) -> Record:
     settings = run.settings
     cost = result.get("cost") or _cost_of_old(folder, result)
     curve = tuple((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)
@@ -100,25 +108,75 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     )
 
 
-def read_runs(folders: Sequence[Path]) -> list[Record]:
+def read_runs(folders: Sequence[Path], say: Callable[[str], None] | None = None) -> list[Record]:
     """Every finished run of the folders: a study's (its plan.yaml says whose each run is), a comparison's or any other
-    folder of runs, or a run's own. Raises ConfigError where there is none."""
+    folder of runs, or a run's own. Damaged ones are left out and said, or raised where nobody listens.
+
+    Raises ConfigError where there is none."""
     found: list[Record | None] = []
+
+    def read(folder: Path, *named: str) -> None:
+        if not (folder / "config.yaml").exists():
+            return
+        try:
+            found.append(read_run(folder, *named))
+        except DamagedError as error:
+            if say is None:
+                raise
+            lost.append(folder)
+            say(f"left out: {error}")
+
+    lost: list[Path] = []
     for folder in folders:
-        plan = folder / "plan.yaml"
-        cells = yaml.safe_load(plan.read_text(encoding="utf-8")).get("cells") if plan.is_file() else None
+        cells = plan_cells(folder)
         if cells is not None:
             for cell in cells:
-                if ((run := folder / "runs" / cell["run"]) / "config.yaml").is_file():
-                    found.append(read_run(run, cell["arm"], cell["role"]))
-        elif (folder / "config.yaml").is_file():
-            found.append(read_run(folder))
+                read(folder / "runs" / cell["run"], cell["arm"], cell["role"])
+        elif (folder / "config.yaml").exists():
+            read(folder)
         elif folder.is_dir():
-            found += [read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+            for path in sorted(folder.glob("*/config.yaml")):
+                read(path.parent)
     records = [record for record in found if record is not None]
     if not records:
-        raise ConfigError(f"{', '.join(map(str, folders))} hold no finished run; name a study's or a run's folder")
+        rest = f"; {len(lost)} damaged" if lost else ""
+        raise ConfigError(
+            f"{', '.join(map(str, folders))} hold no finished run{rest}; name a study's or a run's folder"
+        )
     return records
+
+
+def plan_cells(folder: Path) -> list[dict[str, Any]] | None:
+    """What a study's plan.yaml says of each of its runs; None in a folder that holds no study. Raises ConfigError."""
+    path = folder / "plan.yaml"
+    cells = load_yaml(path).get("cells") if path.exists() else None
+    for cell in () if cells is None else [cells] if not isinstance(cells, list) else cells:
+        for name, kind in (("run", str), ("arm", str), ("role", str), ("budget", float), ("width", int), ("seed", int)):
+            # What a setting's name is of another type is not what a study wrote.
+            held = cell.get(name, kind()) if isinstance(cell, dict) and "run" in cell else None
+            if not isinstance(held, (int, float) if kind is float else kind):
+                raise DamagedError(f"{path} is damaged (a run's {name} is {str(held)[:40]}); copy it anew")
+    return cells
+
+
+def _checked(record: Record) -> None:
+    """Raises ValueError where something that reports calculate with is no finite number, or documents are missing."""
+    named = {field.name: getattr(record, field.name) for field in fields(record)}
+    for name, value in named.items():
+        if isinstance(value, (str, dict, tuple, Path)) or (
+            value is None and name in ("lookahead_bpb", "active_params")
+        ):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise ValueError(f"{name}={str(value)[:40]} is no number")
+    if not all(isfinite(value) for point in record.curve for value in point):
+        raise ValueError("the learning curve holds what is no number")
+    model, data = record.settings["model"], record.settings["data"]
+    if not all(isinstance(model[name], int) for name in ("d_model", "vocab_size", "seq_len")) or not isinstance(
+        data, dict
+    ):
+        raise TypeError("config.yaml holds other types of settings")
+    record.documents()
 
 
 def arm_of(settings: dict[str, Any]) -> str:

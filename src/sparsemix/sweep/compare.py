@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from sparsemix.config import Config, ConfigError, config_hash, to_yaml
+from sparsemix.config import Config, ConfigError, config_hash, load_yaml, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.durable import write_atomic
 from sparsemix.errors import TrainingError
@@ -132,7 +132,9 @@ class Comparison:
             ):
                 raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
             return {}
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plan = load_yaml(path)
+        if not isinstance(plan.get("settings"), dict) or not isinstance(plan.get("budget_flops"), (int, float)):
+            raise ConfigError(f"{path} holds no comparison's plan; choose another folder, or delete it to begin anew")
         now = self.settings.model_dump(mode="json")
         differ = [
             f"{name}={plan['settings'].get(name)} there, {now[name]} asked"

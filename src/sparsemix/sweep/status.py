@@ -9,18 +9,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rich.table import Table
 
 from sparsemix.config import ConfigError
-from sparsemix.report.records import arm_of
+from sparsemix.inputs import trusted
+from sparsemix.report.records import arm_of, plan_cells
 from sparsemix.run import LOCK, Run
 from sparsemix.sweep.jobs import ERROR
 
-State = Literal["running", "failed", "stopped", "waiting", "done"]
+State = Literal["running", "failed", "damaged", "stopped", "waiting", "done"]
 # Locks do not reach across every file system: a run that wrote this lately is taken to run.
 STALE_S = 60.0
-STYLES: dict[State, str] = {"running": "cyan", "failed": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
+STYLES: dict[State, str] = {
+    "running": "cyan",
+    "failed": "red",
+    "damaged": "red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "done": "green",
+}
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,27 @@ class RunStatus:
 def cells_of(out: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, cell) of every run: a study's, by its plan; a comparison's or another folder's; or the run itself.
     Raises ConfigError where there is none."""
-    plan = out / "plan.yaml"
-    cells = yaml.safe_load(plan.read_text(encoding="utf-8")).get("cells") if plan.is_file() else None
+    cells = plan_cells(out)
     if cells is not None:
         return list({out / "runs" / cell["run"]: cell for cell in reversed(cells)}.items())[::-1]
     folders = [out] if (out / "config.yaml").is_file() else sorted(p.parent for p in out.glob("*/config.yaml"))
-    if not folders and not plan.is_file():
+    if not folders and not (out / "plan.yaml").is_file():
         raise ConfigError(f"{out} holds no runs; name the folder of a study, a comparison or a run")
     return [(folder, {}) for folder in folders]
 
 
 def look(folder: Path, cell: dict[str, Any]) -> RunStatus:
-    """Where a run stands; `cell` is what its study's plan says of it."""
-    if not (folder / "config.yaml").is_file():
+    """Where a run stands; `cell` is what its study's plan says of it. A damaged one says so, the others go on."""
+    try:
+        with trusted(folder):
+            return _look(folder, cell)
+    except ConfigError as error:
+        known = {"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell)
+        return RunStatus(folder, **known, state="damaged", said=str(error))
+
+
+def _look(folder: Path, cell: dict[str, Any]) -> RunStatus:
+    if not (folder / "config.yaml").exists():
         return RunStatus(folder, **{"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell))
     run, line, known = Run(folder), last_line(folder), _about(folder) | _planned(cell)
     if line is not None:
@@ -93,9 +108,9 @@ def _about(folder: Path) -> dict[str, Any]:
     return {
         "arm": arm_of(settings),
         "budget": float(settings["train"]["budget_flops"]),
-        "width": settings["model"]["d_model"],
-        "seed": settings["seed"],
-        "lr": settings["train"]["lr"],
+        "width": int(settings["model"]["d_model"]),
+        "seed": int(settings["seed"]),
+        "lr": float(settings["train"]["lr"]),
     }
 
 

@@ -9,7 +9,8 @@ import yaml
 from sparsemix.config import Config, ConfigError, config_hash
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.durable import write_atomic
-from sparsemix.report.records import Record, read_run
+from sparsemix.inputs import load_yaml
+from sparsemix.report.records import Record, plan_cells, read_run
 from sparsemix.run import locked
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.jobs import Job
@@ -103,8 +104,9 @@ def open_plan(out: Path, settings: Config) -> dict[str, Any]:
         if out.exists() and (not out.is_dir() or any(p.name != "data" and p.name[0] != "." for p in out.iterdir())):
             raise ConfigError(f"out={out} is not empty and holds no study; choose another folder")
         return {"settings": now, "cells": []}
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    there = plan.get("settings", {})
+    plan = load_yaml(path)
+    _ = plan_cells(out)
+    there = plan.get("settings") or {}
     differ = [f"{k}={there.get(k)} there, {now[k]} asked" for k in now if there.get(k) != now[k]]
     if differ or "cells" not in plan:
         differ = differ or ["it holds a comparison of other kind"]

@@ -1,0 +1,144 @@
+"""What people write and what files hold (YAML, JSON, paths) as plain values, or one line that says why not."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsemix.errors import ConfigError, DamagedError
+
+# More than any settings need; aliases make 10^9 values of 300 letters.
+MAX_VALUES = 200_000
+MAX_DEPTH = 100
+
+
+class _Loader(yaml.SafeLoader):
+    """Mappings with words as keys, lists, strings, numbers, true, false and null: what JSON holds, and settings are.
+
+    Dates stay the words that they are. So does what only looks like a number (`0b_`, `12:30`, five thousand digits):
+    the setting that it is meant for says what it takes."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in dict.fromkeys(own) if own.count(key) > 1 and key != "<<"]:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        self.flatten_mapping(node)
+        made: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a name must be a word, not a {key.id}")
+            made[key.value] = self.construct_object(value, deep=deep)
+        return made
+
+    def as_written(self, node: Any) -> Any:
+        text = self.construct_scalar(node)
+        read = {"int": self.construct_yaml_int, "float": self.construct_yaml_float, "bool": self.construct_yaml_bool}
+        try:
+            # YAML 1.1 counts 12:30 in sixties.
+            return text if ":" in text else read[node.tag.rpartition(":")[2]](node)
+        except (ValueError, LookupError):
+            return text
+
+
+_TAG = "tag:yaml.org,2002:"
+_Loader.yaml_constructors = {
+    tag: made
+    for tag, made in yaml.SafeLoader.yaml_constructors.items()
+    if tag in (None, *(_TAG + name for name in ("null", "str", "seq", "map")))
+} | {_TAG + name: _Loader.as_written for name in ("int", "float", "bool")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """Values in a node with every alias written out. Raises YAMLError for one that holds itself, and for too many."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        # Met again before it is counted, it is inside itself.
+        known[id(node)] = MAX_VALUES + 1
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    if known[id(node)] > MAX_VALUES:
+        raise yaml.YAMLError(f"it holds itself, or more than {MAX_VALUES} values")
+    return known[id(node)]
+
+
+def yaml_value(text: str, where: str) -> Any:
+    """The plain value of a YAML text. Raises ConfigError, with `where` it stands."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError if it is missing or not a mapping."""
+    return _mapping(yaml_value(_text(path, "YAML"), str(path)), path)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises ConfigError if it is missing or not a mapping."""
+    try:
+        return _mapping(json.loads(_text(path, "JSON")), path)
+    # A file of nothing but brackets is deeper than Python's stack; ConfigError is a ValueError.
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); write it anew or copy it whole") from None
+
+
+def _text(path: Path, what: str) -> str:
+    if not path.is_file():
+        raise ConfigError(f"{path}: {'this is a folder; name a file' if path.is_dir() else 'no such file'}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid {what}: not UTF-8 at byte {error.start}") from None
+
+
+def _mapping(raw: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold settings (a mapping), not {type(raw).__name__}")
+    return raw
+
+
+@contextmanager
+def trusted(path: Path) -> Iterator[None]:
+    """Inside, values that a file holds are used as what they should be. Raises DamagedError where they are not."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise DamagedError(f"{path} is damaged ({told}); copy it anew, or make it again") from error
+
+
+def expanded(name: str | Path) -> Path:
+    """The path with `~` written out. Raises ConfigError where there is no such home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}: nobody knows this home; write the folder out, or set HOME") from None
