@@ -10,7 +10,7 @@ import sparsemix
 ROOT = Path(sparsemix.__file__).parent
 # From the ground up: a file imports only from the lines before its own, and from its own folder.
 LADDER = (
-    ("errors", "auto_classes", "durable"),
+    ("errors", "auto_classes", "durable", "terminal"),
     ("inputs",),
     ("config",),
     ("patterns",),

@@ -126,6 +126,9 @@ def parse(cls: type[C], raw: Mapping[str, Any]) -> C:
     """Settings of type `cls` from plain data. Raises ConfigError, one line per wrong setting."""
     try:
         return cls.model_validate(raw)
+    except UnicodeEncodeError as error:
+        # What a message quotes: pydantic keeps messages in UTF-8.
+        raise ConfigError(f"{_short(error.object)} (a part of this is not UTF-8; write it so)") from None
     except ValidationError as error:
         errors = error.errors()
         # A list all of whose items are wrong also counts as too short.

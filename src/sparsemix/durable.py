@@ -17,9 +17,10 @@ _CHUNK = 1 << 20
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none of it; text as UTF-8."""
+    """Write a whole file or none of it; text as UTF-8, with an escape for what has no UTF-8 (half a letter, as in the
+    name of a file that is not in UTF-8)."""
     with aside(path) as temporary, temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager

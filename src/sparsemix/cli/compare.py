@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
+from sparsemix.terminal import say, show
 
 
 def compare(
@@ -45,10 +46,10 @@ def compare(
         "recipe": recipe,
         "overrides": tuple(override or ()),
     }
-    with interruptible(), tracking(track, out), Stages("data", say) as preparation:
+    with interruptible(), tracking(track, out):
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
-        comparison = Comparison(config, out, say, made, preparation)
+        comparison = Comparison(config, out, say, made, Stages("data", say))
         runs = comparison.run()
     _report(comparison, runs)
 

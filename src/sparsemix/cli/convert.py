@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.options import Text
-from sparsemix.cli.output import interruptible, say
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import say
 
 
 def convert(

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import say, show
 
 
 def evaluate(

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsemix.cli.output import interruptible, say
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import say
 
 
 def generate(

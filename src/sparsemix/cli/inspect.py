@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from sparsemix.cli.options import Text
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
+from sparsemix.terminal import say, show
 
 
 def inspect(

@@ -1,9 +1,9 @@
-"""How commands speak: results on standard output, everything else on standard error."""
+"""How commands end early, and what they try before they begin."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -19,18 +19,3 @@ def interruptible(left: str = "what was done is saved, and the same command resu
         yield
     except KeyboardInterrupt:
         fail(f"interrupted; {left}", 130)
-
-
-def say(message: str) -> None:
-    from rich.console import Console
-
-    # Standard error, as the bars are: standard output holds the result alone.
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
-
-
-def show(tables: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    # A pipe or a file has no width of its own; a table must not be cut there.
-    (console if console.is_terminal else Console(width=160)).print(tables)

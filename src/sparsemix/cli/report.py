@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.output import show
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import show
 
 
 def report(

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
+from sparsemix.terminal import notes, say, show
 
 LOOK_EVERY_S = 2.0
 PLAIN_EVERY_S = 20.0
@@ -29,12 +30,12 @@ def status(
 
 def _follow(folder: Path) -> None:
     """Until nothing runs and nothing waits: the table on a terminal, elsewhere a line now and then."""
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
 
     from sparsemix.sweep.status import Board, cells_of, table, totals
 
-    console = Console(stderr=True)
+    console = notes()
     said_at = float("-inf")
     board = Board(cells_of(folder))
     with Live(console=console, transient=True, auto_refresh=False) as live:

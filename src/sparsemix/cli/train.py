@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.options import Text, Track
-from sparsemix.cli.output import interruptible, say
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import say
 
 
 def train(

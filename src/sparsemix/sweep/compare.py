@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
 from sparsemix.sweep.jobs import Job, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.rounds import train_all
+from sparsemix.sweep.sizing import refuse_unknown
 from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
 from sparsemix.sweep.watch import Watch
 
@@ -43,12 +45,16 @@ class CompareConfig(Config):
     @model_validator(mode="after")
     def _rules(self) -> "CompareConfig":
         self.rule(len(set(self.kinds)) == len(self.kinds) > 0, "kinds", "must name each kind once")
+        for kind in self.kinds:
+            refuse_unknown(kind)
         self.rule("dense" in self.kinds, "kinds", "must hold dense, which the others are compared with")
         if self.lr not in ("rule", "sweep"):
-            self.rule(_number(self.lr) > 0, "lr", "must be a positive number, rule, or sweep")
+            self.rule(0 < _number(self.lr) < inf, "lr", "must be a positive number, rule, or sweep")
         if self.seconds is None:
             self.rule(
-                _number(self.budget) > 0, "budget", "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)"
+                0 < _number(self.budget) < inf,
+                "budget",
+                "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)",
             )
         elif not self.seconds > 0:
             self.rule(False, "budget", "must give a time above 0 (such as auto:6min)")
@@ -58,8 +64,8 @@ class CompareConfig(Config):
     @property
     def seconds(self) -> float | None:
         """The time that an automatic budget has to fit, or None for a budget in FLOPs."""
-        found = re.fullmatch(r"auto:(\d+(?:\.\d+)?)(s|min|h)", self.budget)
-        return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else None
+        found = re.fullmatch(r"auto:([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|m|min|h)", self.budget)
+        return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]] if found else None
 
 
 def _number(text: str) -> float:
@@ -87,9 +93,9 @@ class Comparison:
         out: Path,
         say: Callable[[str], None],
         launcher: Launcher,
-        progress: Callable[[str, int, int | None], None] | None = None,
+        progress: AbstractContextManager[Callable[[str, int, int | None], None]] | None = None,
     ) -> None:
-        """`say` gets lines to print, `progress` the stages of data preparation; the launcher trains the runs."""
+        """`say` gets lines to print, `progress`, entered meanwhile, the stages of data preparation; the launcher trains the runs."""
         self.settings, self.out, self.say, self.progress, self.launcher = settings, out, say, progress, launcher
         self.began = time.monotonic()
 
@@ -147,7 +153,9 @@ class Comparison:
 
     def _prepare(self) -> Shards:
         dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
-        shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", self.progress), dense)
+        # Its bar ends here: training has bars of its own.
+        with self.progress or nullcontext() as told:
+            shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", told), dense)
         self.say(described(shards, self.settings.text))
         return shards
 

@@ -19,9 +19,7 @@ MIN_KEY = 16
 
 def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict[str, Any]:
     """Settings of a `kind` layer that costs what `dense` costs per token, within 10 %. Raises ConfigError."""
-    if kind not in SIZES:
-        known = ["dense", "mod", *SIZES]
-        raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
+    refuse_unknown(kind)
     target = dense.cost(d_model, 1).flops
     settings = {"kind": kind, **SIZES[kind](target, dense, d_model)}
     # Of a whole sequence: an expert that picks tokens takes at least one.
@@ -32,6 +30,14 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
             "widen the model or its d_ff"
         )
     return settings
+
+
+def refuse_unknown(kind: str) -> None:
+    """Raises ConfigError where a part of `kind`, as `compare` takes it, is no kind."""
+    feed = split_kind(kind)[1]
+    if feed not in ("dense", *SIZES):
+        known = ["dense", "mod", *SIZES]
+        raise ConfigError(f"kinds={feed} is none of {', '.join(known)}{nearest(feed, known)}")
 
 
 def split_kind(kind: str) -> tuple[bool, str, str | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from sparsemix.config import ConfigError
 from sparsemix.inputs import trusted
@@ -184,13 +185,13 @@ def table(runs: Sequence[RunStatus], rows: int | None = None) -> Table:
             str(run.width),
             str(run.seed),
             "" if run.lr is None else f"{run.lr:.3g}",
-            f"[{STYLES[run.state]}]{run.state}[/]",
+            Text(run.state, style=STYLES[run.state]),
             f"{run.share:.0%}" if run.share else "",
             f"{run.loss:.3f}" if run.loss is not None else "",
             f"{run.tokens_per_s:,.0f}" if run.tokens_per_s else "",
             duration(run.left_s) if run.state == "running" and run.left_s else "",
             run.folder.name,
-            run.said.replace("[", r"\["),
+            run.said,
         )
     if len(shown) < len(runs):
         made.caption = f"and {len(runs) - len(shown)} more"

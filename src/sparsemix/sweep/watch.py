@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sparsemix.run import Run
 from sparsemix.sweep.status import Board, last_line, table, totals
+from sparsemix.terminal import notes
 
 PLAIN_EVERY_S = 20.0
 
@@ -24,13 +25,13 @@ class Watch:
         self.said_at = time.monotonic()
         self.tasks: dict[Path, TaskID] = {}
         self.budgets: dict[Path, float] = {}
-        console = Console(stderr=True)
+        console = notes()
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             refresh_per_second=2,
             disable=not console.is_terminal,
@@ -83,7 +84,7 @@ class StudyWatch:
 
     def __init__(self, cells: Sequence[tuple[Path, dict[str, Any]]], title: str, say: Callable[[str], None]) -> None:
         self.board, self.title, self.say = Board(cells), title, say
-        self.console = Console(stderr=True)
+        self.console = notes()
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
         self.said_at = time.monotonic()
 
@@ -125,9 +126,9 @@ class Stages:
         self.title, self.say = title, say
 
     def __enter__(self) -> Self:
-        console = Console(stderr=True)
+        console = notes()
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             console=console,
             transient=True,
