@@ -34,6 +34,7 @@ def aside(final: Path) -> Iterator[Path]:
     try:
         with _held(guard):
             yield temporary
+            _as_usual(temporary, guard)
             sync(temporary)
             temporary.replace(final)
             _sync_one(final.absolute().parent)
@@ -77,6 +78,16 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _as_usual(made: Path, guard: Path) -> None:
+    """Give files that a library made for their owner alone the mode that this process gives its files (umask)."""
+    if sys.platform == "win32":
+        return
+    mode = guard.stat().st_mode & 0o666
+    for path in (made, *(made.rglob("*") if made.is_dir() else ())):
+        if path.is_file() and not path.is_symlink() and (has := path.stat().st_mode & 0o777) != has | mode:
+            path.chmod(has | mode)
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
-"""What people write and what files hold (YAML, JSON, paths) as plain values, or one line that says why not."""
+"""What people write and what files hold (YAML, JSON, texts, paths) as plain values, or one line that says why not."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,29 @@ def trusted(path: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DamagedError(f"{path} is damaged ({told}); copy it anew, or make it again") from error
+
+
+def tried(place: Path, setting: str, folder: bool = False) -> None:
+    """Raises ConfigError where the file `place`, or files in it if it is to be a `folder`, could not be written; to be
+    asked before any work is done for it. Nothing is left."""
+    there = place if folder else place.parent
+    if not folder and place.is_dir():
+        raise ConfigError(f"{setting}={place} is a folder; name a file")
+    while not there.exists():
+        if not folder:
+            raise ConfigError(f"{setting}={place}: there is no folder {there}; make it or choose another place")
+        if there.is_symlink() or there == there.parent:
+            break
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"{setting}={place}: {there} is no folder; choose another place")
+    try:
+        # Only trying tells: rights, read-only disks and folders of the system.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        where = f"{setting}={place}: the folder {there} cannot be written ({error.strerror})"
+        raise ConfigError(f"{where}; choose another place") from None
 
 
 def expanded(name: str | Path) -> Path:

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.options import Text
-from sparsemix.cli.output import interruptible
+from sparsemix.cli.output import interruptible, trained_folder
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import expanded, tried
 from sparsemix.terminal import say
 
 
@@ -30,6 +31,10 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of routers, noise and what is drawn anew.")] = 0,
 ) -> None:
     """Give a pre-trained decoder conditional layers, with a receipt of how far its logits moved."""
+    tried(to, "to", folder=True)
+    if not model.startswith("hf:"):
+        trained_folder(expanded(model))
+
     from sparsemix.config import parse
     from sparsemix.interop.conversion import convert_folder
     from sparsemix.interop.plan import ConvertConfig

@@ -100,7 +100,7 @@ def _report(out: Path, allow_repeats: bool) -> None:
     from sparsemix.report.study_tables import console
 
     # All that the folder holds, as `sparsemix report` reads it.
-    records = read_runs([out])
+    records = read_runs([out], say)
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
     folders = {id(run): record.folder for run, record in zip(analysis["runs"], records, strict=True)}
     _inspect([folders[id(run)] for run in largest_optima(analysis).values() if routes(run)])

@@ -1,6 +1,5 @@
 """`sparsemix report`. Heavy imports are inside: the command line answers at once, and a report needs no torch."""
 
-import json
 import os
 import shlex
 import sys
@@ -10,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.errors import ConfigError
-from sparsemix.terminal import show
+from sparsemix.inputs import load_json, tried, trusted
+from sparsemix.terminal import say, show
 
 
 def report(
@@ -23,11 +23,14 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Write report.html anew from the folders of finished runs."""
+    if out is not None or len(folders) == 1:
+        tried(out or folders[0], "out", folder=True)
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; name a comparison's, a study's or a run's")
     if len(folders) == 1 and (comparison := _comparison(folders[0])) is not None:
-        page = _compared(comparison, folders[0], out or folders[0], markdown)
+        with trusted(folders[0] / "result.json"):
+            page = _compared(comparison, folders[0], out or folders[0], markdown)
     else:
         page = _studied(folders, out, baseline, allow_repeats, markdown)
     print(f"report: {page}", file=sys.stderr if markdown else sys.stdout)
@@ -36,7 +39,7 @@ def report(
 def _comparison(folder: Path) -> dict[str, Any] | None:
     """A finished comparison's result, or None if the folder holds none."""
     path = folder / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    result = load_json(path) if path.exists() else {}
     return result if "rows" in result else None
 
 
@@ -63,7 +66,7 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
         raise ConfigError("several folders have one report: give --out with the folder that it goes to")
     place = out or folders[0]
     # A run that is named twice is one run.
-    records = list({(r.folder.resolve(), r.arm, r.role): r for r in read_runs(folders)}.values())
+    records = list({(r.folder.resolve(), r.arm, r.role): r for r in read_runs(folders, say)}.values())
     said = shlex.join(["sparsemix", *sys.argv[1:]])
     analysis = analyse(records, baseline=baseline, allow_repeats=allow_repeats, command=_command(place, said))
     page = write_study(analysis, place, records)
@@ -77,6 +80,6 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 def _command(place: Path, said: str) -> str:
     """The command that made the study, which an earlier report or the study itself may know, or this one."""
     for path in (place / "analysis.json", place / "result.json"):
-        if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")).get("command")):
+        if path.is_file() and isinstance(known := load_json(path).get("command"), str):
             return known
     return said

@@ -1,6 +1,5 @@
 """`sparsemix reproduce`. Heavy imports are inside: the command line answers at once."""
 
-import json
 import shlex
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ import typer
 from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import load_json, trusted
 from sparsemix.terminal import say, show
 
 
@@ -126,5 +126,6 @@ def _outcomes(result: Path) -> str:
     """'2 reproduced, 1 not resolved at this scale', empty where nothing came out yet."""
     if not result.is_file():
         return ""
-    counts = Counter(trend["outcome"] for trend in json.loads(result.read_text(encoding="utf-8"))["trends"])
+    with trusted(result):
+        counts = Counter(str(trend["outcome"]) for trend in load_json(result)["trends"])
     return ", ".join(f"{number} {outcome}" for outcome, number in counts.most_common())
