@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sparsemix.errors import ConfigError
-from sparsemix.inputs import load_yaml, yaml_value
+from sparsemix.inputs import load_yaml, read_yaml
 
 __all__ = [
     "Config",
@@ -175,7 +175,12 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         path, sign, text = override.partition("=")
         if not sign or not path:
             raise ConfigError(f"override {override!r} must look like setting.name=value")
-        value = yaml_value(text, f"{path}={_short(text)}")
+        try:
+            value = read_yaml(text)
+        except (yaml.MarkedYAMLError, yaml.reader.ReaderError):
+            raise ConfigError(f"{path}={_short(text)} is not a YAML value; quote it") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}={_short(text)}: {error}") from None
         if isinstance(value, str) and (number := _as_number(value)) is not None:
             value = number
         node: Any = raw

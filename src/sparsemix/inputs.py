@@ -86,17 +86,20 @@ def _count(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def yaml_value(text: str, where: str) -> Any:
-    """The plain value of a YAML text. Raises ConfigError, with `where` it stands."""
+def read_yaml(text: str) -> Any:
+    """The plain value of a YAML text. Raises YAMLError."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError if it is missing or not a mapping."""
-    return _mapping(yaml_value(_text(path, "YAML"), str(path)), path)
+    try:
+        return _mapping(read_yaml(_text(path, "YAML")), path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The command line. Heavy imports are inside the commands, so --help answers at once."""
 
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -27,6 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# A setting by its path, as overrides name it.
+SETTING = re.compile(r"(seed|(model|data|train|init)(\.[\w.]+)?)=")
 
 # In the order of --help.
 for command in (compare, isoflop, reproduce, train, status, generate, inspect, report):
@@ -67,11 +72,14 @@ def _of_all(
 
 
 def spread_text(args: list[str]) -> list[str]:
-    """`--text a b` as `--text a --text b`, for the shell expands a glob into several words; `--only` likewise."""
+    """`--text a b` as `--text a --text b`, for the shell expands a glob into several words; `--only` likewise.
+
+    A setting among them (`--text a b train.lr=1`) is one: a word of its own for `train`, `--set` for other commands."""
     spread: list[str] = []
     for i, word in enumerate(args):
         start = max((j for j in range(i) if args[j].startswith("-")), default=None)
         if start is not None and args[start] in ("--text", "--only") and start < i - 1 and not word.startswith("-"):
-            spread.append(args[start])
+            setting = args[start] == "--text" and SETTING.match(word) and not Path(word).exists()
+            spread += [] if setting and args[0] == "train" else ["--set" if setting else args[start]]
         spread.append(word)
     return spread

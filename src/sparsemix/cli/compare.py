@@ -28,6 +28,7 @@ def compare(
     launcher: LauncherName = "local",
     launch: Launch = None,
     track: Track = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     from sparsemix.config import parse
@@ -50,8 +51,9 @@ def compare(
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
         comparison = Comparison(config, out, say, made, Stages("data", say))
-        runs = comparison.run()
-    _report(comparison, runs)
+        runs = comparison.run(dry_run)
+    if not dry_run:
+        _report(comparison, runs)
 
 
 def _report(comparison: Any, runs: Any) -> None:

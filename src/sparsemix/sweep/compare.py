@@ -51,11 +51,8 @@ class CompareConfig(Config):
         if self.lr not in ("rule", "sweep"):
             self.rule(0 < _number(self.lr) < inf, "lr", "must be a positive number, rule, or sweep")
         if self.seconds is None:
-            self.rule(
-                0 < _number(self.budget) < inf,
-                "budget",
-                "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)",
-            )
+            known = 0 < _number(self.budget) < inf
+            self.rule(known, "budget", "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)")
         elif not self.seconds > 0:
             self.rule(False, "budget", "must give a time above 0 (such as auto:6min)")
         refuse_decided(self.overrides, DECIDED)
@@ -95,12 +92,14 @@ class Comparison:
         launcher: Launcher,
         progress: AbstractContextManager[Callable[[str, int, int | None], None]] | None = None,
     ) -> None:
-        """`say` gets lines to print, `progress`, entered meanwhile, the stages of data preparation; the launcher trains the runs."""
+        """`say` gets lines to print, `progress`, entered meanwhile, the stages of data preparation; the launcher trains
+        the runs."""
         self.settings, self.out, self.say, self.progress, self.launcher = settings, out, say, progress, launcher
         self.began = time.monotonic()
 
-    def run(self) -> dict[str, list[tuple[RunConfig, Path]]]:
-        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed.
+    def run(self, dry: bool = False) -> dict[str, list[tuple[RunConfig, Path]]]:
+        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed. A `dry` one
+        says its plan and ends with the text prepared: no runs, and a folder for any comparison of it.
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
         budget = plan.get("budget_flops") or (1e30 if self.settings.seconds else float(self.settings.budget))
@@ -112,10 +111,13 @@ class Comparison:
             if "budget_flops" not in plan:
                 budget = self._fit_budget() if self.settings.seconds else budget
                 plan = {"settings": self.settings.model_dump(mode="json"), "budget_flops": budget}
-                write_atomic(self.out / "plan.yaml", yaml.safe_dump(plan, sort_keys=False))
+                if not dry:
+                    write_atomic(self.out / "plan.yaml", yaml.safe_dump(plan, sort_keys=False))
             self.budget = plan["budget_flops"]
             configs = {kind: kind_config(self.settings, kind, self.data, self.budget) for kind in self.settings.kinds}
             self._describe(configs)
+            if dry:
+                return {}
             self.lr_sweep = self._sweep(configs) if self.settings.lr == "sweep" else {}
             jobs = {
                 kind: [self._job(kind, config.replace(seed=seed)) for seed in range(self.settings.seeds)]
@@ -169,9 +171,16 @@ class Comparison:
                 f"per token, {config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens"
             )
         self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.launcher.workers} runs at a time")
+        runs = len(configs) * self.settings.seeds
+        more = " and those that try learning rates" if self.settings.lr == "sweep" else ""
+        self.say(f"{runs} runs ({self.settings.seeds} seeds a kind), {runs * self.budget:.3g} training FLOPs{more}")
 
     def _job(self, kind: str, config: RunConfig) -> Job:
-        return Job(config, self.out / f"{kind}-{config.seed}-{config_hash(config)}", self.out / "data")
+        # Where rates are tried, the name says which one this run has; folders of earlier versions keep theirs.
+        rate = f"-lr{config.train.lr:.3g}" if self.settings.lr == "sweep" else ""
+        seed, name = config.seed, config_hash(config)
+        plain = self.out / f"{kind}-{seed}-{name}"
+        return Job(config, plain if plain.exists() else self.out / f"{kind}{rate}-{seed}-{name}", self.out / "data")
 
     def _train(self, jobs: Sequence[Job], title: str) -> dict[Path, BaseException]:
         """Run the unfinished jobs; the folders whose losses stopped being finite, with the error. Raises TrainingError
