@@ -42,7 +42,8 @@ def ended(command: Callable[[], None]) -> NoReturn:
     _printable()
     try:
         command()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -63,8 +64,8 @@ def _leave(error: BaseException) -> NoReturn:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         fail("interrupted", 130)
     if isinstance(error, BrokenPipeError):
-        # The reader, such as `head`, has seen enough; Python must not flush the rest into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader, such as `head`, has seen enough.
+        forget_output()
         sys.exit(0)
     if isinstance(error, ClickError):
         fail(_usage(error), 2)
@@ -74,9 +75,16 @@ def _leave(error: BaseException) -> NoReturn:
         fail(str(error), 1)
     if isinstance(error, MemoryError):
         fail(f"out of memory; {WAY_OUT[errno.ENOMEM]}", 2)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError):
+        forget_output()
         fail(_system(error), 2)
     fail(f"{_told(error)}: a fault of sparsemix, not of yours; please report it with {_traceback(error)}", 1)
+
+
+def forget_output() -> None:
+    """What standard output could not take must not be tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: BaseException) -> str:

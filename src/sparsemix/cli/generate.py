@@ -1,6 +1,5 @@
 """`sparsemix generate`: text from a trained model, token by token, and how each token was routed."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,12 +44,7 @@ def generate(
     sampling = parse(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed})
     with interruptible("what was printed is all there is"):
         play = Play(model, text, max_tokens, sampling, page is not None)
-        try:
-            _stream(play, show is not None)
-        except BrokenPipeError:
-            # The reader, such as `head`, has seen enough; Python must not flush the rest into the closed pipe.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
+        _stream(play, show is not None)
         say(play.summary())
         if page is not None:
             write_atomic(page, generation_page(play.record()))
@@ -68,7 +62,8 @@ def read_prompt(prompt: str | None, path: Path | None) -> str:
     elif path is None or str(path) == "-":
         if sys.stdin is None or (path is None and sys.stdin.isatty()):
             raise ConfigError("give --prompt or --prompt-file, or write the text into standard input: ... | sparsemix")
-        name, held = "standard input", sys.stdin.buffer.read()
+        # The last line's end is the pipe's, as in $(...).
+        name, held = "standard input", sys.stdin.buffer.read().removesuffix(b"\n")
     elif not path.is_file():
         raise ConfigError(f"prompt-file={path}: no such file")
     else:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,9 @@ LONGEST = 4000
 def fail(message: str, code: int) -> NoReturn:
     # One line, whatever a library's message holds.
     line = " ".join(message.split())
-    print(f"sparsemix: {line if len(line) <= LONGEST else f'{line[:LONGEST]}…'}", file=sys.stderr)
+    # Where nobody listens, the exit code says it.
+    with suppress(OSError, ValueError):
+        print(f"sparsemix: {line if len(line) <= LONGEST else f'{line[:LONGEST]}…'}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
