@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import yaml
 
@@ -135,7 +136,7 @@ def trusted(path: Path) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, EOFError, BadZipFile) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DamagedError(f"{path} is damaged ({told}); copy it anew, or make it again") from error
 

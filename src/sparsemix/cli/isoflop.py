@@ -1,5 +1,6 @@
 """`sparsemix isoflop`. Heavy imports are inside: the command line answers at once."""
 
+import re
 import shlex
 import sys
 from math import inf
@@ -54,7 +55,7 @@ def isoflop(
         "budgets": tuple(_number(word) for word in _words(budgets)),
         "text": tuple(text or ("stdlib",)),
         "kinds": _words(kinds),
-        "sizes": None if sizes == "auto" else tuple(int(w) if w.isdecimal() else w for w in _words(sizes)),
+        "sizes": None if sizes == "auto" else tuple(int(w) if re.fullmatch("[0-9]{1,9}", w) else w for w in _words(sizes)),
         "seeds": seeds,
         "size_seeds": size_seeds,
         "lr": lr,

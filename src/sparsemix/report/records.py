@@ -81,7 +81,7 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     result = run.result
     if result is None:
         return None
-    with trusted(folder / "result.json"):
+    with trusted(folder):
         record = _record(folder, run, result, arm, role)
         _checked(record)
     return record
@@ -103,8 +103,9 @@ def _record(folder: Path, run: Run, result: dict[str, Any], arm: str | None, rol
         curve=curve,
         settings=settings,
         result=result,
-        **{name: result[name] for name in ("flops", "seed", "lr", "tokens", "bpb", "validation_bpb", "lookahead_bpb")},
-        **{name: result[name] for name in ("wall_s", "tokens_per_s", "peak_memory_bytes")},
+        lookahead_bpb=None if (looked := result["lookahead_bpb"]) is None else float(looked),
+        **{name: float(result[name]) for name in ("flops", "lr", "bpb", "validation_bpb", "wall_s", "tokens_per_s")},
+        **{name: int(result[name]) for name in ("seed", "tokens", "peak_memory_bytes")},
     )
 
 
@@ -176,7 +177,12 @@ def _checked(record: Record) -> None:
         data, dict
     ):
         raise TypeError("config.yaml holds other types of settings")
-    record.documents()
+    for name, kind in (("routing", dict), ("versions", dict), ("hardware", str), ("convention", str), ("steps", int)):
+        if not isinstance(record.result.get(name), (kind, type(None))):
+            raise TypeError(f"{name} is a {type(record.result[name]).__name__}")
+    # Runs of the first version hold no losses by document.
+    if (record.folder / "documents.npz").exists():
+        record.documents()
 
 
 def arm_of(settings: dict[str, Any]) -> str:

@@ -81,7 +81,8 @@ def _look(folder: Path, cell: dict[str, Any]) -> RunStatus:
         return RunStatus(folder, **{"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell))
     run, line, known = Run(folder), last_line(folder), _about(folder) | _planned(cell)
     if line is not None:
-        known |= {"loss": line["loss"], "tokens_per_s": line["tokens_per_s"], "share": _share(line, known["budget"])}
+        known |= {name: float(line[name]) for name in ("loss", "tokens_per_s")}
+        known |= {"share": _share(line, known["budget"])}
         known |= {"flops_per_s": line["flops"] / line["wall_s"]}
     if (result := run.result) is not None:
         return RunStatus(folder, **known | {"state": "done", "share": 1.0, "said": f"{result['bpb']:.4f} bits/byte"})
