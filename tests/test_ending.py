@@ -120,7 +120,9 @@ def test_the_version_and_python_m():
 
 
 def test_a_terminal_without_letters_gets_escapes():
-    said = run("from sparsemix.cli import ending; ending.ended(lambda: print('\\u4e2d', '\\udce9'))", PYTHONIOENCODING="ascii")
+    said = run(
+        "from sparsemix.cli import ending; ending.ended(lambda: print('\\u4e2d', '\\udce9'))", PYTHONIOENCODING="ascii"
+    )
     assert (said.returncode, said.stdout, said.stderr) == (0, b"\\u4e2d \\udce9\n", b"")
 
 

@@ -136,7 +136,16 @@ def trusted(path: Path) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, EOFError, BadZipFile) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        OSError,
+        EOFError,
+        BadZipFile,
+    ) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DamagedError(f"{path} is damaged ({told}); copy it anew, or make it again") from error
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible
 from sparsemix.terminal import say, show
@@ -31,6 +32,8 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
+    refuse(out, text, recipe, override)
+
     from sparsemix.config import parse
     from sparsemix.sweep.compare import CompareConfig, Comparison
     from sparsemix.sweep.launch import make_launcher

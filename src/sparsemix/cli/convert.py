@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import trained_folder
 from sparsemix.cli.options import Text
-from sparsemix.cli.output import interruptible, trained_folder
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import expanded, tried
 from sparsemix.terminal import say

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.output import interruptible, trained_folder
+from sparsemix.cli.early import trained_folder
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import tried
 from sparsemix.terminal import say, show

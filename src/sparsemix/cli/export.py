@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.output import interruptible, trained_folder
+from sparsemix.cli.early import trained_folder
+from sparsemix.cli.output import interruptible
 from sparsemix.inputs import tried
 
 

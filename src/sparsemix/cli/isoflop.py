@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
@@ -44,6 +45,9 @@ def isoflop(
     ] = False,
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
+    numbers = tuple(_number(word) for word in _words(budgets))
+    refuse(out, text, recipe, override)
+
     from sparsemix.config import parse
     from sparsemix.sweep.estimate import table
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
@@ -52,10 +56,12 @@ def isoflop(
     from sparsemix.track import tracking
 
     settings = {
-        "budgets": tuple(_number(word) for word in _words(budgets)),
+        "budgets": numbers,
         "text": tuple(text or ("stdlib",)),
         "kinds": _words(kinds),
-        "sizes": None if sizes == "auto" else tuple(int(w) if re.fullmatch("[0-9]{1,9}", w) else w for w in _words(sizes)),
+        "sizes": None
+        if sizes == "auto"
+        else tuple(int(w) if re.fullmatch("[0-9]{1,9}", w) else w for w in _words(sizes)),
         "seeds": seeds,
         "size_seeds": size_seeds,
         "lr": lr,

@@ -3,10 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import NoReturn
-
-from sparsemix.errors import ConfigError
 
 # Letters of a line that ends a command: no terminal shows more at once.
 LONGEST = 4000
@@ -28,12 +25,3 @@ def interruptible(left: str = "what was done is saved, and the same command resu
         yield
     except KeyboardInterrupt:
         fail(f"interrupted; {left}", 130)
-
-
-def trained_folder(model: Path) -> None:
-    """Raises ConfigError, before torch is loaded, where no trained model can be."""
-    if not model.is_dir():
-        what = "is a file" if model.exists() else "no such folder"
-        raise ConfigError(f"{model}: {what}; name a run's folder, or a saved or exported model's")
-    if not any((model / name).exists() for name in ("config.json", "config.yaml", "plan.yaml")):
-        raise ConfigError(f"{model} is no model: it has no config.json; name a run's folder or a model's")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
@@ -45,6 +46,8 @@ def reproduce(
         return
     if name is None:
         raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
+    refuse(out, text, None, None)
+
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
     from sparsemix.sweep.launch import make_launcher

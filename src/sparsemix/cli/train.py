@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Text, Track
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
@@ -26,6 +27,9 @@ def train(
     track: Track = None,
 ) -> None:
     """Train one model to its budget and evaluate it causally."""
+    named = recipe if recipe is None or init_from is None or "=" not in recipe else None
+    refuse(out, text, named, (overrides or ()) if init_from is None else ())
+
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
     from sparsemix.machine import tune_cpu_allocator
