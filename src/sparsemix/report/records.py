@@ -69,7 +69,8 @@ def document_units(folders: Sequence[Path]) -> Units:
     """The test losses of runs on the same text, a row a run."""
     held = []
     for folder in folders:
-        with np.load(folder / "documents.npz", allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file open that is no archive.
+        with (folder / "documents.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             held.append({name: file[name] for name in file.files})
     # Runs from before parts were scored hold one loss a document.
     return units(np.stack([file["nats"] for file in held]), held[0]["bytes"], held[0].get("groups"))
@@ -121,7 +122,7 @@ def read_runs(folders: Sequence[Path], say: Callable[[str], None] | None = None)
             return
         try:
             found.append(read_run(folder, *named))
-        except DamagedError as error:
+        except ConfigError as error:
             if say is None:
                 raise
             lost.append(folder)
