@@ -134,7 +134,7 @@ def test_values_of_other_types_name_their_file_and_errors_of_settings_stay():
     for wrong in (lambda: {}["x"], lambda: 3 + "x", lambda: float("x"), lambda: 1 / 0, lambda: None.x):
         with pytest.raises(ConfigError, match=r"result\.json is damaged"), trusted(Path("result.json")):
             wrong()
-    with pytest.raises(ConfigError, match="^mine$"), trusted(Path("result.json")):
+    with pytest.raises(ConfigError, match=r"^mine$"), trusted(Path("result.json")):
         raise ConfigError("mine")
 
 

@@ -32,7 +32,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
-    refuse(out, text, recipe, override)
+    refuse(out, text, recipe, override, decided=True)
 
     from sparsemix.config import parse
     from sparsemix.sweep.compare import CompareConfig, Comparison

@@ -46,7 +46,7 @@ def isoflop(
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
     numbers = tuple(_number(word) for word in _words(budgets))
-    refuse(out, text, recipe, override)
+    refuse(out, text, recipe, override, decided=True)
 
     from sparsemix.config import parse
     from sparsemix.sweep.estimate import table
