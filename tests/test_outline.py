@@ -21,7 +21,16 @@ from mutate import WORDS
 BLOCK = "model.blocks.each.ffn."
 PATHS = [
     *("model.d_model", "model.seq_len", "model.norm", "model.precision", "model.blocks.each.ffn", "model.blocks.wrap"),
-    *("model.blocks", "train.lr", "train.threads", "train.dtype", "train.schedule", "data.test_fraction", "seed", "init"),
+    *(
+        "model.blocks",
+        "train.lr",
+        "train.threads",
+        "train.dtype",
+        "train.schedule",
+        "data.test_fraction",
+        "seed",
+        "init",
+    ),
     *(f"{BLOCK}kind", f"{BLOCK}d_ff", "model.blocks.each.mixer.qk_norm", "model.blocks.each.mixer.rope_scaling", "x"),
 ]
 

@@ -33,6 +33,12 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        # The scanner reads on to the end of an open bracket before anything is composed, in the square of their number.
+        if self.flow_level >= MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
+        super().fetch_flow_collection_start(TokenClass)
+
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
