@@ -3,6 +3,7 @@ with no torch. A slip of the finger is then answered in the time that torch alon
 
 import ast
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ LIGHT = ("collections", "functools", "math", "pydantic", "re", "typing")
 LIGHT_OURS = ("sparsemix.config", "sparsemix.errors", "sparsemix.inputs", "sparsemix.patterns")
 
 
+@lru_cache(maxsize=1)
 def run_config() -> type[Config] | None:
     """RunConfig with its rules and without its costs; None where the sources are not at hand."""
     files = dict(_files())
