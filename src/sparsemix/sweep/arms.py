@@ -75,7 +75,7 @@ def backbone(recipe: str, overrides: tuple[str, ...] = (), width: int | None = N
     block = settings.blocks[0]
     if not (isinstance(block, BlockConfig) and isinstance(block.mixer, AttentionConfig)):
         raise ConfigError(f"recipe={recipe} must have attention in its blocks")
-    assert isinstance(block.ffn, DenseConfig)
+    assert isinstance(each, dict) and isinstance(block.ffn, DenseConfig)
     was, heads = settings.d_model, block.mixer.num_heads
     # Rotary positions turn pairs of channels, so a head's width is even.
     possible = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0]
