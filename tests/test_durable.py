@@ -107,11 +107,11 @@ def test_files_have_the_mode_of_the_umask_whoever_made_them(tmp_path, umask):
     """safetensors and tempfile make files that their owner alone may read."""
     before = os.umask(umask)
     try:
-        with aside(tmp_path / "folder") as temporary:
+        with durable.aside(tmp_path / "folder") as temporary:
             temporary.mkdir()
             (temporary / "private").touch(mode=0o600)
             (temporary / "program").touch(mode=0o700)
-        with aside(tmp_path / "file") as temporary:
+        with durable.aside(tmp_path / "file") as temporary:
             temporary.touch(mode=0o600)
     finally:
         os.umask(before)
@@ -121,5 +121,5 @@ def test_files_have_the_mode_of_the_umask_whoever_made_them(tmp_path, umask):
 
 
 def test_half_a_letter_in_a_text_is_written_as_its_escape(tmp_path):
-    write_atomic(tmp_path / "a.html", "caf\udce9")
+    durable.write_atomic(tmp_path / "a.html", "caf\udce9")
     assert (tmp_path / "a.html").read_bytes() == b"caf\\udce9"
