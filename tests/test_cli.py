@@ -84,7 +84,7 @@ BLOCK = "model.blocks.1.ffn."
         (["compare", "--budget", "auto:3x"], "budget=auto:3x must be FLOPs"),
         (["compare", "--lr", "inf"], "lr=inf must be a positive number"),
         (["compare", "--set", "d_model=96"], "did you mean 'model.d_model'?"),
-        (["compare", "--set", "model.blocks.each=3"], "must have a dense feed-forward to replace, not None"),
+        (["compare", "--set", "model.blocks.each=3"], "it has count=4, each=3"),
         (["compare", "--set", "model.d_model=x"], "model.d_model=x input should be a valid integer"),
         (["isoflop", "--budgets", "1e12", "--sizes", "9" * 5000], "must name at least 3"),
         (["compare", "--kinds", "dense,moe@ternery"], "kinds=moe@ternery: 'ternery' is none of float, ternary"),

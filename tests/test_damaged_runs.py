@@ -26,6 +26,8 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture
 def runs(whole, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    # The figures are drawn as SVG; making pictures of them takes most of a report's time.
+    monkeypatch.setattr("sparsemix.report.pictures.png", lambda shape: b"")
     shutil.copytree(whole, tmp_path / "runs")
     return tmp_path / "runs"
 

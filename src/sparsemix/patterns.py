@@ -39,7 +39,9 @@ def expand_blocks(raw: dict[str, Any]) -> dict[str, Any]:
     count = pattern.get("count")
     if not isinstance(count, int) or not 1 <= count <= MAX_BLOCKS or not isinstance(pattern.get("each"), dict):
         rule = f"needs count (from 1 to {MAX_BLOCKS}) and each (the block to repeat)"
-        raise ConfigError(f"a pattern of blocks {rule}; it has count={str(count)[:40]}")
+        raise ConfigError(
+            f"a pattern of blocks {rule}; it has count={str(count)[:40]}, each={str(pattern.get('each'))[:40]}"
+        )
     blocks: list[dict[str, Any]] = [dict(pattern["each"]) for _ in range(count)]
     for part in ("ffn", "wrap"):
         if part in pattern:
