@@ -35,7 +35,7 @@ def arm(moment: str) -> None:
         "rewind": (Run, "rewind"),
         "weights_file": (checkpoint, "save_weights"),
         "optimizer_file": (checkpoint, "save_file"),
-        "rename": (Path, "rename"),
+        "rename": (Path, "replace"),
         "validation": (train, "validation_bpb"),
         "evaluate": (train, "evaluate"),
     }[name]

@@ -11,7 +11,7 @@ D = 10
 PEER = {"kind": "peer", "num_experts": 64, "num_heads": 2, "top_k": 4, "d_key": 6}
 PKM = {"kind": "pkm", "num_values": 81, "num_heads": 2, "top_k": 4, "d_key": 6}
 LAYERS = {"peer": PEER, "pkm": PKM}
-TABLES = ("w_in", "w_out", "values")
+TABLES = ("w_in", "w_out", "value_vectors")
 each_layer = pytest.mark.parametrize("config", LAYERS.values(), ids=LAYERS)
 each_moment = pytest.mark.parametrize("moment", ["full", "row"])
 

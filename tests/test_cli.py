@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsemix import cli
+from sparsemix.cli.app import app, spread_text
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 SMALL = ["--set", "train.test_tokens=3000", "--set", "train.eval_tokens=1000", "--set", "train.evals=1"]
@@ -175,11 +176,16 @@ def test_parity_prints_the_published_sizes_and_a_layer_that_builds(monkeypatch, 
 
 def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, capsys, tmp_path, corpus):
     out = tmp_path / "out"
-    asked = ["compare", "--out", out, "--text", corpus, "--kinds", "dense,mod,moe@ternary"]
+    (corpus / "59.txt").rename(corpus / "59.asc")
+    (corpus / "cover.png").write_bytes(b"\0")
+    asked = ["compare", "--out", out, "--text", corpus, "--text-as", ".asc", "--kinds", "dense,mod,moe@ternary"]
     asked += ["--seeds", "2", "--budget", "1e10"]
     code, said, err = call(monkeypatch, capsys, *asked, *SMALL)
     assert code == 0, err
     assert "report: " in said
+    (line,) = (line for line in err.splitlines() if line.startswith("read: "))
+    assert "read: 60 files, " in line and line.endswith(f"skipped: 1 .png (not text, {corpus / 'cover.png'})")
+    assert line in (out / "report.html").read_text()
     result = json.loads((out / "result.json").read_text())
     dense, mod, ternary = result["rows"]
     assert [row["kind"] for row in result["rows"]] == ["dense", "mod", "moe@ternary"]
@@ -253,6 +259,16 @@ def test_a_run_is_named_by_its_rate_where_rates_are_tried(tmp_path):
         plain.rmdir()
 
 
+def test_every_command_that_reads_text_reads_further_suffixes_when_asked():
+    from typer.main import get_command
+
+    commands = get_command(app).commands
+    given = {name: {o for p in command.params for o in p.opts} for name, command in commands.items()}
+    readers = {name for name, options in given.items() if "--text" in options}
+    assert readers == {"compare", "convert", "inspect", "isoflop", "reproduce", "train"}
+    assert all("--text-as" in given[name] for name in readers)
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
@@ -264,7 +280,7 @@ def test_a_run_is_named_by_its_rate_where_rates_are_tried(tmp_path):
     ],
 )
 def test_text_takes_several_words(typed, meant):
-    assert cli.spread_text(typed.split()) == meant.split()
+    assert spread_text(typed.split()) == meant.split()
 
 
 def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch, capsys, tmp_path, corpus):
@@ -277,14 +293,15 @@ def test_ctrl_c_says_that_the_same_command_resumes(monkeypatch, capsys, tmp_path
     assert err == "sparsemix: interrupted; what was done is saved, and the same command resumes\n"
 
 
-def test_one_test_document_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, corpus):
+def test_a_text_of_no_whole_window_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, corpus):
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted(corpus.iterdir())[:4]:
         path.rename(few / path.name)
+        (few / path.name).write_text(path.name)
     code, _, err = call(monkeypatch, capsys, "compare", "--out", tmp_path / "out", "--text", few, "--budget", "1e11")
     assert code == 2
-    assert "leaves 1 test document" in err
+    assert "seq_len=128 must be below the training split's" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

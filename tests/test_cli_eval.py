@@ -73,6 +73,8 @@ def test_json_has_what_was_asked_for_and_stands_alone(monkeypatch, capsys, model
     assert result["corpora"]["c4"]["rows"][0]["documents"] == 3 and result["corpora"]["c4"]["asked"]["stride"] == 4
     assert list(json.loads((model / "eval.json").read_text())["corpora"]) == ["pile", "c4", "wikitext"]
     assert "result: " in err
+    read = result["corpora"]["c4"]["read"]
+    assert read["documents"] >= 3 and read["files"] == 1 and f"c4: {read['line']}" in err
 
 
 @pytest.mark.parametrize(

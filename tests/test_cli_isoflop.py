@@ -86,6 +86,8 @@ def test_the_plan_the_runs_a_stop_and_the_same_command_again(isoflop, here, tmp_
     # The routing pictures of the page: of the optimum of the kind that routes, measured once.
     assert err.count("inspect: measuring") == 1
     (inspected,) = (out / "runs").glob("*/inspect/inspect.json")
+    (line,) = (line for line in err.splitlines() if line.startswith("read: 1 file, "))
+    assert line in (out / "report.html").read_text(encoding="utf-8")
     assert 'id="mod-map-title"' in (out / "report.html").read_text(encoding="utf-8")
     measured = inspected.stat().st_mtime_ns
     isoflop(*STUDY)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsemix.doctor import all_kernels, examine
+from sparsemix.doctor import _cache, all_kernels, examine
 from sparsemix.ops.impl import Kernels
 from test_cli import call
 
@@ -36,7 +36,7 @@ def test_a_missing_compiler_is_said_with_the_way_out(monkeypatch):
 
 
 def test_a_compiler_that_cannot_build_is_said_at_the_op(monkeypatch):
-    monkeypatch.setattr("sparsemix.doctor.native.unusable", lambda source: "cc cannot build an_op: broken")
+    monkeypatch.setattr("sparsemix.doctor.build.unusable", lambda source: "cc cannot build an_op: broken")
     (kernels, *_) = all_kernels()
     mine = Kernels(kernels.op, source=Path(__file__))
     monkeypatch.setattr("sparsemix.doctor.all_kernels", lambda: [mine])
@@ -46,6 +46,20 @@ def test_a_compiler_that_cannot_build_is_said_at_the_op(monkeypatch):
 def test_a_wrong_wish_is_advice_not_a_crash(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEMIX_ISA", "avx1024")
     assert "SPARSEMIX_ISA=avx1024" in found("instruction set").advice
+
+
+def test_a_cache_that_others_may_write_is_said_once(monkeypatch, tmp_path):
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("SPARSEMIX_CACHE", str(tmp_path / "cache"))
+    assert _cache() == ("compiled kernels", f"{tmp_path}/cache (0 libraries)", "")
+    (tmp_path / "cache").chmod(0o777)
+    why = f"kernels in {tmp_path}/cache are not run: {tmp_path}/cache can be written by others (mode 0777)"
+    (mine,) = [kernels for kernels in all_kernels() if kernels.op == "row_dot"]
+    monkeypatch.setattr("sparsemix.doctor.all_kernels", lambda: [mine])
+    with pytest.warns(RuntimeWarning, match="can be written by others"):
+        findings = {finding.what: finding for finding in examine()}
+    assert findings["compiled kernels"].advice == f"{why}; SPARSEMIX_CACHE names another folder"
+    assert findings["row_dot"] == ("row_dot", "torch", "")
 
 
 def test_the_command_prints_a_table(monkeypatch, capsys):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from sparsemix import __version__, cli
+from sparsemix import __version__
 from sparsemix.cli import ending
+from sparsemix.cli.app import spread_text
 from sparsemix.config import ConfigError
 from sparsemix.errors import TrainingError
 
@@ -34,7 +35,6 @@ def end(capsys, error: BaseException) -> tuple[int, str]:
         (ConfigError("a=1 must be 2"), 2, "sparsemix: a=1 must be 2\n"),
         (ConfigError("a\nb\n  c"), 2, "sparsemix: a b c\n"),
         (TrainingError("no"), 1, "sparsemix: no\n"),
-        (KeyboardInterrupt(), 130, "sparsemix: interrupted\n"),
         (typer.BadParameter("Must be x."), 2, "sparsemix: invalid value: Must be x; `sparsemix --help`"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 2, "/a/b: No space left on device; free space"),
         (PermissionError(errno.EACCES, "Permission denied", b"/a\xe9"), 2, "choose another place"),
@@ -153,4 +153,4 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
     ],
 )
 def test_settings_after_text_are_settings(typed, meant):
-    assert cli.spread_text(typed.split()) == meant.split()
+    assert spread_text(typed.split()) == meant.split()

@@ -76,11 +76,13 @@ def test_json_alone_is_on_standard_output_and_text_is_measured_from_its_start(ru
     text = tmp_path / "one.txt"
     text.write_text("the cat sees one red hat. " * 400)
     place = tmp_path / "seen"
-    code, out, _ = call(runs / "peer", "--text", text, "--tokens", 200, "--out", place, "--json")
+    code, out, err = call(runs / "peer", "--text", text, "--tokens", 200, "--out", place, "--json")
     assert code == 0
     assert out == (place / "inspect.json").read_text() + "\n"
     (run,) = json.loads(out)["runs"]
     assert run["tokens"] == 200 and run["documents"] == 1 and run["text"] == [str(text)]
+    assert run["read"].startswith("read: 1 file, 10.4 kB, 1 document, ") and run["read"] in err
+    assert run["read"] in (place / "inspect.html").read_text()
     assert run["correlation"]["blocks.1.ffn.top_gate"]["loss"]["pearson_ci"] is None
     again = json.loads(call(runs / "peer", "--text", text, "--tokens", 200, "--out", place, "--json")[1])
     assert again["runs"] == [run]

@@ -10,7 +10,7 @@ import sparsemix
 ROOT = Path(sparsemix.__file__).parent
 # From the ground up: a file imports only from the lines before its own, and from its own folder.
 LADDER = (
-    ("errors", "auto_classes", "durable", "terminal"),
+    ("errors", "auto_classes", "commit", "signals", "durable", "terminal"),
     ("inputs",),
     ("config",),
     ("patterns",),
@@ -21,6 +21,7 @@ LADDER = (
     ("evaluate", "generation", "checkpoint", "step"),
     ("saved",),
     ("settings",),
+    ("memory",),
     ("train", "parallel"),
     ("trained",),
     ("api",),

@@ -10,16 +10,40 @@ from sparsemix.config import ConfigError
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def rates(monkeypatch, **of):
-    monkeypatch.setattr(machine, "product_rates", lambda: of)
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    """A machine whose processor says this of itself; None: nothing."""
+
+    def named(text):
+        (tmp_path / "cpuinfo").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "cpuinfo").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+        machine.multiplies_bf16.cache_clear()
+
+    yield named
+    machine.multiplies_bf16.cache_clear()
 
 
-def test_bf16_is_picked_where_it_was_measured_to_be_clearly_faster(monkeypatch):
-    rates(monkeypatch, float32=1e11, bfloat16=2e11)
-    assert machine.pick_dtype("auto", CPU) == torch.bfloat16
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 vnni\n", torch.bfloat16),
+        ("flags : fpu amx_bf16 amx_tile\n", torch.bfloat16),
+        ("Features : fp asimd i8mm bf16\n", torch.bfloat16),
+        # A word that holds the name, another line that has it, and a processor that says nothing.
+        ("flags : fpu avx2 not_avx512_bf16_at_all\nbugs : bf16\n", torch.float32),
+        ("", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_multiplies_it_whatever_the_load(processor, monkeypatch, said, dtype):
+    processor(said)
+    # A busy machine has measured either for one and the same processor.
+    for rates in ({"float32": 1e11, "bfloat16": 9e11}, {"float32": 1e11, "bfloat16": 1e10}):
+        monkeypatch.setattr(machine, "product_rates", lambda rates=rates: rates)
+        assert machine.pick_dtype("auto", CPU) == dtype
     assert machine.pick_dtype("float32", CPU) == torch.float32
-    rates(monkeypatch, float32=1e11, bfloat16=1.2e11)
-    assert machine.pick_dtype("auto", CPU) == torch.float32
     assert machine.pick_dtype("auto", GPU) == machine.pick_dtype("bfloat16", CPU) == torch.bfloat16
 
 

@@ -61,7 +61,9 @@ def test_matrices_decay_and_nothing_else():
     assert {name for name in groups[0.1] if "query." in name} == {name for name in DECAYED if "query." in name}
     assert groups[0.1] == DECAYED
     assert groups[0.0] == {name for name, _ in model.named_parameters()} - DECAYED
-    assert {"embed.weight", "blocks.0.ffn.keys", "blocks.0.ffn.w_in", "blocks.0.ffn.query_norm.weight"} <= groups[0.0]
+    assert {"embed.weight", "blocks.0.ffn.sub_keys", "blocks.0.ffn.w_in", "blocks.0.ffn.query_norm.weight"} <= groups[
+        0.0
+    ]
 
 
 def test_tables_norms_and_biases_of_a_pre_trained_decoder_do_not_decay_and_its_head_does():

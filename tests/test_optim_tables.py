@@ -87,7 +87,7 @@ def test_clipping_is_that_of_dense_gradients(config):
     torch.testing.assert_close(norm, wanted, rtol=1e-5, atol=0)
     # A second look finds what the first left, scaled.
     torch.testing.assert_close(optimizer.clip_grad_norm_(ours.parameters(), 1.0), torch.tensor(0.01), rtol=1e-3, atol=0)
-    assert float(optimizer.clip_grad_norm_([ours.keys], 1.0)) < 0.01
+    assert float(optimizer.clip_grad_norm_([ours.sub_keys], 1.0)) < 0.01
 
 
 def test_a_model_without_tables_is_clipped_by_torch_bit_for_bit():
@@ -120,25 +120,25 @@ def test_two_micro_batches_are_one_batch(config, catch_up):
 
 def test_lazy_decay_is_made_up_for_when_a_row_is_reached_or_flushed():
     layer, lr, decay = layer_of(PKM), 0.5, 0.1
-    optimizer, before = build_optimizer(layer, lr, table_decay=decay), layer.values.detach().clone()
+    optimizer, before = build_optimizer(layer, lr, table_decay=decay), layer.value_vectors.detach().clone()
     touched = torch.zeros(81, dtype=torch.bool)
     for step, x in enumerate(inputs(4, T=1)):
         optimizer.param_groups[-1]["lr"] = lr / (step + 1)
         optimizer.zero_grad()
         backward(layer, x)
-        moments = optimizer.state[layer.values].get("exp_avg", torch.zeros_like(before)).clone()
+        moments = optimizer.state[layer.value_vectors].get("exp_avg", torch.zeros_like(before)).clone()
         optimizer.step()
-        touched |= (optimizer.state[layer.values]["exp_avg"] != moments).any(dim=1)
+        touched |= (optimizer.state[layer.value_vectors]["exp_avg"] != moments).any(dim=1)
     assert touched.any() and not touched.all()
-    assert torch.equal(layer.values[~touched], before[~touched])
+    assert torch.equal(layer.value_vectors[~touched], before[~touched])
     optimizer.flush()
     kept = 1.0
     for step in range(4):
         kept *= 1 - lr / (step + 1) * decay
-    torch.testing.assert_close(layer.values[~touched], before[~touched] * kept)
-    after = layer.values.detach().clone()
+    torch.testing.assert_close(layer.value_vectors[~touched], before[~touched] * kept)
+    after = layer.value_vectors.detach().clone()
     optimizer.flush()
-    assert torch.equal(layer.values, after)
+    assert torch.equal(layer.value_vectors, after)
 
 
 @pytest.mark.parametrize("settings", [{}, {"table_moment": "row"}, {"catch_up": True}, {"table_decay": 0.1}], ids=str)

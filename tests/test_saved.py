@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparsemix import load_model, saved, trained
+from sparsemix import checkpoint, load_model, saved, trained
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import prepare
 from sparsemix.data.tokenizer import train_tokenizer
+from sparsemix.durable import SEAL
 from sparsemix.layers import Ctx, update
 from sparsemix.layers.packed import pack_ternary
+from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import ModelConfig
 from sparsemix.train import train
 from tiny import BLOCKS, D, T, V, run_config, unchecked_shapes, write_corpus
@@ -58,7 +61,18 @@ def test_several_files_with_the_prefix_of_a_wrapper_are_one_model(tmp_path):
     assert torch.equal(logits(saved.read(tmp_path).model), logits(model))
 
 
+def unsealed(spoil):
+    """What a person who knows of the checksums does."""
+
+    def spoiled(folder):
+        spoil(folder)
+        (folder / SEAL).unlink()
+
+    return spoiled
+
+
 def edit(folder, **changes):
+    (folder / SEAL).unlink()
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -80,18 +94,19 @@ def tokenizer_of(folder, size):
 
 BAD = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
-    "is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "is no JSON": unsealed(lambda folder: (folder / "config.json").write_text("{")),
     "model_type=llama must be sparsemix": lambda folder: edit(folder, model_type="llama"),
-    "format=2 must be 1": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
-    "written by 9.0": lambda folder: edit(folder, format=2, sparsemix_version="9.0"),
+    "format=3 must be at most 2": lambda folder: edit(folder, format=3, sparsemix_version="9.0"),
+    "written by 9.0": lambda folder: edit(folder, format=3, sparsemix_version="9.0"),
     "holds no settings": lambda folder: edit(folder, settings=None),
     "d_model=1": lambda folder: edit(
         folder, settings=json.loads((folder / "config.json").read_text())["settings"] | {"d_model": 1}
     ),
     "is missing": lambda folder: (folder / saved.WEIGHTS).unlink(),
-    "is damaged": truncate,
-    "does not fit the settings": misfit,
-    "does not match the model: it has 400 ids, vocab_size=300": lambda folder: tokenizer_of(folder, 400),
+    "is damaged": unsealed(truncate),
+    "model.safetensors has ": truncate,
+    "does not fit the settings": unsealed(misfit),
+    "does not match the model: it has 400 ids, vocab_size=300": unsealed(lambda folder: tokenizer_of(folder, 400)),
 }
 
 
@@ -165,5 +180,65 @@ def test_a_packed_model_whose_warm_up_is_over_is_read_and_a_damaged_one_refused(
     tensors = load_file(tmp_path / saved.WEIGHTS)
     tensors["blocks.0.mixer.q.weight.codes"] |= 3
     save_file(tensors, tmp_path / saved.WEIGHTS)
+    (tmp_path / SEAL).unlink()
     with pytest.raises(ConfigError, match=r"does not fit the settings .*q\.weight\.codes: packed weights hold a code"):
         saved.read(tmp_path)
+
+
+def old_names(path):
+    """The weights as versions before format 2 wrote them."""
+    old = {new: name for name, new in RENAMED.items()}
+    tensors = {name: name.rpartition(".") for name in load_file(path)}
+    assert any(own in old for _, _, own in tensors.values())
+    save_file(
+        {f"{head}{dot}{old.get(own, own)}": load_file(path)[name] for name, (head, dot, own) in tensors.items()}, path
+    )
+
+
+@pytest.mark.parametrize("name", ["peer", "pkm", "nested"])
+def test_weights_under_the_names_of_earlier_versions_are_read(name, tmp_path):
+    model, again = built(name), built(name)
+    saved.write(model, tmp_path / "m")
+    checkpoint.save_weights(model, tmp_path / "weights.safetensors")
+    wanted = load_file(tmp_path / "m" / saved.WEIGHTS)
+    for path in (tmp_path / "m" / saved.WEIGHTS, tmp_path / "weights.safetensors"):
+        old_names(path)
+        assert load_file(path).keys() != wanted.keys()
+    edit(tmp_path / "m", format=1)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    checkpoint.load_weights(again, tmp_path / "weights.safetensors")
+    for state in (again.state_dict(), saved.read(tmp_path / "m").model.state_dict()):
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("file", [saved.WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_changed_bit_in_a_models_folder_is_named(file, tmp_path):
+    words = [f"word{i} and {i * 7919}" for i in range(400)]
+    saved.write(built("dense"), tmp_path, train_tokenizer(words, V))
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.raises(ConfigError, match=f"{file} is not what was written; copy it anew, or.*delete"):
+        saved.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_the_name_of_their_tensor(value, tmp_path):
+    model = built("moe")
+    with torch.no_grad():
+        model.blocks[1].ffn.router.weight[1, 2] = value
+    saved.write(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"1 of 64 numbers of blocks\.1\.ffn\.router\.weight are not finite"):
+        saved.read(tmp_path)
+
+
+def test_an_export_on_a_full_disk_leaves_nothing_and_names_it(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparsemix.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as raised, saved.whole(tmp_path / "deep" / "to") as to:
+        saved.write(built("dense"), to)
+    assert raised.value.errno == 28 and raised.value.filename and not list(tmp_path.iterdir())

@@ -242,3 +242,15 @@ def test_activation_bytes_are_what_the_profiler_sees_grow_while_the_loss_is_held
     assert found == pytest.approx((grown[1] - grown[0]) / ((rows - 1) * seq_len), rel=0.01)
     assert 0 < step.activation_bytes(model, batch_of(rows, seq_len), torch.float32, step.recomputed) < found / 3
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_branch_that_leads_to_no_loss_holds_no_activations():
+    model, batch = model_of(BLOCKS["dense"], seq_len=63), batch_of(5, 63)
+
+    def with_a_branch(block, x, ctx):
+        # Large, so that its memory goes back to the system, and is not given to another tensor.
+        x.repeat(64, 1, 1).exp()
+        return after(block, x, ctx)
+
+    found = [step.activation_bytes(model, batch, torch.float32, run) for run in (after, with_a_branch)]
+    assert found[0] == found[1]

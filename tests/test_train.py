@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from sparsemix import build_optimizer, train
 from sparsemix.checkpoint import TrainState
 from sparsemix.config import ConfigError
-from sparsemix.errors import TrainingError
+from sparsemix.errors import OutOfMemoryError, TrainingError
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import Ctx
 from sparsemix.model import LM, token_nats
@@ -147,7 +147,7 @@ def test_weight_decay_leaves_norms_embeddings_biases_and_tables_alone(corpus):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    kept = ("embed", "norm", "mixer_norm", "ffn_norm", "query_norm", "keys", "w_in", "w_out", "bias")
+    kept = ("embed", "norm", "mixer_norm", "ffn_norm", "query_norm", "sub_keys", "w_in", "w_out", "bias")
     for name, parameter in model.named_parameters():
         if set(name.split(".")) & set(kept):
             assert torch.equal(parameter, before[name]), name
@@ -233,3 +233,19 @@ def test_the_first_loss_is_that_of_an_untrained_model(corpus, tmp_path):
     first = next(Run(tmp_path).metrics())
     assert first["loss"] == pytest.approx(float(token_nats(output.logits, batch.targets).mean()), rel=1e-6)
     assert first["blocks.1.ffn.balance"] == pytest.approx(float(output.aux.losses["blocks.1.ffn.balance"]), rel=1e-6)
+
+
+def test_a_refused_run_leaves_nothing_and_the_mended_one_is_trained(corpus, tmp_path, monkeypatch):
+    data, shards = corpus
+    config = run_config(data, steps=1)
+    long = config.replace(model=config.model.replace(seq_len=1 << 20), train=config.train.replace(budget_flops=1e30))
+    with pytest.raises(ConfigError, match="seq_len=1048576 must be below the training split"):
+        train.train(long, tmp_path / "deep" / "run", shards)
+    assert not list(tmp_path.iterdir())
+    # The allocator's own error, of a model that no machine holds.
+    monkeypatch.setattr(LM, "train", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(OutOfMemoryError, match=r"d_model=16, .*out of memory; it takes about .* GiB, and .* were free"):
+        train.train(config, tmp_path / "deep" / "run", shards)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert train.train(config, tmp_path / "deep" / "run", shards).result is not None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 # imported while transformers is in the middle of the second, so no package may import both.
 _REGISTERING = {
     "transformers.models.auto.configuration_auto": "sparsemix.interop.hf_config",
-    "transformers.models.auto.modeling_auto": "sparsemix.interop.hf_model",
+    "transformers.models.auto.modeling_auto": "sparsemix.interop.hf_headless",
     "transformers.models.auto.tokenization_auto": "sparsemix.interop.hf_tokenizer",
 }
 

@@ -13,7 +13,7 @@ import torch
 from sparsemix import ops
 from sparsemix.errors import ConfigError
 from sparsemix.machine import pick_device, pick_dtype, product_rates, thread_rates
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.impl import Kernels
 from sparsemix.run import hardware, versions
 
@@ -75,24 +75,29 @@ def _dtype() -> Finding:
 
 
 def _compiler() -> Finding:
-    if path := native.compiler():
+    if path := build.compiler():
         return Finding("C compiler", path)
     return Finding("C compiler", "none", "install gcc or clang: without one the ops run on PyTorch's slower kernels")
 
 
 def _instruction_set() -> Finding:
     try:
-        return Finding("instruction set", f"{native.isa()} (the processor has {native.machine_isa()})")
+        return Finding("instruction set", f"{build.isa()} (the processor has {build.machine_isa()})")
     except ConfigError as error:
-        return Finding("instruction set", native.machine_isa(), str(error))
+        return Finding("instruction set", build.machine_isa(), str(error))
 
 
 def _cache() -> Finding:
-    folder = native.cache_folder()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(there, os.W_OK):
-        return Finding("compiled kernels", str(folder))
-    return Finding("compiled kernels", f"{folder} cannot be written", "set SPARSEMIX_CACHE to a folder that can")
+    """The folder of compiled kernels, or why none is used."""
+    try:
+        folder = build.cache_folder()
+        build.private_folder(folder)
+    except OSError as error:
+        return Finding("compiled kernels", "not run", str(error.strerror))
+    kept = f"{folder} ({len(list(folder.glob('*.so')))} libraries)"
+    if os.access(folder, os.W_OK):
+        return Finding("compiled kernels", kept)
+    return Finding("compiled kernels", f"{kept} cannot be written", "set SPARSEMIX_CACHE to a folder that can")
 
 
 def _huge_pages() -> Finding:
@@ -119,5 +124,5 @@ def _op(kernels: Kernels, device: str) -> Finding:
     if refusal is None:
         return Finding(kernels.op, fast)
     # What the lines above have said, or what nobody can mend, needs no advice here.
-    told = native.compiler() is None or refusal.startswith("the op has no such")
+    told = build.compiler() is None or refusal.startswith("the op has no such") or refusal == _cache().advice
     return Finding(kernels.op, "torch", "" if told else refusal)

@@ -2,13 +2,14 @@
 flipped bit leaves is never taken for finished work."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,29 +27,72 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 @contextmanager
 def aside(final: Path) -> Iterator[Path]:
     """A hidden path beside `final` at which the block makes a file or a folder. It is synced and gets the name `final`
-    when the block ends, in place of a file that has it; nothing is left where the block fails. What killed processes
+    when the block ends, in place of a file or an empty folder that has it; nothing is left where the block fails. What
+    killed processes left of `final` is deleted first.
+
+    Raises FileExistsError, before the block and after it, where `final` is a folder that holds something: to replace
+    one would leave a moment without any."""
+    _refuse(final)
+    with scratch(final) as temporary:
+        yield temporary
+        _as_usual(temporary)
+        sync(temporary)
+        _refuse(final)
+        if final.is_dir():
+            final.rmdir()
+        temporary.replace(final)
+        _sync_one(final.absolute().parent)
+
+
+@contextmanager
+def scratch(final: Path) -> Iterator[Path]:
+    """A hidden path beside `final` for a file or a folder that is gone at the end of the block. What killed processes
     left of `final` is deleted first."""
     clear(final)
     temporary = final.absolute().with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
-    guard = temporary.with_name(f"{temporary.name}.guard")
+    guard = _guard(temporary)
     try:
         with _held(guard):
             yield temporary
-            _as_usual(temporary, guard)
-            sync(temporary)
-            temporary.replace(final)
-            _sync_one(final.absolute().parent)
     finally:
-        _delete(temporary)
+        delete(temporary)
         guard.unlink(missing_ok=True)
+
+
+def _guard(temporary: Path) -> Path:
+    """The file whose lock says that the maker of `temporary` lives."""
+    return temporary.with_name(f"{temporary.name}.guard")
+
+
+def _refuse(final: Path) -> None:
+    if final.is_dir() and any(final.iterdir()):
+        raise FileExistsError(errno.EEXIST, "there is a folder with something in it", str(final))
 
 
 def clear(final: Path) -> None:
     """Delete what processes that are gone left of `final`; what a living one is writing stays."""
-    for guard in final.absolute().parent.glob(f".{_literal(final.name)}.????????.partial.guard"):
+    _clear(final.absolute().parent, _literal(final.name))
+
+
+def clear_all(folder: Path) -> None:
+    """Delete what processes that are gone left half-written in `folder`, whatever it was to be."""
+    _clear(folder, "*")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What `clear_all` would delete."""
+    found = []
+    for guard in sorted(folder.glob(".*.????????.partial.guard")):
+        with contextlib.suppress(OSError), _held(guard, new=False):
+            found.append(guard.with_name(guard.name.removesuffix(".guard")))
+    return found
+
+
+def _clear(folder: Path, name: str) -> None:
+    for guard in folder.glob(f".{name}.????????.partial.guard"):
         with contextlib.suppress(OSError):
             with _held(guard, new=False):
-                _delete(guard.with_name(guard.name.removesuffix(".guard")))
+                delete(guard.with_name(guard.name.removesuffix(".guard")))
             guard.unlink(missing_ok=True)
 
 
@@ -73,21 +117,54 @@ def _held(guard: Path, new: bool = True) -> Iterator[None]:
         yield
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder with everything in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _as_usual(made: Path, guard: Path) -> None:
+def _as_usual(made: Path) -> None:
     """Give files that a library made for their owner alone the mode that this process gives its files (umask)."""
     if sys.platform == "win32":
         return
-    mode = guard.stat().st_mode & 0o666
+    mode = _guard(made).stat().st_mode & 0o666
     for path in (made, *(made.rglob("*") if made.is_dir() else ())):
         if path.is_file() and not path.is_symlink() and (has := path.stat().st_mode & 0o777) != has | mode:
             path.chmod(has | mode)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 where there is none."""
+    found = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sum(each.lstat().st_size for each in found if each.is_symlink() or each.is_file())
+
+
+def missing(folder: Path) -> list[Path]:
+    """What would have to be made for `folder` to be there: itself first, then folders above it."""
+    found, at = [], folder.absolute()
+    while not at.exists():
+        found.append(at)
+        at = at.parent
+    return found
+
+
+@contextmanager
+def undone(folder: Path, when: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Where the block raises what `when` is true of, `folder` is emptied of what was not in it before, and folders that
+    were not there, above it too, are gone if they are empty."""
+    before, made = (set(folder.iterdir()) if folder.is_dir() else set()), missing(folder)
+    try:
+        yield
+    except BaseException as error:
+        if when(error):
+            for path in set(folder.iterdir()) - before if folder.is_dir() else ():
+                delete(path)
+            with contextlib.suppress(OSError):
+                for each in made:
+                    each.rmdir()
+        raise
 
 
 def sync(path: Path) -> None:
@@ -121,30 +198,35 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write size and SHA-256 of every file of a folder into its `checksums.json`. To be done last."""
-    held = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-    write_atomic(folder / SEAL, json.dumps(held, indent=1))
+def seal(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write size and SHA-256 of the named files of a folder, or of every file in it, into its `checksums.json`. To be
+    done last."""
+    if names is None:
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SEAL]
+    held = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+    write_atomic(folder / SEAL, json.dumps(held, indent=1, sort_keys=True))
 
 
-def damage(folder: Path) -> str | None:
-    """What of a sealed folder is not as it was when it was sealed, in words; None if all of it is."""
+def damage(folder: Path, names: Collection[str] | None = None) -> str | None:
+    """What of a sealed folder, or of its named files, is not as it was when it was sealed, in words; None if all is."""
     try:
         held = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         for name, was in held.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if (size := path.stat().st_size) != was["bytes"]:
-                return f"{name} has {size} of {was['bytes']} bytes"
-            if sha256_of(path) != was["sha256"]:
-                return f"{name} is not what was written"
+            if (names is None or name in names) and (told := _difference(folder / name, was["bytes"], was["sha256"])):
+                return f"{name} {told}"
     except FileNotFoundError:
         return f"it has no {SEAL}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{SEAL} cannot be read"
     return None
+
+
+def _difference(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if (there := path.stat().st_size) != size:
+            return f"has {there} of {size} bytes"
+        return None if sha256_of(path) == sha256 else "is not what was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"

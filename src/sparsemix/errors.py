@@ -13,5 +13,9 @@ class DamagedError(ConfigError):
     """A file is not what was written, so that what it stands for cannot go on or be read. It concerns one run alone."""
 
 
+class OutOfMemoryError(ConfigError):
+    """What is asked for needs more memory than there is. It concerns one run alone."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; what there is has been saved."""

@@ -63,7 +63,7 @@ def generate(
     Routing follows the causal rule throughout, so the text does not depend on `chunk` (tokens of the prompt read at a
     time), on padding (`valid`, on either side), or on the other rows, but for the random numbers drawn for them.
     `cache` goes on from what it has seen; `picks` as in Ctx. Positions from the model's seq_len on were never trained.
-    Raises ConfigError if a row has no token."""
+    Raises ConfigError if a row has no token, or if what the model says is no number."""
     if chunk < 1:
         raise ConfigError(f"chunk={chunk} must be at least 1")
     cache = Cache(len(prompt_ids)) if cache is None else cache
@@ -72,6 +72,11 @@ def generate(
     stops = torch.tensor(list(stop), dtype=torch.long, device=logits.device)
     ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=logits.device)
     for left in reversed(range(max_new_tokens)):
+        if bool(logits.isnan().any()):
+            raise ConfigError(
+                "the model's next-token scores are not numbers: its activations overflow; load it in a wider dtype, or "
+                "train it anew with a lower train.lr"
+            )
         token_ids = draw(logits, sampling, generator)
         logprobs = at_least_fp32(logits).log_softmax(dim=-1).gather(1, token_ids[:, None])[:, 0]
         yield Step(torch.where(ended, ENDED, token_ids), torch.where(ended, 0.0, logprobs), read)
@@ -107,8 +112,10 @@ def _prefill(
         if real is None:
             last = logits[:, -1]
             continue
-        places = torch.where(real, torch.arange(tokens.shape[1], device=real.device), -1).amax(dim=1)  # (B,)
-        found = logits[torch.arange(B, device=real.device), places]
+        places = torch.where(real, torch.arange(tokens.shape[1], dtype=torch.long, device=real.device), -1).amax(
+            dim=1
+        )  # (B,)
+        found = logits[torch.arange(B, dtype=torch.long, device=real.device), places]
         # A row padded on the right had its last token in an earlier chunk.
         last = found if last is None else torch.where(places[:, None] < 0, last, found)
     assert last is not None

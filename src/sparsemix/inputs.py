@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Hashable, Iterator
+import zlib
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,35 +104,45 @@ def read_yaml(text: str) -> Any:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError if it is missing or not a mapping."""
-    try:
-        return _mapping(read_yaml(_text(path, "YAML")), path)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    return _loaded(path, read_yaml, "YAML", "")
 
 
 def load_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises ConfigError if it is missing or not a mapping."""
+    return _loaded(path, json.loads, "JSON", "; write it anew or copy it whole")
+
+
+def read_mapping(path: Path, way_out: str = "copy it anew, or delete the run's folder") -> dict[str, Any]:
+    """The mapping in a .json or .yaml file that we wrote. Raises DamagedError where it holds none."""
+    read, what = (json.loads, "JSON") if path.suffix == ".json" else (read_yaml, "YAML")
     try:
-        return _mapping(json.loads(_text(path, "JSON")), path)
-    # A file of nothing but brackets is deeper than Python's stack; ConfigError is a ValueError.
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); write it anew or copy it whole") from None
+        return _held(path, read, what)
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged (it {error}); {way_out}") from None
 
 
-def _text(path: Path, what: str) -> str:
+def _loaded(path: Path, read: Callable[[str], Any], what: str, way_out: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: {'this is a folder; name a file' if path.is_dir() else 'no such file'}")
     try:
-        return path.read_text(encoding="utf-8")
+        return _held(path, read, what)
+    except ValueError as error:
+        raise ConfigError(f"{path} {error}{way_out}") from None
+
+
+def _held(path: Path, read: Callable[[str], Any], what: str) -> dict[str, Any]:
+    """The mapping in a file. Raises ValueError that says what it is instead, as `it ...`."""
+    if path.is_dir():
+        raise ValueError("is a folder")
+    try:
+        raw = read(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid {what}: not UTF-8 at byte {error.start}") from None
-
-
-def _mapping(raw: Any, path: Path) -> dict[str, Any]:
+        raise ValueError(f"is not valid {what}: not UTF-8 at byte {error.start}") from None
+    # A file of nothing but brackets is deeper than Python's stack.
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"is not valid {what}: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold settings (a mapping), not {type(raw).__name__}")
+        raise ValueError(f"must hold settings (a mapping), not {type(raw).__name__}")
     return raw
 
 
@@ -151,6 +162,7 @@ def trusted(path: Path) -> Iterator[None]:
         OSError,
         EOFError,
         BadZipFile,
+        zlib.error,
     ) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DamagedError(f"{path} is damaged ({told}); copy it anew, or make it again") from error

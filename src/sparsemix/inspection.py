@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sparsemix.config import ConfigError, parse
-from sparsemix.data import Batch, read_documents
+from sparsemix.data import Batch, Tally, read_documents
 from sparsemix.data.detokenizer import Detokenizer
 from sparsemix.data.tokenizer import encode_stream
 from sparsemix.data.windows import Stream
@@ -29,11 +29,16 @@ TOKENS = 65_536
 
 
 def inspect_folder(
-    folder: Path, text: Sequence[str], tokens: int, data: Path | None, progress: Progress
+    folder: Path,
+    text: Sequence[str],
+    tokens: int,
+    data: Path | None,
+    progress: Progress,
+    text_as: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Statistics of a run, or of the first seed of every kind of a comparison, on the first `tokens` tokens of `text`
     (of the run's own test split if there is no text). Raises ConfigError."""
-    runs = [inspect_run(run, text, tokens, data, progress) for run in run_folders(folder)]
+    runs = [inspect_run(run, text, tokens, data, progress, text_as) for run in run_folders(folder)]
     return {"folder": folder.resolve().name, "runs": runs}
 
 
@@ -50,7 +55,12 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def inspect_run(
-    folder: Path, text: Sequence[str], tokens: int, data: Path | None, progress: Progress
+    folder: Path,
+    text: Sequence[str],
+    tokens: int,
+    data: Path | None,
+    progress: Progress,
+    text_as: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Statistics of one run. Raises ConfigError."""
     config = parse(RunConfig, Run(folder).settings)
@@ -58,7 +68,8 @@ def inspect_run(
     if tokens < seq_len:
         raise ConfigError(f"tokens={tokens} must be at least the run's model.seq_len={seq_len}")
     model = load_run(folder, config)
-    stream = read_stream(folder, config, text, tokens, data)
+    tally = Tally()
+    stream = read_stream(folder, config, text, tokens, data, text_as, tally)
     total = int(stream.starts[-1])
     tokenizer = run_tokenizer(folder, config, data)
     if total < seq_len:
@@ -74,6 +85,7 @@ def inspect_run(
         "run": name,
         "kinds": sorted({kind for path in _routed_paths(losses) for kind in _kinds(config, path)}),
         "text": list(text) or ["the run's test split"],
+        "read": tally.line() if text else "read: the run's test split; skipped: nothing",
         "tokens": losses.tokens,
         "documents": len(losses.nats),
         "nats_per_token": losses.total / losses.tokens if np.isfinite(losses.total) else None,
@@ -94,8 +106,17 @@ def inspect_run(
 TARGETS = {"loss": "nats", "entropy": "entropy"}
 
 
-def read_stream(folder: Path, config: RunConfig, text: Sequence[str], tokens: int, data: Path | None) -> Stream:
-    """The first `tokens` tokens of the text, or of the run's test split, by the run's tokenizer. Raises ConfigError."""
+def read_stream(
+    folder: Path,
+    config: RunConfig,
+    text: Sequence[str],
+    tokens: int,
+    data: Path | None,
+    text_as: Sequence[str] = (),
+    tally: Tally | None = None,
+) -> Stream:
+    """The first `tokens` tokens of the text, or of the run's test split, by the run's tokenizer; the tally gets what
+    was read of the text. Raises ConfigError."""
     shards = find_shards(folder, config, data)
     if not text:
         if shards is None:
@@ -104,7 +125,7 @@ def read_stream(folder: Path, config: RunConfig, text: Sequence[str], tokens: in
     tokenizer = run_tokenizer(folder, config, data)
     if tokenizer is None:
         raise ConfigError(f"the tokenizer of {folder} is not beside it; give --data with the run's prepared data")
-    documents = (document.text for document in read_documents(text))
+    documents = (document.text for document in read_documents(text, text_as=text_as, tally=tally))
     return Stream(*encode_stream(tokenizer, documents, tokens)).first(tokens)
 
 

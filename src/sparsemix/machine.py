@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -20,9 +21,10 @@ DtypeSetting = Literal["auto", "float32", "bfloat16"]
 ThreadsSetting = Literal["auto"] | Annotated[int, Field(ge=1)] | None
 # `auto` takes the fewest threads whose rate is this share of the best: the last ones of a full machine add little.
 ENOUGH = 0.95
-# bf16 products must beat fp32 by this before `auto` takes it. Processors that have them reach 2 and more, emulation
-# stays below 1, so that no machine stands near the edge and all runs on one agree.
-BF16_MUST_BEAT = 1.5
+# Processors that multiply bf16 do it at twice fp32's rate and more, emulation stays below it (docs/LOG.md). A processor
+# says which it is; a measurement under load has said either of one and the same.
+BF16_INSTRUCTIONS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+CPUINFO = Path("/proc/cpuinfo")
 # FLOP/s below which no machine of today trains: by them a budget becomes seconds, the same ones every time.
 CPU_THREAD_RATE, GPU_RATE = 5e10, 1e14
 # torch.compile saved 14 % of a dense step (docs/LOG.md) and took 37 s for its one kind of block.
@@ -34,20 +36,31 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(setting: DtypeSetting, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU, and on a CPU where its products were measured to be at least 1.5 times as fast as fp32's
-    (never fp16, which CPUs emulate)."""
+    """`auto` is bf16 on a GPU, and on a CPU that has instructions for its products, else fp32 (never fp16, which CPUs
+    emulate). Losses depend on it, so it follows from the machine and not from its load."""
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16
-    rates = product_rates()
-    return torch.bfloat16 if rates["bfloat16"] >= BF16_MUST_BEAT * rates["float32"] else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
+
+
+@lru_cache
+def multiplies_bf16() -> bool:
+    """Does the processor name instructions for bf16 products? Where it names none, as outside Linux, no."""
+    if not CPUINFO.is_file():
+        return False
+    for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return not BF16_INSTRUCTIONS.isdisjoint(words.split())
+    return False
 
 
 @lru_cache
 def product_rates(rounds: int = 3) -> dict[str, float]:
-    """FLOP/s of one matrix product on the CPU by number type: the best of a few interleaved rounds, some 10 ms in all,
-    measured once a process."""
+    """FLOP/s of one matrix product on the CPU by number type, to be shown: the best of a few interleaved rounds, some
+    10 ms in all, measured once a process."""
     rows, d_in, d_out = 256, 512, 512
     seconds: dict[torch.dtype, float] = {}
     for _ in range(rounds + 1):  # the first finds its kernel and is never the best

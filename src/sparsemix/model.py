@@ -11,20 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsemix.config import Config, ConfigError, parse
-from sparsemix.layers import (
-    AttentionConfig,
-    Aux,
-    BesideConfig,
-    BlockConfig,
-    Cost,
-    Ctx,
-    DenseConfig,
-    Layer,
-    LayerConfig,
-)
+from sparsemix.layers import AttentionConfig, Aux, BesideConfig, BlockConfig, Cost, Ctx, DenseConfig, Layer, LayerConfig
 from sparsemix.layers.norm import RMS, NormConfig
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
-from sparsemix.ops.cross_entropy import cross_entropy
+from sparsemix.ops.cross_entropy import NO_TARGET, cross_entropy
 from sparsemix.patterns import expand_blocks
 
 
@@ -186,7 +176,10 @@ class LM(nn.Module):
         tokens continue what it has seen and positions default to counting on."""
         ctx = self.placed(tokens, ctx or Ctx(causal=not self.training))
         x, aux = self.hidden(tokens, ctx)
-        return Output(F.linear(x, self.head), aux)
+        return Output(self.logits(x), aux)
+
+    def logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        return F.linear(x, self.head) if self.lm_head is None else self.lm_head(x)
 
     def placed(self, tokens: Int[Tensor, "B T"], ctx: Ctx) -> Ctx:
         """The context of tokens that a cache, if there is one, has now seen: positions count on unless they are given.
@@ -211,8 +204,16 @@ class LM(nn.Module):
         """Cross-entropy of the targets (-100: none) without the logits of all tokens at a time; ctx defaults to causal
         unless training. `run` runs the blocks."""
         x, aux = self.hidden(tokens, ctx or Ctx(causal=not self.training), run)
+        return Loss(*self.nats(x, targets, impl), aux)
+
+    def nats(self, x: Tensor, targets: Int[Tensor, "B T"], impl: str = "auto") -> tuple[Tensor, Float[Tensor, "B T"]]:
+        """The mean and every token's cross-entropy from the stream (B, T, D)."""
+        if self.lm_head is not None and not isinstance(self.lm_head, nn.Linear):
+            # An adapter around the head is more than its weight.
+            nats = token_nats(self.lm_head(x), targets)
+            return nats.sum() / (targets != NO_TARGET).sum().clamp_min(1), nats.detach()
         mean, nats = cross_entropy(x.flatten(0, 1), self.head, targets.flatten(), impl)
-        return Loss(mean, nats.view_as(targets), aux)
+        return mean, nats.view_as(targets)
 
     def hidden(
         self, tokens: Int[Tensor, "B T"], ctx: Ctx, run: BlockRunner = after

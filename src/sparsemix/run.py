@@ -1,25 +1,35 @@
 """Run = a folder: config.yaml, metrics.jsonl, checkpoints/, model/, result.json. No torch here."""
 
+import hashlib
 import json
 import os
 import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from sparsemix import __version__
+from sparsemix.commit import commit
 from sparsemix.config import Config, ConfigError, parse, to_yaml
-from sparsemix.durable import write_atomic
-from sparsemix.errors import RunBusyError
-from sparsemix.inputs import load_json, load_yaml
+from sparsemix.durable import SEAL, damage, seal, undone, write_atomic
+from sparsemix.errors import DamagedError, RunBusyError
+from sparsemix.inputs import read_mapping, trusted
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
 LOCK_WAIT_S = 2.0
 LOCK = ".lock"
+# What later commands read of a finished run, and its checksums are of.
+TRUSTED = ("config.yaml", "metrics.jsonl", "documents.npz", "result.json")
 
 
 # How the FLOPs of every run are counted. Runs that hold no convention are from before results did, and were
@@ -98,21 +108,30 @@ class Run:
 
     def _holds(self, config: Config) -> bool:
         """Are these the folder's settings? One that is younger than the folder counts with its default."""
+        there = self.settings
         try:
-            return parse(type(config), self.settings) == config
+            return parse(type(config), there) == config
         except ConfigError:
             return False
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The run's settings. Raises ConfigError where the file is damaged."""
-        return load_yaml(self.folder / "config.yaml")
+        """What config.yaml holds. Raises DamagedError."""
+        return read_mapping(self.folder / "config.yaml")
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The run's result, or None while it is unfinished. Raises ConfigError where the file is damaged."""
+        """The run's result, or None while it is unfinished. Raises DamagedError."""
         path = self.folder / "result.json"
-        return load_json(path) if path.exists() else None
+        return read_mapping(path) if path.exists() else None
+
+    def check(self) -> None:
+        """Raises DamagedError where a file of a finished run is not what the run wrote; runs of earlier versions have
+        no checksums."""
+        if (self.folder / SEAL).is_file() and (told := damage(self.folder)):
+            raise DamagedError(
+                f"{self.folder} is damaged: {told}; copy it anew, or delete {SEAL} in it to have what is there read"
+            )
 
     def lock(self) -> AbstractContextManager[None]:
         """Held while the run is trained. Raises RunBusyError where another process trains it."""
@@ -124,21 +143,31 @@ class Run:
         return is_locked(self.folder / LOCK)
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, with which the run is finished, and the checksums of what it wrote."""
         write_atomic(self.folder / "result.json", json.dumps(result, indent=1))
+        seal(self.folder, [name for name in TRUSTED if (self.folder / name).is_file()])
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged lines; a last line that a killed process left half-written is left out."""
+        """The logged lines; a last line that a killed process left half-written is left out. Raises DamagedError."""
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                if not isinstance(read := json.loads(line), dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
+                # What follows the last newline was not written to its end.
+                if number == len(lines):
+                    return
+                raise DamagedError(
+                    f"{path} is damaged in line {number}; copy the file anew, or delete that line"
+                ) from None
+            yield read
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
+        """Forget what was logged after `step`: a resumed run logs it again. Raises DamagedError."""
         if (self.folder / "metrics.jsonl").is_file():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
+            kept = [json.dumps(line) + "\n" for line in self.metrics() if line.get("step", 0) <= step]
             write_atomic(self.folder / "metrics.jsonl", "".join(kept))
 
     def log(self, **values: Any) -> None:
@@ -146,10 +175,97 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
 
+def refusal_leaves_nothing(folder: Path) -> AbstractContextManager[None]:
+    """What the block makes in the folder of a run or of a study is gone where it raises ConfigError before any training
+    was saved: the mended command must not find another's settings or text there."""
+
+    def when(error: BaseException) -> bool:
+        refused = isinstance(error, ConfigError) and not isinstance(error, RunBusyError)
+        # What another process is just making stays.
+        begun = (folder / "plan.yaml").is_file() or any((folder / "checkpoints").glob("step-*"))
+        return refused and not begun and not is_locked(folder / LOCK)
+
+    return undone(folder, when)
+
+
+PLAN_WAY_OUT = "copy it anew, or choose another folder and leave this one"
+
+
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write plan.yaml, whose first line is the checksum of the rest: it is written again and again while others read,
+    so that a file beside it could be of another moment."""
+    text = yaml.safe_dump(plan, sort_keys=False)
+    write_atomic(folder / "plan.yaml", f"{_checksum(text)}\n{text}")
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What plan.yaml holds: `settings`, and the `cells` of a study; {} where there is none. Raises DamagedError."""
+    path = folder / "plan.yaml"
+    if not path.exists():
+        return {}
+    first, _, rest = path.read_bytes().decode(errors="replace").partition("\n") if path.is_file() else ("", "", "")
+    # Plans of earlier versions have no checksum.
+    if first.startswith(_CHECKSUM) and first != _checksum(rest):
+        raise DamagedError(f"{path} is damaged (it is not what was written); {PLAN_WAY_OUT}")
+    plan = read_mapping(path, PLAN_WAY_OUT)
+    cells = plan.get("cells", [])
+    for cell in cells if isinstance(cells, list) else [cells]:
+        for name, kind in _CELL.items():
+            held = cell.get(name) if isinstance(cell, dict) else cell
+            if not isinstance(held, kind) and not (held is None and name in _AT_TIMES):
+                told = f"a run's {name} is {str(held)[:40]}"
+                raise DamagedError(f"{path} is damaged ({told}); {PLAN_WAY_OUT}")
+    if not isinstance(plan.get("settings", {}), dict):
+        raise DamagedError(f"{path} is damaged (`settings` are no names and values); {PLAN_WAY_OUT}")
+    return plan
+
+
+# What a plan says of each run of a study; earlier versions said less.
+_CELL: dict[str, type | tuple[type, ...]] = {
+    "run": str,
+    "arm": str,
+    "role": str,
+    "budget": (int, float),
+    "width": int,
+    "seed": int,
+    "lr": (int, float),
+}
+_AT_TIMES = ("budget", "width", "seed", "lr")
+_CHECKSUM = "# SHA-256 of what follows: "
+
+
+def _checksum(text: str) -> str:
+    return _CHECKSUM + hashlib.sha256(text.encode()).hexdigest()
+
+
+def by_document(path: Path) -> dict[str, "np.ndarray"]:
+    """What a run's documents.npz holds of every test document, such as `nats` and `bytes`. Raises DamagedError, and
+    OSError where it cannot be opened."""
+    import numpy as np
+
+    # Opened here: NumPy leaves a file open that is no archive.
+    with path.open("rb") as raw, trusted(path), np.load(raw, allow_pickle=False) as held:
+        return {name: held[name] for name in held.files}
+
+
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("sparsemix", "torch", "numpy", "tokenizers", "safetensors")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    """Versions of what a result depends on, and the commit of this package where it is known."""
+    # Not by metadata: what is imported may be another copy than what is installed.
+    found = {"python": platform.python_version(), "sparsemix": __version__}
+    found |= {"commit": known} if (known := commit()) else {}
+    return found | {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+
+
+def joined(*several: Mapping[str, str]) -> dict[str, str]:
+    """What is said of each name anywhere: `{"torch": "2.13.0; 2.14.0"}`, of a run that went on under another version,
+    or of several runs."""
+    found: dict[str, list[str]] = {}
+    for told in several:
+        for name, values in told.items():
+            for value in values.split("; "):
+                if value not in found.setdefault(name, []):
+                    found[name].append(value)
+    return {name: "; ".join(values) for name, values in found.items()}
 
 
 def hardware() -> str:

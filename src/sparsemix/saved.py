@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +14,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sparsemix import __version__
-from sparsemix.checkpoint import save_weights
+from sparsemix.checkpoint import save_weights, system_errors
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
-from sparsemix.durable import write_atomic
+from sparsemix.durable import SEAL, aside, damage, missing, seal, write_atomic
 from sparsemix.inputs import load_json, trusted
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 
 # Raised when an older library could misread what a newer one writes.
-FORMAT = 1
+FORMAT = 2
+# Of those that this one reads: in format 1 `sub_keys` and `value_vectors` had other names (layers/product_keys.py).
+FORMATS = (1, FORMAT)
 WEIGHTS = "model.safetensors"
+SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class Saved(NamedTuple):
@@ -37,14 +38,34 @@ class Saved(NamedTuple):
 
 
 def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the folder; files of other names in it stay. A packed model (layers/packed.py) is written as it is."""
+    """Write the folder and the checksums of its files; files of other names in it stay. A packed model
+    (layers/packed.py) is written as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / WEIGHTS)
+    # Until the new ones are written there are none: a folder that was half replaced must not be taken for damaged.
+    (folder / SEAL).unlink(missing_ok=True)
+    with aside(folder / WEIGHTS) as temporary:
+        save_weights(model, temporary)
     if tokenizer is not None:
         write_atomic(folder / "tokenizer.json", tokenizer.to_str())
         told = tokenizer_settings(tokenizer, model.config.seq_len)
         write_atomic(folder / "tokenizer_config.json", json.dumps(told, indent=1))
     write_atomic(folder / "config.json", json.dumps(settings_file(model.config, tokenizer), indent=1))
+    seal_model(folder)
+
+
+def seal_model(folder: Path) -> None:
+    """Write the checksums of what `read` trusts in a model's folder."""
+    seal(folder, sorted(name for name in (WEIGHTS, *SETTINGS) if (folder / name).is_file()))
+
+
+def _check(path: Path) -> None:
+    """Raises ConfigError where a file of a model's folder is not what was written with its checksums. A folder without
+    any, which other tools or earlier versions wrote, is taken as it is; what is missing is said by who needs it."""
+    folder = path.parent
+    if path.is_file() and (folder / SEAL).is_file() and (told := damage(folder, [path.name])):
+        raise ConfigError(
+            f"{folder} is damaged: {told}; copy it anew, or, if you changed it yourself, delete {folder / SEAL}"
+        )
 
 
 def refuse_used(to: Path) -> None:
@@ -57,15 +78,17 @@ def refuse_used(to: Path) -> None:
 def whole(to: Path) -> Iterator[Path]:
     """A folder that becomes `to` at the end, or vanishes. Raises ConfigError where there is something already."""
     refuse_used(to)
-    aside = to.absolute().parent / f".{to.name}.{os.getpid()}"
-    aside.mkdir(parents=True)
+    made = missing(to.absolute().parent)
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside
-        if to.exists():
-            to.rmdir()
-        aside.rename(to)
+        with aside(to) as folder, system_errors(to):
+            folder.mkdir()
+            yield folder
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        # Where nothing came to be, neither do the folders above it; one that holds something stays.
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
 
 
 def settings_file(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -120,10 +143,10 @@ def read_settings(folder: Path) -> ModelConfig:
         raise ConfigError(
             f"{path}: model_type={raw.get('model_type')} must be sparsemix; `sparsemix convert` reads other decoders"
         )
-    if raw.get("format") != FORMAT:
+    if raw.get("format") not in FORMATS:
         wrote = raw.get("sparsemix_version", "another version")
         raise ConfigError(
-            f"{path}: format={raw.get('format')} must be {FORMAT}, which this version ({__version__}) reads; "
+            f"{path}: format={raw.get('format')} must be at most {FORMAT}, which this version ({__version__}) reads; "
             f"it was written by {wrote}: install that one"
         )
     if not isinstance(raw.get("settings"), dict):
@@ -139,6 +162,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or a model's")
+    _check(path)
     return load_json(path)
 
 
@@ -149,11 +173,24 @@ def load_weights(model: LM, folder: Path) -> None:
 
 
 def _fill(model: LM, tensors: dict[str, Tensor], folder: Path, assign: bool = False) -> None:
+    check_finite(tensors, folder / WEIGHTS)
     try:
         model.load_state_dict(tensors, strict=True, assign=assign)
     except RuntimeError as error:
         told = " ".join(str(error).split())[:300]
         raise ConfigError(f"{folder / WEIGHTS} does not fit the settings beside it ({told})") from None
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ConfigError that names the first tensor with a number that is not finite: every answer of such a model is
+    no number, whatever it is asked."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ConfigError(
+                f"{path}: {count} of {tensor.numel()} numbers of {name} are not finite; restore the file, or train "
+                "anew with a lower train.lr"
+            )
 
 
 def fingerprint(folder: Path) -> str:
@@ -181,6 +218,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
+        _check(path)
         try:
             tensors |= load_file(path)
         except SafetensorError as error:
@@ -192,6 +230,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The folder's tokenizer; None if it has none. Raises ConfigError if it needs more ids than the model has."""
     if not (folder / "tokenizer.json").is_file():
         return None
+    _check(folder / "tokenizer.json")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     if num_ids(tokenizer) > vocab_size:
         raise ConfigError(

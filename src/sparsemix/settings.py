@@ -19,7 +19,8 @@ class TrainConfig(Config):
 
     dtype, compile, threads: `auto` is as machine.py says; what was picked is in the result and stays in a resumed run.
     recompute_blocks: keep what enters a block and its routing decisions, and compute the rest again in the backward
-    pass: less memory for a forward pass more."""
+    pass: less memory for a forward pass more. keep_checkpoints: of a finished run too; its model is kept in any case,
+    and moments take twice as much as weights."""
 
     budget_flops: float = Field(gt=0)
     lr: float = Field(default=3e-3, gt=0)
@@ -39,6 +40,7 @@ class TrainConfig(Config):
     eval_tokens: int = Field(default=16_384, ge=1)
     test_tokens: int | None = Field(default=None, ge=1)
     checkpoint_s: float = Field(default=60.0, ge=0)
+    keep_checkpoints: bool = False
 
 
 class InitConfig(Config):

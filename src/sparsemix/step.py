@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -113,19 +114,29 @@ def activation_bytes(model: LM, batch: Batch, dtype: torch.dtype, run: BlockRunn
 def _kept(model: LM, batch: Batch, dtype: torch.dtype, run: BlockRunner) -> int:
     given = [*model.parameters(), *model.buffers(), *(part for part in batch if part is not None)]
     known = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, int] = {}
+    held: WeakSet[_Saved] = WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> _Saved:
+        # Detached: a result that knows its node would keep the node alive.
+        saved = _Saved(tensor.detach())
+        held.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         loss = _loss(model, batch, dtype, run)
-    # Until here the loss held the graph, so that no address was given to two tensors.
+    # What branches that lead to no loss saved went with them, and where that lay may be another's by now.
+    storages = [saved.tensor.untyped_storage() for saved in held]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    # Until here the loss held the graph, so that no address is of two tensors.
     del loss
-    return sum(kept.values())
+    return sum(size for address, size in kept.items() if address not in known)
+
+
+class _Saved:
+    """A tensor that a node of the graph holds; it goes when the node goes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def read(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -1,20 +1,18 @@
 """Training: one function, one loop."""
 
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sparsemix import checkpoint, machine, saved
+from sparsemix import checkpoint, machine, memory, saved
 from sparsemix.config import ConfigError
 from sparsemix.data import Batch, Parts, Shards
+from sparsemix.durable import aside, delete
 from sparsemix.errors import TrainingError
 from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestimate, to_device
@@ -22,21 +20,30 @@ from sparsemix.evaluate.routing import routing_report
 from sparsemix.layers import update
 from sparsemix.machine import pick_compile, pick_device, pick_dtype
 from sparsemix.model import LM, BlockRunner, after
-from sparsemix.ops.impl import picked
+from sparsemix.ops.impl import own_picks, picked
 from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
-from sparsemix.run import CONVENTION, Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, joined, refusal_leaves_nothing, versions
 from sparsemix.settings import RunConfig
+from sparsemix.signals import STOPS, stops_wait
 from sparsemix.step import accumulate, activation_bytes, block_runner, read
 
 Progress = Callable[[dict[str, Any]], None]
 
 
 @machine.own_threads()
+@own_picks()
 def train(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None = None) -> Run:
     """Train to the budget and evaluate, or resume where the folder's last checkpoint stands; a finished run returns
-    at once. A keyboard interrupt saves a checkpoint first. Raises ConfigError, TrainingError, and RunBusyError where
-    another process trains the run."""
+    at once. A keyboard interrupt or SIGTERM saves a checkpoint first. Raises ConfigError (which leaves nothing that was
+    not there), OutOfMemoryError, TrainingError, and RunBusyError where another process trains the run. Whatever
+    `progress` raises ends the training: it is how a caller stops one."""
+    with refusal_leaves_nothing(folder), memory.of_run(config):
+        return _trained(config, folder, shards, progress)
+
+
+def _trained(config: RunConfig, folder: Path, shards: Shards, progress: Progress | None) -> Run:
     _ = config.steps
+    shards.num_windows(config.model.seq_len)
     if shards.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {shards.vocab_size}"
@@ -60,6 +67,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
     run.rewind(state.step)
+    state.versions = joined(state.versions, versions())
     # What was picked at the start stays, wherever the run goes on.
     state.threads = machine.use_threads(t.threads, state.threads)
     state.dtype = state.dtype or str(pick_dtype(t.dtype, device)).removeprefix("torch.")
@@ -71,7 +79,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     batches = training_batches(config, shards, state, device)
     peak, saved_at, began = PeakMemory(), time.monotonic(), time.monotonic() - state.wall_s
     try:
-        with ctrl_c_waits() as interrupted:
+        with stops_wait() as interrupted:
             # Where routing decides what a step costs, the budget is charged with what was really spent.
             while state.flops + config.step_flops <= total * (1 + 1e-9) and not interrupted:
                 at = state.flops / config.step_flops
@@ -96,6 +104,8 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
                 )
                 state.flops += spent
                 state.wall_s = time.monotonic() - began
+                state.kernels |= picked()
+                state.peak_memory_bytes = max(state.peak_memory_bytes, peak.bytes())
                 tokens = state.cursor * config.model.seq_len
                 line |= {"step": state.step, "flops": state.flops, "tokens": tokens, "wall_s": state.wall_s}
                 line |= {"lr": config.train.lr * rate, "tokens_per_s": tokens / state.wall_s}
@@ -109,7 +119,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
                 if time.monotonic() - saved_at > config.train.checkpoint_s:
                     checkpoint.save(folder / "checkpoints", state, model, optimizer)
                     saved_at = time.monotonic()
-    except KeyboardInterrupt:
+    except STOPS:
         checkpoint.save(folder / "checkpoints", state, model, optimizer)
         raise
     checkpoint.save(folder / "checkpoints", state, model, optimizer)
@@ -124,46 +134,35 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
         "tokens": state.cursor * config.model.seq_len,
         "wall_s": state.wall_s,
         "tokens_per_s": state.cursor * config.model.seq_len / state.wall_s,
-        "peak_memory_bytes": peak.bytes(),
+        "peak_memory_bytes": max(state.peak_memory_bytes, peak.bytes()),
         "dtype": state.dtype,
         "compiled": state.compiled,
         "threads": state.threads,
     }
     about = {"cost": config.costs(), "convention": CONVENTION}
-    about |= {"versions": versions(), "hardware": hardware(), "kernels": picked()}
+    about |= {
+        "versions": state.versions,
+        "hardware": hardware(),
+        "kernels": dict(sorted((state.kernels | picked()).items())),
+    }
     found = evaluate(config, model, shards, folder)
     # Eager blocks: compiled ones would be compiled anew for its smaller batch. Last, as it may draw random numbers.
     plain = block_runner(model, False, config.train.recompute_blocks)
     batch = next(training_batches(config, shards, state, device))
     found["activation_bytes_per_token"] = activation_bytes(model, batch, dtype, plain)
     run.finish({**spent, **found, **about})
+    if not t.keep_checkpoints:
+        delete(folder / "checkpoints")
 
 
 def first_model(config: RunConfig, folder: Path) -> LM:
     """The model before its first step: drawn from the seed, or with its source's weights. Raises ConfigError."""
     model = config.model.build(config.seed)
     # A run that goes on has weights of its own, and needs its source no longer.
-    if config.init is not None and not any((folder / "checkpoints").glob("step-*")):
+    if config.init is not None and not checkpoint.steps(folder / "checkpoints"):
         config.init.check()
         saved.load_weights(model, Path(config.init.folder))
     return model
-
-
-@contextmanager
-def ctrl_c_waits() -> Iterator[list[bool]]:
-    """Ctrl-C fills the list instead, and acts at the end of the block: no checkpoint may hold half a step."""
-    asked: list[bool] = []
-    # Only the main thread may set a handler, and a program that has its own keeps it.
-    main = threading.current_thread() is threading.main_thread()
-    if ours := main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-    try:
-        yield asked
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if asked:
-        raise KeyboardInterrupt
 
 
 def training_batches(
@@ -231,7 +230,8 @@ def evaluate(config: RunConfig, model: LM, shards: Shards, folder: Path) -> dict
     num_bytes, groups = parts.bytes, shards.groups("test")[parts.docs]
     causal = document_losses(model, _eval_batches(config, shards, "test"))
     nats = np.array([causal.nats[part] for part in range(len(num_bytes))])
-    np.savez(folder / "documents.npz", ids=parts.docs, nats=nats, bytes=num_bytes, groups=groups)
+    with aside(folder / "documents.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, ids=parts.docs, nats=nats, bytes=num_bytes, groups=groups)
     result: dict[str, Any] = {
         "bpb": causal.bits_per_byte(int(num_bytes.sum())),
         "perplexity": float(np.exp(causal.total / causal.tokens)),

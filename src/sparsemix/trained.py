@@ -33,6 +33,7 @@ def load(folder: Path) -> Trained:
         model, tokenizer = saved.read(folder)
         return Trained(model.to(pick_device()), tokenizer)
     run = Run(folder)
+    run.check()
     config = parse(RunConfig, run.settings)
     return Trained(load_run(folder, config), run_tokenizer(folder, config), config, run.result)
 

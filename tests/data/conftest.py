@@ -9,6 +9,6 @@ from sparsemix.data import prepare
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    texts = make_texts()
+    texts = make_texts(seed=4)
     config = config_of(write_corpus(folder / "a.jsonl", texts))
     return texts, config, prepare(config, folder / "shards")

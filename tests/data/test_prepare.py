@@ -1,16 +1,19 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from texts import SPLITS, config_of, documents_of, make_texts, write_corpus
 from tokenizers import Tokenizer, models
 
+from sparsemix import durable
 from sparsemix.config import ConfigError, parse
-from sparsemix.data import DataConfig, Shards, prepare, shards
-from sparsemix.data.corpus import read_documents
+from sparsemix.data import DataConfig, Shards, preparation, prepare, write_shards
+from sparsemix.data.documents import read_documents
 from sparsemix.data.tokenizer import encode_batch, train_tokenizer
 
 
@@ -18,14 +21,14 @@ def test_preparing_twice_gives_identical_files(corpus, tmp_path):
     _, config, s = corpus
     prepare(config, tmp_path / "again")
     names = sorted(p.name for p in s.folder.iterdir())
-    assert len(names) == 11
+    assert len(names) == 15
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (s.folder / name).read_bytes(), name
 
 
 def test_finished_shards_are_reused_without_reading_the_text(corpus, monkeypatch):
     _, config, s = corpus
-    monkeypatch.setattr(shards, "_collect", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(preparation, "_collect", lambda *_: pytest.fail("the text was read"))
     assert prepare(config, s.folder).manifest == s.manifest
     named = config.replace(fingerprint=s.manifest["fingerprint"])
     assert prepare(named, s.folder).manifest == s.manifest
@@ -78,53 +81,126 @@ def test_damaged_shards_are_refused(tmp_path):
     s = prepare(config_of(write_corpus(tmp_path / "a.jsonl", make_texts(8))), tmp_path / "s")
     path = s.folder / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ConfigError, match="holds damaged shards; delete the folder"):
+    with pytest.raises(ConfigError, match=r"holds damaged shards \(train.bin has .* bytes\); delete the folder"):
         Shards.open(s.folder)
     path.unlink()
-    with pytest.raises(ConfigError, match="holds damaged shards; delete the folder"):
+    with pytest.raises(ConfigError, match=r"holds damaged shards \(train.bin is missing\); delete the folder"):
         Shards.open(s.folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged", "said"),
+    [
+        ("test.starts.npy", lambda raw: b"", "has 0 of"),
+        ("train.bin", lambda raw: raw[:100] + b"\xff\xff" + raw[102:], "is not what was written"),
+        ("train.bin", lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:], "is not what was written"),
+        ("tokenizer.json", lambda raw: raw.replace(b"0", b"1", 1), "is not what was written"),
+        ("manifest.json", lambda raw: raw.replace(b'"test": ', b'"test":1', 1), "is not what was written"),
+        ("checksums.json", lambda raw: raw[:-5], "checksums.json cannot be read"),
+    ],
+)
+def test_shards_with_any_changed_byte_are_refused_and_the_file_is_named(corpus, tmp_path, file, damaged, said):
+    _, config, s = corpus
+    folder = shutil.copytree(s.folder, tmp_path / "s")
+    path = folder / file
+    path.write_bytes(damaged(path.read_bytes()))
+    for opened in (Shards.open, lambda folder: prepare(config, folder)):
+        with pytest.raises(
+            ConfigError, match=rf"holds damaged shards \({file} .*\); delete the folder and prepare"
+        ) as e:
+            opened(folder)
+        assert said in str(e.value)
+    path.unlink()
+    with pytest.raises(ConfigError, match=rf"{file}|holds no finished shards"):
+        Shards.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged", "said"),
+    [
+        ("test.starts.npy", lambda raw: b"", "damaged shards"),
+        ("train.bin", lambda raw: raw[:100] + b"\xff\xff" + raw[102:], "train.bin has an id beyond the vocabulary"),
+        ("test.starts.npy", lambda raw: raw[:-8] + bytes(8), "test.starts.npy is not in order"),
+        ("manifest.json", lambda raw: raw.replace(b'"vocab_size"', b'"other"', 1), "'vocab_size'"),
+        ("manifest.json", lambda raw: raw[:50], "damaged shards"),
+        ("manifest.json", lambda raw: b"[]", "damaged shards"),
+    ],
+)
+def test_shards_of_earlier_versions_open_and_what_does_not_fit_together_is_told(corpus, tmp_path, file, damaged, said):
+    folder = shutil.copytree(corpus[2].folder, tmp_path / "s")
+    (folder / "checksums.json").unlink()
+    for split in SPLITS:
+        (folder / f"{split}.groups.npy").unlink()
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sealed": true', '"sealed": false'))
+    assert (Shards.open(folder).groups("test") == np.arange(corpus[2].manifest["documents"]["test"])).all()
+    (folder / file).write_bytes(damaged((folder / file).read_bytes()))
+    with pytest.raises(ConfigError, match=said):
+        Shards.open(folder)
+
+
+def test_shards_are_hashed_once_in_a_process_unless_a_file_changes(corpus, tmp_path, monkeypatch):
+    folder, hashed = shutil.copytree(corpus[2].folder, tmp_path / "s"), []
+    real = durable.sha256_of
+    monkeypatch.setattr(durable, "sha256_of", lambda path: hashed.append(path.name) or real(path))
+    for _ in range(3):
+        Shards.open(folder)
+    assert sorted(hashed) == sorted(p.name for p in folder.iterdir() if p.name != "checksums.json")
+    os.utime(folder / "train.bin", (1, 1))
+    Shards.open(folder)
+    assert len(hashed) == 2 * (len(list(folder.iterdir())) - 1)
+
+
+def test_where_the_shards_go_is_tried_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "read_documents", lambda *_: pytest.fail("the text was read"))
+    config = config_of(write_corpus(tmp_path / "a.jsonl", make_texts(8)))
+    for place in (tmp_path / "a.jsonl" / "s", tmp_path / ("n" * 300), "/proc/nothing/s"):
+        with pytest.raises(ConfigError, match=r"cannot be written \(.*\); choose another folder"):
+            prepare(config, Path(place))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_killed_preparation_leaves_nothing_at_the_folder(corpus, tmp_path):
     _, config, s = corpus
     script = """
 import os, signal, sys
-from sparsemix.data import DataConfig, prepare, shards
-write, calls = shards.write_stream, []
-def kill(tokenizer, texts, path):
+from pathlib import Path
+from sparsemix.data import DataConfig, prepare, write_shards
+write, calls = write_shards.write_stream, []
+def kill(tokenizer, texts, path, on_text):
     calls.append(path)
-    return write(tokenizer, texts, path) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGKILL)
-shards.write_stream = kill
-prepare(DataConfig.model_validate_json(sys.argv[1]), shards.Path(sys.argv[2]))
+    return write(tokenizer, texts, path, on_text) if len(calls) < 2 else os.kill(os.getpid(), signal.SIGKILL)
+write_shards.write_stream = kill
+prepare(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 """
     folder = tmp_path / "out" / "s"
     done = subprocess.run([sys.executable, "-c", script, config.model_dump_json(), str(folder)], check=False)
     assert done.returncode == -signal.SIGKILL
-    [leftover] = folder.parent.iterdir()
-    assert leftover.name.startswith(".s.") and (leftover / "train.bin").exists()
+    assert sorted(p.name[-8:] for p in folder.parent.iterdir()) == [".partial", "al.guard"]
     assert prepare(config, folder).manifest == s.manifest
+    assert [p.name for p in folder.parent.iterdir()] == ["s"]
 
 
 def test_an_interrupted_preparation_cleans_up(corpus, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "write_stream", interrupt)
+    monkeypatch.setattr(write_shards, "write_stream", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus[1], tmp_path / "out" / "s")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_preparations_of_one_folder_agree(corpus, tmp_path, monkeypatch):
     _, config, s = corpus
-    folder, write = tmp_path / "s", shards.write_stream
+    folder, write = tmp_path / "s", write_shards.write_stream
 
-    def other_process_finishes_first(tokenizer, texts, path):
-        monkeypatch.setattr(shards, "write_stream", write)
+    def other_process_finishes_first(tokenizer, texts, path, on_text):
+        monkeypatch.setattr(write_shards, "write_stream", write)
         prepare(config, folder)
-        return write(tokenizer, texts, path)
+        return write(tokenizer, texts, path, on_text)
 
-    monkeypatch.setattr(shards, "write_stream", other_process_finishes_first)
+    monkeypatch.setattr(write_shards, "write_stream", other_process_finishes_first)
     assert prepare(config, folder).manifest == s.manifest
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
@@ -142,7 +218,7 @@ def test_a_single_file_is_cut_into_pieces_that_fill_every_split(tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_three_documents_fill_three_splits(tmp_path, seed):
-    texts = make_texts(3, seed=seed)
+    texts = sorted(make_texts(12, seed=seed), key=len)[-3:]
     s = prepare(config_of(write_corpus(tmp_path / "a.jsonl", texts)), tmp_path / "s")
     assert s.manifest["documents"] == dict.fromkeys(SPLITS, 1)
     assert not s.manifest["cut_into_pieces"]
@@ -160,7 +236,12 @@ def test_progress_names_its_stages_in_order(tmp_path):
     seen = []
     config = config_of(write_corpus(tmp_path / "a.jsonl", make_texts(8)))
     prepare(config, tmp_path / "s", lambda *report: seen.append(report))
-    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["reading", "training the tokenizer", "tokenizing"]
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == [
+        "reading",
+        "training the tokenizer",
+        "tokenizing",
+        "looking for held-out text in train",
+    ]
     assert seen[7][1] == sum(len(d.text.encode()) for d in read_documents(config.text))
 
 

@@ -3,11 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from texts import SPLITS, config_of, documents_of, make_texts, write_corpus
+from texts import SPLITS, config_of, documents_of, make_texts, side_by_hash, write_corpus
 
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import DataConfig, prepare
-from sparsemix.data.corpus import split_of
 from sparsemix.data.shards import permute
 
 
@@ -17,7 +16,7 @@ def test_decoding_a_documents_tokens_gives_its_text_and_bytes(corpus):
     assert sorted(itertools.chain(*decoded.values())) == sorted(texts)
     for split in SPLITS:
         assert s.bytes(split).tolist() == [len(t.encode()) for t in decoded[split]]
-        assert all(split_of(t, 0.2, 0.2) == split for t in decoded[split])
+        assert all(side_by_hash(t) == split for t in decoded[split])
         assert (s.tokens(split)[s.starts(split)] == 0).all()
         assert (s.tokens(split) == 0).sum() == len(s.starts(split))
         assert s.starts(split)[-1] == len(s.tokens(split)) - 1
@@ -45,10 +44,11 @@ def test_no_document_occurs_in_two_splits_even_as_an_edited_copy(tmp_path):
 
 def test_the_tokenizer_never_saw_the_test_split(tmp_path):
     def with_word(split):
-        return [t for i in range(400) if split_of(t := f"quixotry {make_texts(1, i)[0]}" * 3, 0.2, 0.2) == split]
+        made = (f"quixotry {text[:60]} quixotry quixotry" for text in make_texts(400, seed=4))
+        return [t for t in made if side_by_hash(t) == split]
 
     def learned(split, name):
-        texts = [t for t in make_texts(60, seed=2) if len(t) > 50] + with_word(split)[:40]
+        texts = make_texts(240, seed=2) + with_word(split)[:40]
         config = config_of(write_corpus(tmp_path / f"{name}.jsonl", texts)).replace(vocab_size=600)
         s = prepare(config, tmp_path / name)
         assert sum("quixotry" in t for t in documents_of(s, split)) >= 30

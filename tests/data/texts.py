@@ -1,5 +1,6 @@
 """Made-up documents for the tests of the data pipeline."""
 
+import hashlib
 import itertools
 import json
 import random
@@ -28,3 +29,9 @@ def documents_of(s, split):
     tokens, starts = s.tokens(split), s.starts(split)
     decode = s.tokenizer().decode
     return [decode(tokens[a + 1 : b].tolist(), skip_special_tokens=False) for a, b in itertools.pairwise(starts)]
+
+
+def side_by_hash(text, validation_fraction=0.2, test_fraction=0.2):
+    """The split of a document by the hash of its text alone."""
+    u = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+    return "test" if u < test_fraction else "validation" if u < test_fraction + validation_fraction else "train"

@@ -83,7 +83,7 @@ def test_a_relu_gate_of_zero_is_a_pick_but_no_use():
     with torch.no_grad():
         layer.query_norm.weight.zero_()
         layer.query_norm.bias.fill_(1.0)
-        layer.keys.fill_(-1.0)
+        layer.sub_keys.fill_(-1.0)
     stats = layer(torch.randn(1, 5, D))[1].stats
     report = expert_report(stats["counts"].numpy(), stats["gate_mass"].numpy(), 5)
     assert report["usage"] == 0 and report["picked"] > 0 and math.isnan(report["unevenness"])

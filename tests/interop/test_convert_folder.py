@@ -64,6 +64,7 @@ def test_a_run_becomes_a_saved_model_with_a_tokenizer_and_a_receipt(monkeypatch,
     assert said["perplexity_after"] == pytest.approx(said["perplexity_before"], rel=1e-6)
     assert said["perplexity_before"] < 30 < V  # it was trained on this text
     assert said["settings"]["ffn"] == {"num_experts": 4, "kind": "moe"}
+    assert [line for line in out.splitlines() if line.startswith("read: 1 file, ")]
     assert set(lines(said)) <= set(out.splitlines())
     assert all(f"- {line}" in (to / "README.md").read_text() for line in lines(said))
     torch.testing.assert_close(logits(to), logits(run), rtol=0, atol=1e-5)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from hf_models import hf_model, settings
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
 import sparsemix
 from sparsemix import saved
 from sparsemix.config import ConfigError
 from sparsemix.data.tokenizer import encode_batch, end_of_text, train_tokenizer
-from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, wrap_tokenizer
+from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, SparsemixModel, wrap_tokenizer
+from sparsemix.layers.product_keys import RENAMED
 from tiny import BLOCKS, MOE, D, T, V, block, mod, unchecked_shapes
 
 
@@ -72,15 +74,23 @@ def test_every_way_of_loading_gives_the_same_bits(how, tmp_path):
     assert_same(model.model.float(), saved.read(tmp_path).model)
 
 
-def test_a_smaller_number_type_leaves_running_averages_alone(tmp_path):
-    model = away(hf_model("nested_threshold").float())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_smaller_number_type_leaves_running_state_alone(tmp_path, dtype):
+    biased = [*BLOCKS["nested_threshold"], block(MOE | {"bias_rate": 0.001})]
+    model = away(hf_model("own", blocks=biased).float())
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for name, tensor in again.state_dict().items():
-        averages = name.rpartition(".")[2] in ("mean", "square", "threshold")
-        exact = averages or not tensor.is_floating_point()
-        wanted = model.state_dict()[name] if exact else model.state_dict()[name].bfloat16()
-        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+    state, buffers = model.state_dict(), dict(model.named_buffers())
+    assert {"bias", "mean", "square", "threshold", "num_updates"} <= {name.rpartition(".")[2] for name in buffers}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for again in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path).to(dtype)):
+        for name, tensor in again.state_dict().items():
+            wanted = state[name] if name in buffers else state[name].to(dtype)
+            assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+    # Twenty steps of its own.
+    bias, start = loaded.model.blocks[-1].ffn.bias, buffers["model.blocks.3.ffn.bias"]
+    for _ in range(20):
+        loaded.model.blocks[-1].ffn.update({"load": torch.tensor([0.7, 0.1, 0.1, 0.1])})
+    torch.testing.assert_close(bias - start, 0.02 * torch.tensor([-1.0, 1, 1, 1]), rtol=1e-3, atol=0)
 
 
 def test_a_capacity_goes_on_falling_where_it_was(tmp_path):
@@ -119,6 +129,83 @@ def test_missing_weights_are_drawn_and_loaded_ones_stay(tmp_path):
     assert not again[gone[1]].any()
 
 
+@pytest.mark.parametrize("name", ["peer", "pkm"])
+def test_folders_of_earlier_versions_load_and_are_saved_under_todays_names(name, tmp_path):
+    model = away(hf_model(name).float())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    wanted = load_file(path)
+    old = {f".{new}": f".{name}" for name, new in RENAMED.items()}
+    tensors = dict(wanted)
+    for new, before in old.items():
+        tensors = {key.replace(new, before): tensor for key, tensor in tensors.items()}
+    assert tensors.keys() != wanted.keys()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 1}))
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert_same(model, again)
+    for which, loaded in enumerate((model, again)):
+        loaded.save_pretrained(tmp_path / str(which))
+        assert load_file(tmp_path / str(which) / "model.safetensors").keys() == wanted.keys()
+        assert json.loads((tmp_path / str(which) / "config.json").read_text())["format"] == saved.FORMAT
+
+
+@pytest.mark.parametrize("name", ["nested", "untied"])
+def test_a_model_without_its_head_gives_what_the_head_would_read(name, tmp_path):
+    model, ids = hf_model(name).float(), torch.randint(V, (2, T))
+    model.save_pretrained(tmp_path)
+    headless, told = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(headless) is SparsemixModel and not told["missing_keys"] and not told["unexpected_keys"]
+    assert not any("lm_head" in key for key in headless.state_dict())
+    out = headless(ids, output_hidden_states=True, output_router_logits=True)
+    wanted = model(ids, output_hidden_states=True, output_router_logits=True)
+    assert torch.equal(out.last_hidden_state, wanted.hidden_states[-1])
+    torch.testing.assert_close(F.linear(out.last_hidden_state, model.model.head), wanted.logits)
+    assert len(out.router_logits) == len(wanted.router_logits) and len(out.hidden_states) == len(wanted.hidden_states)
+    more = headless(ids[:, :1], past_key_values=out.past_key_values).last_hidden_state
+    assert torch.equal(
+        more, model(ids[:, :1], past_key_values=wanted.past_key_values, output_hidden_states=True).hidden_states[-1]
+    )
+    headless.save_pretrained(tmp_path / "again")
+    assert_same(headless, AutoModel.from_pretrained(tmp_path / "again"))
+    if name == "nested":
+        assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+    with pytest.raises(ValueError, match="no head to generate with: load it by AutoModelForCausalLM"):
+        headless.generate(ids)
+    with pytest.raises(ValueError, match="labels: a loss needs a head"):
+        headless(ids, labels=ids)
+
+
+def test_tying_can_be_asked_for_under_transformers_name(tmp_path):
+    config = SparsemixConfig(settings=settings("dense"), tie_word_embeddings=False)
+    assert config.settings["tie_embeddings"] is config.tie_word_embeddings is False
+    model = SparsemixForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and again.get_output_embeddings() is not None
+    assert_same(model, again)
+    config.tie_word_embeddings = True
+    tied = SparsemixForCausalLM(config)
+    assert tied.get_output_embeddings() is None and SparsemixConfig().tie_word_embeddings
+    with pytest.raises(ConfigError, match="tie_embeddings=maybe input should be a valid boolean"):
+        config.tie_word_embeddings = "maybe"
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "num_local_experts", "max_position_embeddings"])
+def test_a_setting_that_follows_from_others_is_refused_in_one_line(name, caplog):
+    for setting in (
+        lambda: SparsemixConfig(settings=settings("dense"), **{name: 32}),
+        lambda: setattr(SparsemixConfig(settings=settings("dense")), name, 32),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^{name}=32 cannot be set: it follows from `settings`; change it there$"
+        ):
+            setting()
+    assert not caplog.text
+
+
 def test_settings_are_read_under_the_usual_names():
     config = SparsemixConfig(settings=settings("moe"))
     told = {
@@ -148,8 +235,8 @@ def test_settings_that_are_none_or_of_another_version_are_refused(tmp_path):
     bad = [BLOCKS["moe"][0], block(MOE | {"top_k": 9})]
     with pytest.raises(ConfigError, match=r"blocks\.1\.ffn\.top_k=9 must lie in"):
         SparsemixConfig(settings=settings("own", blocks=bad))
-    with pytest.raises(ConfigError, match="format=2 must be 1"):
-        SparsemixConfig(settings=settings("moe"), format=2)
+    with pytest.raises(ConfigError, match="format=3 must be at most 2"):
+        SparsemixConfig(settings=settings("moe"), format=3)
     with pytest.raises(ConfigError, match="settings is missing"):
         SparsemixForCausalLM(SparsemixConfig())
 
@@ -229,3 +316,15 @@ def test_a_tokenizer_gives_the_ids_of_training(tmp_path):
     assert again.eos_token_id == again.bos_token_id == again.pad_token_id == end_of_text(tokenizer)
     batch = again([*texts[:2], "a"], padding=True, return_tensors="pt")
     assert batch["attention_mask"][2, 0] == 0 and again.model_max_length == T
+
+
+def test_end_of_text_is_a_label_once_padding_has_a_token_of_its_own():
+    """As docs/huggingface.md says."""
+    model, tokenizer = hf_model("dense").float(), wrap_tokenizer(train_tokenizer(["a cat sat"] * 9, V), T)
+    rows, collate = [{"input_ids": [5, 6, tokenizer.eos_token_id]}, {"input_ids": [7]}], DataCollatorForLanguageModeling
+    assert tokenizer.eos_token_id not in collate(tokenizer, mlm=False)(rows)["labels"]
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    model.resize_token_embeddings(max(model.config.vocab_size, len(tokenizer)), mean_resizing=False)
+    batch = collate(tokenizer, mlm=False)(rows)
+    assert batch["labels"].tolist() == [[5, 6, tokenizer.eos_token_id], [-100, -100, 7]]
+    assert model(**batch).loss.isfinite()

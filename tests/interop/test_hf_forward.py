@@ -1,5 +1,7 @@
 """What a call of the wrapped model means: losses, running state, padding, packing, recomputation, refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hf_models import MODELS, hf_model, padded, sequences, settings
@@ -111,6 +113,37 @@ def test_logits_are_kept_where_asked():
     assert_equal(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
 
 
+def test_router_logits_are_those_of_their_own_call():
+    model, lengths = hf_model("nested"), [2 + i % 5 for i in range(12)]
+    wanted = {n: model(tokens()[:1, :n], output_router_logits=True).router_logits for n in set(lengths)}
+    inner = []
+
+    # A call within a call, as threads make them, but always at the same moment.
+    def call_again(*_):
+        handle.remove()
+        inner.extend(model(tokens()[:1, :3], output_router_logits=True).router_logits)
+
+    handle = model.model.blocks[1].register_forward_hook(call_again)
+    outer = model(tokens()[:1, :6], output_router_logits=True).router_logits
+    with ThreadPoolExecutor(4) as pool:
+        calls = pool.map(lambda n: model(tokens()[:1, :n], output_router_logits=True).router_logits, lengths)
+        for n, got in [(6, outer), (3, tuple(inner)), *zip(lengths, calls, strict=True)]:
+            assert len(got) == len(wanted[n]) == 3
+            for scores, want in zip(got, wanted[n], strict=True):
+                assert_equal(scores, want)
+
+
+def test_router_logits_carry_gradients_and_are_those_of_the_first_pass_of_recomputed_blocks():
+    model = fresh("nested")
+    model._set_gradient_checkpointing(True)
+    out = model(tokens(), labels=tokens(), output_router_logits=True)
+    assert len(out.router_logits) == 3
+    sum(scores.square().mean() for scores in out.router_logits).backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.weight"):
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
 def test_router_logits_and_hidden_states_come_on_request():
     model, ids = hf_model("nested"), tokens()
     out = model(ids, output_router_logits=True, output_hidden_states=True)
@@ -120,7 +153,6 @@ def test_router_logits_and_hidden_states_come_on_request():
     assert_equal(out.hidden_states[0], model.model.embed(ids))
     assert_equal(F.linear(out.hidden_states[-1], model.model.embed.weight), out.logits)
     assert model(ids).router_logits is None
-    assert not any(module._forward_hooks for module in model.modules())
     assert isinstance(model(ids, return_dict=False), tuple)
 
 
@@ -235,6 +267,19 @@ def test_what_is_not_supported_is_refused():
     }.items():
         with pytest.raises(ValueError, match=told):
             model(**call)
+    with pytest.raises(ValueError, match=r"^assistant_early_exit=1 needs a head after every block, .*; leave it out"):
+        model.generate(ids, assistant_early_exit=1, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["peer", "pkm", "threshold"])
+def test_a_training_call_without_labels_is_named_as_the_cause(name):
+    model = fresh(name)
+    with pytest.raises(RuntimeError, match=r"never observed: a training call without labels.*: pass labels"):
+        model(tokens())
+    with pytest.raises(RuntimeError, match="never observed: train first"):
+        model.eval()(tokens())
+    model.train()(tokens(), labels=tokens())
+    assert model(tokens()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["moe", "untied"])

@@ -53,6 +53,12 @@ metric_list: [{metric: exact_match}]
 }
 
 
+TOO_LONG = {
+    "long_choice": KINDS["own_choice"].replace("the old dog", " and ".join(["a hat"] * 40)),
+    "long_answer": KINDS["own_answer"].replace("{until", "{max_gen_toks: 12, until"),
+}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(TEXTS * 4, V)
@@ -69,7 +75,7 @@ def offline(monkeypatch):
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    for name, rest in KINDS.items():
+    for name, rest in (KINDS | TOO_LONG).items():
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/texts.jsonl}}}}\n"
         (folder / f"{name}.yaml").write_text(f"{head}test_split: test\n{rest}")
     return folder
@@ -111,6 +117,15 @@ def test_all_kinds_of_requests_give_the_suites_numbers(kind, tokenizer, tasks, t
     assert 0 <= found["own_choice"]["metrics"]["acc"]["value"] <= 1
     assert found["own_answer"]["metrics"]["exact_match"]["value"] == 0
     assert {task["samples"] for task in found.values()} == {len(TEXTS)}
+
+
+@pytest.mark.parametrize(("task", "room"), [("long_choice", 12), ("long_answer", 11)])
+def test_an_answer_longer_than_the_context_is_named_as_the_cause(task, room, tokenizer, tasks):
+    from sparsemix.interop.harness import run_tasks
+
+    told = rf"^tasks={task}: seq_len=12 has room for an answer of {room} tokens, and a task has one of \d+; leave that"
+    with pytest.raises(ConfigError, match=told):
+        run_tasks(model_of("dense"), tokenizer, [task], tasks)
 
 
 def test_the_command_runs_tasks_and_saves_them_beside_the_suites(tokenizer, tasks, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 from cases import BASES, D, build, tokens
+from torch.nn.utils import parametrize
 
 from sparsemix.api import layer_cost
 from sparsemix.config import parse, to_yaml
@@ -18,7 +19,7 @@ QUERY_NAMES = {
     "query_norm.weight": (2, 4),
     "query_norm.bias": (2, 4),
 }
-PEER_NAMES = QUERY_NAMES | {"keys": (2, 3, 2), "w_in": (9, D), "w_out": (9, D)}
+PEER_NAMES = QUERY_NAMES | {"sub_keys": (2, 3, 2), "w_in": (9, D), "w_out": (9, D)}
 
 
 def under(prefix, names):
@@ -37,7 +38,7 @@ NAMES = {
         "shared.up.weight": (4, D),
         "shared.down.weight": (D, 4),
     },
-    "pkm": QUERY_NAMES | {"keys": (2, 2, 3, 2), "values": (9, D)},
+    "pkm": QUERY_NAMES | {"sub_keys": (2, 2, 3, 2), "value_vectors": (9, D)},
     "expert_choice": {
         "router.weight": (5, D),
         "experts.gate_up": (5, 6, D),
@@ -110,10 +111,10 @@ def test_parameters_have_the_documented_names_and_shapes(kind):
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == NAMES[kind]
 
 
-def test_a_layer_that_updates_says_what_it_observes(kind):
+def test_a_layer_that_observes_updates(kind):
     for module in build(BASES[kind]).modules():
-        if isinstance(module, Layer):
-            assert (type(module).update is not Layer.update) == bool(module.observes), type(module)
+        if isinstance(module, Layer) and module.observes:
+            assert type(module).update is not Layer.update, type(module)
 
 
 def test_forward_keeps_no_tensor_on_the_layer(kind):
@@ -158,3 +159,13 @@ def test_low_precision_autocast_gives_finite_updates_and_gradients(kind):
     assert torch.isfinite(y).all()
     (y.float().sum() + sum(aux.losses.values())).backward()
     assert all(torch.isfinite(p.grad).all() for p in (x, *layer.parameters()) if p.grad is not None)
+
+
+def test_every_parameter_can_be_parametrised(kind):
+    """torch keeps what it parametrises in a ModuleDict, which has methods called keys and values."""
+    layer, x = observed(kind).eval(), tokens()
+    wanted = layer(x)[0]
+    for name, _ in list(layer.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        parametrize.register_parametrization(layer.get_submodule(owner), own, torch.nn.Identity())
+    assert torch.equal(layer(x)[0], wanted)

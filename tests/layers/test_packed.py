@@ -151,7 +151,12 @@ def test_every_number_of_a_model_of_every_kind_is_stored_as_the_precision_map_sa
         *("embed.weight", "norm.weight", "blocks.0.mixer_norm.weight", "blocks.0.mixer.sub_norm.weight"),
         *("blocks.0.ffn.sub_norm.weight", "blocks.1.router.weight", "blocks.1.predictor.up.weight"),
         *("blocks.1.inner.ffn.router.weight", "blocks.1.inner.ffn.experts.sub_norm", "blocks.2.ffn.merge_norm.weight"),
-        *("blocks.2.ffn.inner.router.weight", "blocks.3.ffn.query.weight", "blocks.3.ffn.keys", "blocks.3.ffn.w_in"),
+        *(
+            "blocks.2.ffn.inner.router.weight",
+            "blocks.3.ffn.query.weight",
+            "blocks.3.ffn.sub_keys",
+            "blocks.3.ffn.w_in",
+        ),
     ):
         assert rest[name] == "float32", name
     counters = {name for name, dtype in rest.items() if dtype != "float32"}

@@ -55,7 +55,7 @@ def test_every_expert_with_zero_keys_is_the_dense_layer_scaled_by_heads_over_exp
     h, N = 3, 9
     layer = build(BASE | {"num_heads": h, "top_k": N, "query_norm": "none"})
     with torch.no_grad():
-        layer.keys.zero_()
+        layer.sub_keys.zero_()
     x, dense = tokens().requires_grad_(), build({"kind": "dense", "d_ff": N, "activation": "gelu"})
     with torch.no_grad():
         dense.up.weight.copy_(layer.w_in)
@@ -72,7 +72,7 @@ def test_every_expert_with_zero_keys_is_the_dense_layer_scaled_by_heads_over_exp
 def test_one_softmax_pick_gives_the_router_no_gradient():
     layer = build(BASE | {"top_k": 1, "query_norm": "layer"})
     layer(tokens())[0].square().sum().backward()
-    for parameter in (layer.query.weight, layer.query.bias, layer.keys, layer.query_norm.weight):
+    for parameter in (layer.query.weight, layer.query.bias, layer.sub_keys, layer.query_norm.weight):
         assert parameter.grad is not None
         assert parameter.grad.abs().max() == 0
     assert layer.w_in.grad is not None
@@ -86,7 +86,7 @@ def test_a_layer_of_many_heads_is_the_sum_of_its_heads():
     for i in range(h):
         one, mine = build(BASE | {"num_heads": 1}), slice(i * C, (i + 1) * C)
         with torch.no_grad():
-            for name in ("keys", "w_in", "w_out"):
+            for name in ("sub_keys", "w_in", "w_out"):
                 getattr(one, name).copy_(getattr(layer, name))
             one.query.weight.copy_(layer.query.weight[mine])
             one.query.bias.copy_(layer.query.bias[mine])
@@ -100,7 +100,7 @@ def test_shared_keys_are_keys_per_head_that_agree():
     layer, x = build(BASE), tokens()
     apart = build(BASE | {"share_keys": False})
     state = layer.state_dict()
-    apart.load_state_dict(state | {"keys": state["keys"][None].expand(2, -1, -1, -1)})
+    apart.load_state_dict(state | {"sub_keys": state["sub_keys"][None].expand(2, -1, -1, -1)})
     torch.testing.assert_close(apart(x)[0], layer(x)[0], rtol=0, atol=1e-12)
 
 
@@ -110,7 +110,7 @@ def test_relabelling_sub_keys_with_their_table_rows_changes_nothing():
     left, right = torch.tensor([2, 0, 1]), torch.tensor([1, 0, 2])
     rows = (left[:, None] * 3 + right).flatten()
     with torch.no_grad():
-        layer.keys.copy_(torch.stack([layer.keys[0, left], layer.keys[1, right]]))
+        layer.sub_keys.copy_(torch.stack([layer.sub_keys[0, left], layer.sub_keys[1, right]]))
     assert (layer(x)[0] - wanted).abs().max() > 1e-3
     with torch.no_grad():
         layer.w_in.copy_(layer.w_in[rows])
@@ -123,7 +123,7 @@ def test_an_expert_id_is_left_times_n_plus_right():
     with torch.no_grad():
         layer.query.weight.zero_()
         layer.query.bias.fill_(1)
-        layer.keys.copy_(torch.tensor([[[0.0], [0.0], [1.0]], [[0.0], [1.0], [0.0]]]))
+        layer.sub_keys.copy_(torch.tensor([[[0.0], [0.0], [1.0]], [[0.0], [1.0], [0.0]]]))
     x = tokens()
     wanted = F.gelu(x @ layer.w_in[7])[..., None] * layer.w_out[7]
     torch.testing.assert_close(layer(x)[0], wanted, rtol=0, atol=1e-12)

@@ -47,8 +47,8 @@ def test_evaluation_uses_running_statistics(causal):
 def test_every_value_with_zero_keys_is_the_mean_value_of_every_head():
     layer = build(PKM | {"top_k": 9, "num_heads": 3})
     with torch.no_grad():
-        layer.keys.zero_()
-    torch.testing.assert_close(layer(tokens())[0], 3 * layer.values.mean(0).expand(2, 7, -1), rtol=0, atol=1e-11)
+        layer.sub_keys.zero_()
+    torch.testing.assert_close(layer(tokens())[0], 3 * layer.value_vectors.mean(0).expand(2, 7, -1), rtol=0, atol=1e-11)
 
 
 def test_one_pick_a_head_is_a_plain_sum_of_values_and_trains_no_router():
@@ -56,10 +56,10 @@ def test_one_pick_a_head_is_a_plain_sum_of_values_and_trains_no_router():
     x = tokens()
     y = layer(x)[0]
     y.square().sum().backward()
-    for parameter in (layer.query.weight, layer.keys, layer.query_norm.weight):
+    for parameter in (layer.query.weight, layer.sub_keys, layer.query_norm.weight):
         assert parameter.grad is not None
         assert parameter.grad.abs().max() == 0
-    picked = layer.values.grad.abs().amax(1) > 0
+    picked = layer.value_vectors.grad.abs().amax(1) > 0
     counts = layer.eval()(x)[1].stats["counts"]
     assert torch.equal(picked, counts > 0)
     assert counts.sum() == 2 * 14
@@ -68,10 +68,12 @@ def test_one_pick_a_head_is_a_plain_sum_of_values_and_trains_no_router():
 def test_the_layer_is_an_embedding_bag_over_its_picks():
     layer, x = build(PKM), tokens()
     queries = layer.query_norm(layer.query(x.flatten(0, 1)).view(14, 2, 4), None)[0].view(14, 2, 2, 2)
-    left, right = (torch.einsum("nhc,hic->nhi", queries[:, :, p], layer.keys[:, p]) for p in (0, 1))
+    left, right = (torch.einsum("nhc,hic->nhi", queries[:, :, p], layer.sub_keys[:, p]) for p in (0, 1))
     scores = (left[..., :, None] + right[..., None, :]).flatten(2)  # (N, H, n n)
     best, ids = scores.topk(3)
-    bags = F.embedding_bag(ids.flatten(1), layer.values, per_sample_weights=best.softmax(-1).flatten(1), mode="sum")
+    bags = F.embedding_bag(
+        ids.flatten(1), layer.value_vectors, per_sample_weights=best.softmax(-1).flatten(1), mode="sum"
+    )
     torch.testing.assert_close(layer(x)[0].flatten(0, 1), bags, rtol=0, atol=1e-11)
 
 

@@ -18,7 +18,7 @@ shared_or_not = pytest.mark.parametrize("share_keys", [True, False], ids=["share
 
 
 def tables(layer):
-    return [p for name, p in layer.named_parameters() if name in ("w_in", "w_out", "values")]
+    return [p for name, p in layer.named_parameters() if name in ("w_in", "w_out", "value_vectors")]
 
 
 def size_of(config):
@@ -49,14 +49,14 @@ def test_gradients_are_finite_differences_while_the_picks_stay(config, share_key
 def test_softmax_gates_pull_the_sub_keys_of_a_side_apart_but_never_all_one_way(config):
     layer = build(config)
     layer(tokens())[0].square().sum().backward()
-    assert layer.keys.grad.abs().max() > 1e-3
-    assert layer.keys.grad.sum(dim=-2).abs().max() < 1e-11
+    assert layer.sub_keys.grad.abs().max() > 1e-3
+    assert layer.sub_keys.grad.sum(dim=-2).abs().max() < 1e-11
 
 
 def test_gates_that_do_not_compete_have_no_such_balance():
     layer = build(PEER | {"gate": "sigmoid"})
     layer(tokens())[0].square().sum().backward()
-    assert layer.keys.grad.sum(dim=-2).abs().max() > 1e-3
+    assert layer.sub_keys.grad.sum(dim=-2).abs().max() > 1e-3
 
 
 @each_kind
@@ -78,7 +78,7 @@ def test_picks_of_the_same_row_by_many_heads_and_tokens_add_up(config):
     weights = torch.randn_like(x)
     grads = dict(zip(dict(layer.named_parameters()), gradients(layer, layer(x)[0], weights), strict=True))
     if config["kind"] == "pkm":
-        return close(grads["values"][0], 5 * weights.sum((0, 1)))
+        return close(grads["value_vectors"][0], 5 * weights.sum((0, 1)))
     hidden = F.gelu(x @ layer.w_in[0])
     close(grads["w_out"][0], 5 * (hidden[..., None] * weights).sum((0, 1)))
     close(
@@ -89,7 +89,7 @@ def test_picks_of_the_same_row_by_many_heads_and_tokens_add_up(config):
 def test_gates_are_a_softmax_over_all_experts_renormalised_over_the_picked():
     layer, x = build(PEER), tokens()
     queries = layer.query_norm(layer.query(x.flatten(0, 1)).view(14, 2, 4), None)[0].view(14, 2, 2, 2)
-    left, right = (torch.einsum("nhc,ic->nhi", queries[:, :, p], layer.keys[p]) for p in (0, 1))
+    left, right = (torch.einsum("nhc,ic->nhi", queries[:, :, p], layer.sub_keys[p]) for p in (0, 1))
     everywhere = (left[..., :, None] + right[..., None, :]).flatten(2).softmax(-1)  # (N, H, experts)
     best, ids = everywhere.topk(3)
     gates = torch.zeros_like(everywhere).scatter(2, ids, best / best.sum(-1, keepdim=True))
@@ -127,7 +127,7 @@ def test_the_order_of_heads_changes_nothing(config, share_keys):
         for parameter in (layer.query_norm.weight, layer.query_norm.bias):
             parameter.copy_(parameter[order])
         if not share_keys:
-            layer.keys.copy_(layer.keys[order])
+            layer.sub_keys.copy_(layer.sub_keys[order])
     close(layer(x)[0], wanted)
 
 
@@ -140,7 +140,7 @@ def test_swapping_the_two_key_sides_transposes_the_table(config, share_keys):
         for parameter in (layer.query.weight, layer.query.bias, layer.query_norm.weight, layer.query_norm.bias):
             halves = parameter.reshape(2, 2, 2, -1)  # (H, side, d_key / 2, ...)
             parameter.copy_(halves.flip(1).reshape(parameter.shape))
-        layer.keys.copy_(layer.keys.flip(-3))
+        layer.sub_keys.copy_(layer.sub_keys.flip(-3))
         assert (layer(x)[0] - wanted).abs().max() > 1e-3
         for table in tables(layer):
             table.copy_(table.unflatten(0, (3, 3)).transpose(0, 1).flatten(0, 1))
@@ -152,7 +152,10 @@ def test_peer_whose_neurons_all_answer_one_is_pkm():
     pkm = build({"kind": "pkm", "num_values": 16, **settings})
     peer = build({"kind": "peer", "num_experts": 16, "activation": "relu", **settings})
     state = pkm.state_dict()
-    state["w_out"], state["w_in"] = state.pop("values"), F.one_hot(torch.zeros(16, dtype=torch.long), 10).double()
+    state["w_out"], state["w_in"] = (
+        state.pop("value_vectors"),
+        F.one_hot(torch.zeros(16, dtype=torch.long), 10).double(),
+    )
     peer.load_state_dict(state)
     x = tokens()
     x[..., 0] = 1

@@ -53,7 +53,7 @@ def lesson(kind, query_norm):
     settings = {"num_heads": 4, "top_k": 4, "d_key": 16, "query_norm": query_norm, "share_keys": True}
     student = build_layer({"kind": kind, size: EXPERTS, **settings}, D).train()
     with torch.no_grad():
-        student.keys.zero_()  # every token finds the same four rows
+        student.sub_keys.zero_()  # every token finds the same four rows
     optimizer, (x_test, wanted) = build_optimizer(student, LR, weight_decay=0.0), teacher.batch(2048)
     update(student, student(x_test)[1].stats)
     before = judge(student, x_test, wanted)

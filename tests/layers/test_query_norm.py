@@ -84,7 +84,7 @@ def test_autocast_reaches_neither_query_statistics_nor_picks(config):
         stats = layer(x)[1].stats
     assert set(stats) == {"query_norm.mean", "query_norm.square"}
     for name, value in stats.items():
-        assert value.dtype == torch.float32
+        assert value.dtype == torch.float64
         assert torch.equal(value, wanted[name])
     update(layer, stats)
     counts = layer.eval()(x)[1].stats["counts"]
@@ -136,9 +136,8 @@ def test_an_update_reaches_layers_below_wrappers_and_only_their_own_entries():
         "inner.ffn.query_norm.mean",
         "inner.ffn.query_norm.square",
     }
-    update(layer, {"elsewhere.query_norm.mean": stats["inner.ffn.query_norm.mean"]})
-    assert int(layer.inner.ffn.query_norm.num_updates) == 0
     update(layer, stats)
+    assert int(layer.inner.ffn.query_norm.num_updates) == 1
     torch.testing.assert_close(layer.inner.ffn.query_norm.mean, stats["inner.ffn.query_norm.mean"])
 
 
@@ -169,3 +168,62 @@ def test_a_causal_context_uses_running_statistics_even_while_training():
     assert "mean" in stats  # still observed, for update
     control, _ = layer(query[:1], None)
     assert (y[:1] - control).abs().max() > 1e-3
+
+
+FAR = {"mean/std 1e3": 1e3, "mean/std 1e5": 1e5}
+
+
+def far_queries(away, N=257):
+    torch.manual_seed(5)
+    return (torch.randn(N, 2, 4, dtype=torch.float64) + away).float()
+
+
+@pytest.mark.parametrize("away", FAR.values(), ids=FAR)
+def test_queries_far_from_zero_are_normalised_as_in_fp64(away):
+    layer, query = QueryBatchNorm(2, 4).train(), far_queries(away)
+    exact = query.double()
+    wanted = (exact - exact.mean(0)) / (exact.var(0, correction=0) + layer.eps).sqrt()
+    y, stats = layer(query, None)
+    # What is left is the rounding of the mean.
+    close = {"rtol": 1e-4, "atol": 4 * torch.finfo(torch.float32).eps * away}
+    torch.testing.assert_close(y.double(), wanted, **close)
+    # The control: from E[q^2] - E[q]^2 in fp32.
+    naive = (query.square().mean(0) - query.mean(0).square()).clamp_min(0)
+    assert (naive.double() / exact.var(0, correction=0) - 1).abs().max() > 0.05
+    layer.update(stats)
+    torch.testing.assert_close(layer.eval()(query, None)[0].double(), wanted, **close)
+
+
+@pytest.mark.parametrize("away", FAR.values(), ids=FAR)
+def test_running_statistics_far_from_zero_are_those_of_all_queries(away):
+    layer, parts = QueryBatchNorm(2, 4).train(), [far_queries(away + shift) for shift in (0.0, 3.0, -1.0)]
+    for part in parts:
+        layer.update(layer(part, None)[1])
+    layer.bfloat16()
+    exact = torch.cat(parts).double()
+    torch.testing.assert_close(layer.mean.double(), exact.mean(0), rtol=1e-6, atol=0)
+    # At 1e5 the mean's own rounding is 0.004 standard deviations.
+    torch.testing.assert_close(layer.variance.double(), exact.var(0, correction=0), rtol=1e-7 * away, atol=0)
+
+
+def test_an_averaged_batch_without_a_real_query_leaves_the_statistics_where_they_are():
+    layer, query = QueryBatchNorm(2, 4).train(), far_queries(2.0)
+    layer.update(layer(query, None)[1])
+    before = state(layer)
+    nothing = torch.zeros(len(query), dtype=torch.bool)
+    layer.update(layer(query, nothing)[1])
+    layer.update(layer(query[:0], None)[1])
+    assert all(torch.equal(before[name], getattr(layer, name)) for name in ("mean", "variance", "square"))
+
+
+def test_weights_of_earlier_versions_have_no_variance_and_evaluate_as_they_did():
+    layer, query = QueryBatchNorm(2, 4).train(), far_queries(2.0)
+    layer.update(layer(query, None)[1])
+    old = {name: value for name, value in layer.state_dict().items() if name != "variance"}
+    again = QueryBatchNorm(2, 4)
+    again.load_state_dict(old)
+    torch.testing.assert_close(again.eval()(query, None)[0], layer.eval()(query, None)[0], rtol=1e-4, atol=1e-5)
+    # As transformers loads: what is missing is zero.
+    layer.variance.zero_()
+    layer.settle()
+    assert torch.equal(layer.variance, again.variance)

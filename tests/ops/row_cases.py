@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.row_grad import KERNELS, RowGrad
 
-NO_COMPILER = native.unusable(KERNELS.source)
+NO_COMPILER = build.unusable(KERNELS.source)
 IMPLS = [
     "torch",
     pytest.param("native", marks=pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))),

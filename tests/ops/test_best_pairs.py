@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import usable
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.product_key_topk import best_pairs, candidate_ranks, selection
 from sparsemix.ops.product_key_topk import reference as references
 
@@ -72,7 +72,7 @@ def test_the_native_selection_settles_everything_as_the_reference(n, k, kind):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", build.ISAS)
 @pytest.mark.parametrize("kind", ["distinct", "infinite", "nan"])
 @pytest.mark.parametrize(("n", "k"), [(31, 5), (128, 128), (1000, 32), (1024, 16), (700, 200)])
 def test_every_instruction_set_selects_the_same(n, k, kind, isa, monkeypatch):

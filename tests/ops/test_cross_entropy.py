@@ -77,6 +77,21 @@ def test_every_kernel_is_the_reference_in_fp32(impl, size):
         torch.testing.assert_close(got, want.float())
 
 
+def by_rounding(hidden, weight, targets):
+    """What rounding of the logits and of their gradient explains of the largest errors of `run`, two eps of bf16 (four
+    times what a rounding can be) in each, signs at random."""
+    eps, known = torch.finfo(torch.bfloat16).eps, targets != -100
+    hidden, weight = hidden.detach().double()[known], weight.detach().double()
+    logits = hidden @ weight.T
+    p = logits.softmax(-1)
+    slope = p - F.one_hot(targets[known], len(weight))
+    of_nats = (slope * logits).square().sum(-1)
+    of_slope = 3 / len(hidden) * (p * (logits.abs() + (p * logits).norm(dim=-1, keepdim=True)) + slope.abs())
+    of_hidden, of_weight = (of_slope.square() @ weight.square()), (of_slope.square().T @ hidden.square())
+    found = of_nats.sum() / len(hidden) ** 2, of_nats, of_hidden, of_weight
+    return [2 * eps * float(squares.max().sqrt()) for squares in found]
+
+
 @pytest.mark.parametrize("impl", ["native", "torch"])
 @pytest.mark.parametrize("size", [(63, 131, 10), (40, 640, 63)])
 def test_bf16_errs_at_most_twice_as_much_as_pytorch(impl, size):
@@ -91,9 +106,9 @@ def test_bf16_errs_at_most_twice_as_much_as_pytorch(impl, size):
     hidden, weight, targets = case(*size, torch.bfloat16)
     wanted = exact(hidden, weight, targets)
     mine, theirs = run(op.cross_entropy, hidden, weight, targets, impl), run(plain, hidden, weight, targets)
-    for got, other, want in zip(mine, theirs, wanted, strict=True):
+    for got, other, want, limit in zip(mine, theirs, wanted, by_rounding(hidden, weight, targets), strict=True):
         assert got.dtype == other.dtype
-        assert (got - want).abs().max() <= 2 * (other - want).abs().max() + 1e-6
+        assert (got - want).abs().max() <= max(2 * (other - want).abs().max(), limit)
 
 
 def test_triton_writes_bf16_gradients():
@@ -212,3 +227,18 @@ def test_the_op_passes_torchs_own_checks(dtype):
     opcheck(
         torch.ops.sparsemix.cross_entropy.default, (hidden.detach(), weight.detach(), targets, dtype, False, "auto")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32, torch.uint8, torch.bool], ids=str)
+def test_labels_of_another_type_are_taken_or_refused_as_by_pytorch(dtype):
+    hidden, weight, _ = case(5, 4, 3, torch.float32)
+    targets = torch.tensor([0, 1, 1, 0, 1]).to(dtype)
+    # Past the type checks of the tests.
+    operands = hidden, weight, targets, torch.float32, False, "auto"
+    try:
+        wanted = F.cross_entropy(F.linear(hidden, weight), targets)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="expected scalar type Long for targets but found"):
+            torch.ops.sparsemix.cross_entropy(*operands)
+    else:
+        torch.testing.assert_close(torch.ops.sparsemix.cross_entropy(*operands)[0], wanted)

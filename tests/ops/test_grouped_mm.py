@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
-from compare import assert_same, poisoned, randn, usable
+from compare import assert_rounded, assert_same, poisoned, randn, sizes, usable
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.grouped_mm import grouped_mm
 from sparsemix.ops.grouped_mm.reference import grouped_mm as reference
@@ -82,14 +84,14 @@ def test_low_precision_errs_no_more_than_plain_products_whichever_kernel_runs(co
     wanted = torch.autograd.grad(reference(rows, weight, counts), (rows, weight), direction)
     plain = reference(low, low_weight, counts)
     plain_grads = torch.autograd.grad(plain, (low, low_weight), direction.to(dtype))
-    for got, other, want in zip((out, *grads), (plain, *plain_grads), (exact, *wanted), strict=True):
-        # The whole error: the largest of a few fp32 roundings is chance.
-        mine, theirs = ((x.detach().double() - want.detach()).norm() for x in (got, other))
-        assert float(mine) <= 2 * float(theirs) + 1e-6
+    size = sizes(partial(reference, counts=counts), (rows, weight), direction)
+    others = (plain, *plain_grads)
+    for got, want, other, s in zip((out, *grads), (exact, *wanted), others, size, strict=True):
+        assert_rounded(got, want, s, dtype, max(R, D, F), other)
     assert out[counts.sum() :].abs().sum() == 0
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", build.ISAS)
 @pytest.mark.parametrize(
     ("counts", "D", "F"),
     [
@@ -112,12 +114,12 @@ def test_low_precision_of_every_instruction_set_errs_no_more_than_plain_products
         with poisoned():
             y = op(*moving, counts, *settings)
             found.append([y, *torch.autograd.grad(y, moving, grad.bfloat16().to(dtype))])
-    for got, other, want in zip(*found, strict=True):
-        mine, theirs = ((x.detach().double() - want.detach()).norm() for x in (got, other))
-        assert float(mine) <= 2 * float(theirs) + 1e-6
+    size = sizes(partial(reference, counts=counts), (rows, weight), grad)
+    for got, other, want, s in zip(*found, size, strict=True):
+        assert_rounded(got, want, s, torch.bfloat16, 1, other)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", build.ISAS)
 def test_what_is_no_number_stays_in_its_row(isa, monkeypatch):
     # 5 and 3 are odd: neighbours in memory must not be taken for the other half of a pair.
     usable(isa, monkeypatch)
@@ -234,12 +236,50 @@ BAD_COUNTS = {
     "more_than_there_are": ([4, 5, 1], "of 1 to 5 rows an expert must be at least 0 and add up to at most 9 rows"),
     "negative": ([4, -1, 2], "of -1 to 4 rows"),
     "wrapping": ([2**62, 2**62, 2**62], "of 4611686018427387904 to 4611686018427387904 rows"),
-    "too_few": ([4, 5], "counts of 2 experts do not fit weights of 3"),
+    "too_few": ([4, 5], r"counts of shape \(2,\) must be \(E\) with R=9, D=4, E=3"),
 }
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", "native"])
 @pytest.mark.parametrize(("counts", "says"), BAD_COUNTS.values(), ids=BAD_COUNTS)
 def test_counts_that_reach_past_the_rows_are_an_error(counts, says, impl):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, RuntimeError), match=says):
         torch.ops.sparsemix.grouped_mm(torch.randn(9, 4), torch.randn(3, 6, 4), torch.tensor(counts), impl)
+
+
+def cut_to_tf32(rows, weight, counts):
+    """Ten bits of the fraction are left, as in a GPU's tf32."""
+    rows, weight = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (rows, weight))
+    return reference(rows, weight, counts)
+
+
+def summed_in_its_own_type(rows, weight, counts):
+    """Every partial sum is rounded to the type, as a kernel that does not widen bf16 would."""
+    out = torch.zeros(len(rows), weight.shape[1], dtype=rows.dtype)
+    for d in range(rows.shape[1]):
+        out += rows[:, d : d + 1] * weight[0, :, d]
+    return out
+
+
+def less_one_term(rows, weight, counts):
+    return reference(rows[:, 1:], weight[..., 1:], counts)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        (cut_to_tf32, torch.float32),
+        (less_one_term, torch.float32),
+        (less_one_term, torch.bfloat16),
+        (summed_in_its_own_type, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(("D", "F"), [(64, 24), (640, 32)])
+def test_the_bound_of_rounding_lets_no_faulty_product_pass(D, F, fault, dtype):
+    rows, weight, counts = randn(21, D).to(dtype), randn(1, F, D).to(dtype), torch.tensor([21])
+    exact = reference(rows.double(), weight.double(), counts)
+    size = reference(rows.double().square(), weight.double().square(), counts).sqrt()
+    plain = reference(rows, weight, counts)
+    assert_rounded(plain, exact, size, dtype, D)
+    with pytest.raises(AssertionError, match="by rounding"):
+        assert_rounded(fault(rows, weight, counts), exact, size, dtype, D, plain)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import impl, native
+from sparsemix.ops import build, impl
 from sparsemix.ops.impl import Kernels
 
 SOURCE = Path(impl.__file__).parent / "row_dot" / "native.c"
@@ -15,7 +15,7 @@ X = torch.ones(2)
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr(native, "unusable", lambda source: None)
+    monkeypatch.setattr(build, "unusable", lambda source: None)
     monkeypatch.delenv("SPARSEMIX_IMPL", raising=False)
     return Kernels("an_op", source=SOURCE, triton=True)
 
@@ -56,7 +56,13 @@ def test_the_environment_stands_in_for_auto_only(compiled, monkeypatch):
 
 
 def test_without_a_compiler_auto_is_torch_and_native_an_error(compiled, monkeypatch):
-    monkeypatch.setattr(native, "unusable", lambda source: "no C compiler was found")
+    monkeypatch.setattr(build, "unusable", lambda source: "no C compiler was found")
     assert compiled.pick("auto", X) == "torch"
     with pytest.raises(ConfigError, match="no C compiler"):
         compiled.pick("native", X)
+
+
+def test_all_operands_choose_not_the_first(compiled):
+    assert compiled.pick("auto", X, X.double()) == "torch"
+    with pytest.raises(ConfigError, match="takes float32, bfloat16, not"):
+        compiled.pick("native", X, X.half())

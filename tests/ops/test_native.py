@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import native
+from sparsemix.ops import build, native
+from sparsemix.ops.statements import KERNELS
 
 TWICE = """#include "native.h"
 void twice(const float *x, float *y, int64_t n, double by, int64_t threads) {
@@ -25,12 +26,16 @@ void widened(const bf16 *x, float *y, int64_t n, int64_t threads) {
 }
 void summed(const float *x, float *y, int64_t threads) { *y = lane_sum(load_f32(x)) + (W < 16 ? x[W] : 0); }
 """
-needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C compiler on this machine")
+STATEMENTS = {"twice": "x:f32[n] y:f32[n] n by", "rounded": "x:f32[n] y:bf16[n] n", "widened": "x:bf16[n] y:f32[n] n"}
+STATEMENTS |= {"summed": "x:f32[*] y:f32[1]"}
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SPARSEMIX_CACHE", str(tmp_path / "cache"))
+    for name, statement in STATEMENTS.items():
+        monkeypatch.setitem(KERNELS, f"twice.{name}", statement)
     path = tmp_path / "twice" / "native.c"
     path.parent.mkdir()
     path.write_text(TWICE)
@@ -43,21 +48,21 @@ def libraries(source: Path) -> list[str]:
 
 @needs_compiler
 def test_a_kernel_is_compiled_once_and_called(source):
-    assert native.unusable(source) is None
+    assert build.unusable(source) is None
     x, y = torch.randn(17), torch.empty(17)
     native.call(source, "twice", x, y, 17, 2.0)
     assert torch.equal(y, 2 * x)
-    assert native.unusable(source) is None
+    assert build.unusable(source) is None
     assert len(libraries(source)) == 1
 
 
 @needs_compiler
 def test_another_content_is_another_library(source):
-    assert native.unusable(source) is None
+    assert build.unusable(source) is None
     first = libraries(source)
     changed = source.parent / "changed.c"
     changed.write_text(TWICE.replace("* (float)by", "* (float)by + 1"))
-    assert native.unusable(changed) is None
+    assert build.unusable(changed) is None
     assert set(first) < set(libraries(source))
     y = torch.empty(3)
     native.call(changed, "twice", torch.ones(3), y, 3, 2.0)
@@ -66,22 +71,22 @@ def test_another_content_is_another_library(source):
 
 @needs_compiler
 def test_another_header_beside_the_source_is_another_library(source):
-    assert native.unusable(source) is None
+    assert build.unusable(source) is None
     first = libraries(source)
     (source.parent / "more.h").write_text("int more;")
     again = source.parent / "again.c"
     again.write_text(TWICE)
-    assert native.unusable(again) is None
+    assert build.unusable(again) is None
     assert set(first) < set(libraries(source))
 
 
 @needs_compiler
 def test_every_instruction_set_of_this_machine_gives_the_same(source, monkeypatch):
     x = torch.cat([torch.randn(60), torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1e-40])])
-    usable = list(native.ISAS)[: list(native.ISAS).index(native.machine_isa()) + 1]
+    usable = list(build.ISAS)[: list(build.ISAS).index(build.machine_isa()) + 1]
     for isa in usable:
         monkeypatch.setenv("SPARSEMIX_ISA", isa)
-        assert native.unusable(source) is None
+        assert build.unusable(source) is None
         half, back = torch.empty(65, dtype=torch.bfloat16), torch.empty(65)
         native.call(source, "rounded", x, half, 65)
         native.call(source, "widened", half, back, 65)
@@ -94,7 +99,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same(source, monkeypatc
 def test_lanes_are_summed(source):
     total = torch.empty(1)
     monotone = torch.arange(32.0)
-    assert native.unusable(source) is None
+    assert build.unusable(source) is None
     native.call(source, "summed", monotone, total)
     assert float(total) in (sum(range(4)) + 4, sum(range(8)) + 8, sum(range(16)))
 
@@ -102,19 +107,19 @@ def test_lanes_are_summed(source):
 def test_an_instruction_set_that_the_machine_has_not_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSEMIX_ISA", "avx1024")
     with pytest.raises(ConfigError, match="SPARSEMIX_ISA=avx1024 is none of portable"):
-        native.isa()
+        build.isa()
 
 
 def test_without_a_compiler_the_reason_is_said(source, monkeypatch):
     monkeypatch.setenv("SPARSEMIX_CC", "none")
-    assert "no C compiler" in str(native.unusable(source))
+    assert "no C compiler" in str(build.unusable(source))
 
 
 @needs_compiler
 def test_a_source_that_does_not_compile_says_the_first_error(source):
     source.write_text("int broken( {")
     with pytest.warns(RuntimeWarning, match="PyTorch's slower kernels run instead"):
-        assert "cannot build twice" in str(native.unusable(source))
+        assert "cannot build twice" in str(build.unusable(source))
     assert libraries(source) == []
 
 
@@ -123,13 +128,13 @@ def test_a_folder_that_cannot_be_written_is_a_reason(source, monkeypatch):
     (source.parent / "file").write_text("")
     monkeypatch.setenv("SPARSEMIX_CACHE", str(source.parent / "file" / "cache"))
     with pytest.warns(RuntimeWarning, match="slower kernels"):
-        assert native.unusable(source)
+        assert build.unusable(source)
 
 
 @needs_compiler
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
 def test_kernels_share_the_thread_pool_of_torch(source):
-    assert native.unusable(source) is None
+    assert build.unusable(source) is None
     native.call(source, "twice", torch.ones(3), torch.empty(3), 3, 1.0)
     pools = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(pools) == 1

@@ -6,7 +6,7 @@ from memory import allocated
 from row_cases import CASES, IMPLS, lookup
 from torch.library import opcheck
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.row_adam import KERNELS, Moments, Rates, all_rows_, some_rows_
 from sparsemix.ops.row_adam.reference import adamw
@@ -16,7 +16,7 @@ from sparsemix.ops.row_grad.reference import table_grad
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_case = pytest.mark.parametrize("case", CASES)
 each_moment = pytest.mark.parametrize("by_row", [False, True], ids=["full", "row"])
-needs_compiler = pytest.mark.skipif(native.unusable(KERNELS.source) is not None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(build.unusable(KERNELS.source) is not None, reason="no C compiler")
 RATES = Rates(0.1, (0.9, 0.95), 1e-8, 3)
 
 

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import native
+from sparsemix.ops import build
 from sparsemix.ops import ternary_mm as op
 from sparsemix.ops.flop_counter import count_flops
 from sparsemix.ops.ternary_mm import (
@@ -24,7 +24,7 @@ from sparsemix.ops.ternary_mm import (
 )
 from sparsemix.ops.ternary_mm.pack import hf_from_rows, pack_hf, pack_rows, rows_from_hf, unpack_rows
 
-needs_native = pytest.mark.skipif(native.unusable(SOURCE) is not None, reason=f"no C kernel: {native.unusable(SOURCE)}")
+needs_native = pytest.mark.skipif(build.unusable(SOURCE) is not None, reason=f"no C kernel: {build.unusable(SOURCE)}")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 

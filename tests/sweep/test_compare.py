@@ -4,12 +4,12 @@ import pytest
 
 from sparsemix.config import ConfigError, parse
 from sparsemix.data import DataConfig
+from sparsemix.layers.sizing import SIZES
 from sparsemix.layers.ternary import PrecisionConfig
 from sparsemix.reproduce.lab import ReproduceConfig
 from sparsemix.sweep.arms import rate_by_rule
 from sparsemix.sweep.compare import CompareConfig, kind_config
 from sparsemix.sweep.isoflop_study import IsoflopConfig
-from sparsemix.sweep.sizing import SIZES
 
 SETTINGS = CompareConfig()
 

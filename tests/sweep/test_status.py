@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from sparsemix.config import ConfigError
+from sparsemix.report.records import read_runs
 from sparsemix.run import LOCK, Run
+from sparsemix.sweep import status
 from sparsemix.sweep.compare import CompareConfig
 from sparsemix.sweep.launch import make_launcher
-from sparsemix.sweep.status import Board, cells_of, duration, look, table
+from sparsemix.sweep.status import Board, cells_of, duration, last_line, look, table
 from sparsemix.sweep.study import Cell, Study
 from tiny import run_config, write_corpus
 
@@ -103,3 +105,51 @@ def test_a_duration_reads_well_at_every_length():
         "25.0 h",
         "4.6 days",
     ]
+
+
+def test_the_newest_line_is_read_whatever_its_length_and_a_torn_one_is_none_yet(study):
+    run = Run(study.folder(one := cell(study, "dense")), one.config)
+    path = run.folder / "metrics.jsonl"
+    assert last_line(run.folder) is None
+    path.write_text("")
+    assert last_line(run.folder) is None
+    known = {"loss": 5.5, "flops": 1.0, "wall_s": 0.0, "tokens": 64, "tokens_per_s": 32.0}
+    for step, length in enumerate((10, 8191, 8192, 9628, 65_536, 200_000), 1):
+        run.log(**known, step=step, blocks="x" * length)
+        assert last_line(run.folder)["step"] == step
+        with path.open("a") as file:
+            file.write('{"step": 9, "lo')
+        assert last_line(run.folder)["step"] == step and look(run.folder, {}).loss == 5.5
+        path.write_bytes(path.read_bytes()[: -len('{"step": 9, "lo')])
+    for torn in (b'{"step"\n', b"[]\n", b"\xff\x00\n", b'{"step": 0}\n', b"[" * 100_000 + b"\n"):
+        path.write_bytes(torn)
+        assert last_line(run.folder) is None and look(run.folder, {}).loss is None
+
+
+def test_a_damaged_run_is_named_and_stops_neither_status_nor_report_for_the_rest(study):
+    cells = [cell(study, "dense", seed=seed, evals=0) for seed in range(2)]
+    with one_worker() as workers:
+        study.train(cells, workers, "training")
+    bad, good = (study.folder(each) for each in cells)
+    (bad / "documents.npz").write_bytes(b"half")
+    said = []
+    assert [record.folder for record in read_runs([study.out], said.append)] == [good]
+    assert len(said) == 1 and "documents.npz has 4 of" in said[0]
+    for file, content in (
+        ("result.json", "{"),
+        ("result.json", "[1]"),
+        ("config.yaml", ""),
+        ("config.yaml", "model: 3"),
+    ):
+        whole = (bad / file).read_text()
+        (bad / file).write_text(content)
+        # A run's settings never change while a process looks.
+        status._about.cache_clear()
+        assert [run.state for run in Board(cells_of(study.out)).look()] == ["failed", "done"]
+        assert [record.folder for record in read_runs([study.out], said.append)] == [good]
+        (bad / file).write_text(whole)
+    plan = study.out / "plan.yaml"
+    plan.write_text(plan.read_text().replace("seed: 1", "seed: 2"))
+    for read in (cells_of, lambda out: read_runs([out])):
+        with pytest.raises(ConfigError, match=r"plan\.yaml is damaged"):
+            read(study.out)

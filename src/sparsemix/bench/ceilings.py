@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsemix.bench.timing import interleave
 from sparsemix.bench.work import number_row
-from sparsemix.ops import native
+from sparsemix.ops import build, native
 
 SOURCE = Path(__file__).with_name("ceilings.c")
 UNITS = {"gemm_fp32": "FLOP/s", "gemm_bf16": "FLOP/s", "sequential_read": "B/s", "random_rows": "B/s"}
@@ -21,7 +21,7 @@ COLUMNS = 256
 
 def read_rows(table: Float[Tensor, "M D"], ids: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
     """The sum of every looked-up row: reads them and hardly computes. Without a C compiler through torch."""
-    if native.unusable(SOURCE):
+    if build.unusable(SOURCE):
         bags = torch.arange(0, len(ids), device=ids.device)
         return F.embedding_bag(ids, table, bags, mode="sum").sum(1)
     out = table.new_empty(len(ids))
@@ -31,7 +31,7 @@ def read_rows(table: Float[Tensor, "M D"], ids: Int[Tensor, " R"]) -> Float[Tens
 
 def read_sequential(table: Float[Tensor, "M D"]) -> Tensor:
     """The sum of all, one part a thread."""
-    if native.unusable(SOURCE):
+    if build.unusable(SOURCE):
         return table.sum()
     out = table.new_empty(torch.get_num_threads())
     native.call(SOURCE, "read_sequential", table, out, table.numel())

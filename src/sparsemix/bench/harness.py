@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemix.bench.floors import FLOORS
+from sparsemix.commit import commit
 from sparsemix.config import ConfigError, nearest
 from sparsemix.durable import write_atomic
 from sparsemix.run import hardware, versions
@@ -71,22 +72,6 @@ def version_of(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package lies in, marked if it was changed; None outside of one."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(folder), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD")
-    return f"{head}, changed" if head and git("status", "--porcelain", "--untracked-files=no") else head
 
 
 def run(names: Sequence[str], result: dict[str, Any], threads: int, say: Say, file: Path) -> None:

@@ -56,7 +56,7 @@ def without_query_bias(layer: Layer) -> Layer:
 def peer_pytorch(ours: Layer, share_tables: bool = False) -> nn.Module:
     """PEER-pytorch 0.2.2 with the weights of `ours`. Its softmax over the k of a head is asked for by
     non_competing_scores=False, its dim_key is one half of our d_key, its keys lie as (H, n, 2, C)."""
-    config, keys = ours.config, ours.get_parameter("keys")
+    config, keys = ours.config, ours.get_parameter("sub_keys")
     w_in, w_out = ours.get_parameter("w_in"), ours.get_parameter("w_out")
     assert not isinstance(config, (Tensor, nn.Module))
     # Not drawn at random first: a million rows take seconds.
@@ -81,7 +81,7 @@ def peer_names(entry: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Entries of PEER-pytorch's parameters under our names and in our layout."""
     return {
         "query.weight": heads_first(entry["to_queries.0.weight"], num_heads),
-        "keys": entry["keys"].permute(0, 2, 1, 3),
+        "sub_keys": entry["keys"].permute(0, 2, 1, 3),
         "w_in": entry["weight_down_embed.weight"],
         "w_out": entry["weight_up_embed.weight"],
     }
@@ -97,7 +97,7 @@ def our_pkm(num_values: int, d_model: int, num_heads: int, top_k: int, d_key: in
 def product_key_memory(ours: Layer) -> nn.Module:
     """product-key-memory 0.3.0 with the weights of `ours`. Its LayerNorm is over each half of a query, ours over the
     whole: both are taken out, and what is compared is the memory."""
-    config, values = ours.config, ours.get_parameter("values")
+    config, values = ours.config, ours.get_parameter("value_vectors")
     assert not isinstance(config, (Tensor, nn.Module))
     with torch.device("meta"):
         layer = imported("product_key_memory").PKM(
@@ -106,7 +106,7 @@ def product_key_memory(ours: Layer) -> nn.Module:
     layer.norm = nn.Identity()
     layer.values.weight = nn.Parameter(values.clone())
     layer.to_queries.weight = nn.Parameter(sides_first(ours.get_parameter("query.weight"), config.num_heads))
-    layer.keys = nn.Parameter(ours.get_parameter("keys").permute(0, 2, 1, 3).contiguous())
+    layer.keys = nn.Parameter(ours.get_parameter("sub_keys").permute(0, 2, 1, 3).contiguous())
     return layer
 
 
@@ -114,8 +114,8 @@ def pkm_names(entry: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Entries of product-key-memory's parameters under our names and in our layout."""
     return {
         "query.weight": heads_first(entry["to_queries.weight"], num_heads),
-        "keys": entry["keys"].permute(0, 2, 1, 3),
-        "values": entry["values.weight"],
+        "sub_keys": entry["keys"].permute(0, 2, 1, 3),
+        "value_vectors": entry["values.weight"],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.early import refuse
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.terminal import say, show
 
@@ -16,6 +16,8 @@ from sparsemix.terminal import say, show
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of this comparison; the same command resumes it.")],
     text: Text = None,
+    text_as: TextAs = None,
+    split: Split = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mh_moe,mod",
@@ -32,9 +34,11 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
-    refuse(out, text, recipe, override, decided=True)
+    overrides = (*(override or ()), *text_settings(text_as, split))
+    refuse(out, text, recipe, overrides, decided=True)
 
     from sparsemix.config import parse
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.compare import CompareConfig, Comparison
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.sweep.watch import Stages
@@ -48,9 +52,9 @@ def compare(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": tuple(override or ()),
+        "overrides": overrides,
     }
-    with interruptible(), tracking(track, out):
+    with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
         comparison = Comparison(config, out, say, made, Stages("data", say))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.early import trained_folder
-from sparsemix.cli.options import Text
+from sparsemix.cli.options import Text, TextAs
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import expanded, tried
@@ -28,6 +28,7 @@ def convert(
     noise: Annotated[float, typer.Option(help="Added to copied weights, as a share of their deviation.")] = 0.0,
     mod: Annotated[str | None, typer.Option(help="Wrap blocks in Mixture-of-Depths: capacity=0.125,every=2.")] = None,
     text: Text = None,
+    text_as: TextAs = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare both models on.")] = 4096,
     seed: Annotated[int, typer.Option(help="Of routers, noise and what is drawn anew.")] = 0,
 ) -> None:
@@ -49,7 +50,7 @@ def convert(
     raw["mod"] = None if mod is None else _settings(mod.split(","))
     settings = parse(ConvertConfig, raw)
     with interruptible("nothing is half-written; the same command starts anew"), Stages("convert", say) as stages:
-        said = convert_folder(model, to, settings, text or ["stdlib"], tokens, stages)
+        said = convert_folder(model, to, settings, text or ["stdlib"], tokens, stages, text_as or ())
     print("\n".join(lines(said)))
     if (warns := warning(said)) is not None:
         say(f"warning: {warns}")

@@ -1,5 +1,6 @@
 """What is refused before torch is loaded, so that a slip of the finger is answered at once."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ def refuse(
         _refuse_settings(recipe, tuple(overrides or ()), decided)
     for source in text or ():
         elsewhere = source == "stdlib" or source.startswith("hf:") or any(c in source for c in "*?[")
-        if not elsewhere and not expanded(source).exists():
+        if not elsewhere and not os.path.lexists(expanded(source)):
             raise ConfigError(f"{source}: no such file or folder; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
     tried(out, "out", folder=True)
 

@@ -1,7 +1,7 @@
 """How every command ends: whatever escapes it is one line on standard error and an exit code.
 
 2: what a user can mend, named with the way out. 1: training failed, or a fault of ours, with its traceback in a file.
-130: Ctrl-C. 143: SIGTERM."""
+Ctrl-C and SIGTERM are signals.py's to answer."""
 
 import contextlib
 import errno
@@ -18,6 +18,7 @@ import typer
 
 from sparsemix.cli.output import fail
 from sparsemix.errors import ConfigError, TrainingError
+from sparsemix.signals import STOPS
 
 # The root of typer's own errors, which it takes from click or brings along, by version.
 UsageError, ClickError = typer.BadParameter.__mro__[1:3]
@@ -38,13 +39,13 @@ WAY_OUT = {
 
 
 def ended(command: Callable[[], None]) -> NoReturn:
-    """Run a command to its end and leave with its exit code."""
+    """Run a command to its end and leave with its exit code; what stops it from outside goes on to `answered`."""
     _printable()
     try:
         command()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except SystemExit:
+    except (SystemExit, *STOPS):
         raise
     except BaseException as error:
         _leave(error)
@@ -61,8 +62,6 @@ def _printable() -> None:
 def _leave(error: BaseException) -> NoReturn:
     if isinstance(error, typer.Exit):
         sys.exit(error.exit_code)
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        fail("interrupted", 130)
     if isinstance(error, BrokenPipeError):
         # The reader, such as `head`, has seen enough.
         forget_output()

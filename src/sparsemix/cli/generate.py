@@ -37,11 +37,14 @@ def generate(
         tried(page, "html")
 
     from sparsemix.config import parse
+    from sparsemix.data import Tally
     from sparsemix.durable import write_atomic
     from sparsemix.generation import Sampling
     from sparsemix.play import Play
     from sparsemix.report.generation_page import generation_page
 
+    if prompt_file is not None:
+        say(Tally.of(text).line())
     sampling = parse(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed})
     with interruptible("what was printed is all there is"):
         play = Play(model, text, max_tokens, sampling, page is not None)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.options import Text
+from sparsemix.cli.options import Text, TextAs
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import tried
@@ -16,6 +16,7 @@ from sparsemix.terminal import say, show
 def inspect(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a comparison's: then the first seed of each kind.")],
     text: Text = None,
+    text_as: TextAs = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure on: the first of the text.")] = 65_536,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; default: RUN/inspect.")] = None,
     data: Annotated[Path | None, typer.Option(help="The run's prepared text; default: beside the run.")] = None,
@@ -33,8 +34,10 @@ def inspect(
     from sparsemix.sweep.watch import Stages
 
     with interruptible("no file is half-written; the same command starts anew"), Stages("inspect", say) as stages:
-        result = inspect_folder(run, text or [], tokens, data, stages)
+        result = inspect_folder(run, text or [], tokens, data, stages, text_as or ())
         write_inspection(result, place)
+    for line in dict.fromkeys(run["read"] for run in result["runs"]):
+        say(line)
     if as_json:
         print((place / "inspect.json").read_text(encoding="utf-8"))
     else:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsemix.cli.early import refuse
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.terminal import say, show
@@ -20,6 +20,8 @@ def isoflop(
     out: Annotated[Path, typer.Option(help="Folder of this study; the same command resumes it.")],
     budgets: Annotated[str, typer.Option(help="Training FLOPs of a run, one budget or several: 1e12,3e12.")],
     text: Text = None,
+    text_as: TextAs = None,
+    split: Split = None,
     kinds: Annotated[
         str, typer.Option(help="What to compare, each perhaps as KIND@ternary; dense is the baseline.")
     ] = "dense,moe,peer,mod",
@@ -46,9 +48,11 @@ def isoflop(
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
     numbers = tuple(_number(word) for word in _words(budgets))
-    refuse(out, text, recipe, override, decided=True)
+    overrides = (*(override or ()), *text_settings(text_as, split))
+    refuse(out, text, recipe, overrides, decided=True)
 
     from sparsemix.config import parse
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.estimate import table
     from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
     from sparsemix.sweep.launch import make_launcher
@@ -67,9 +71,9 @@ def isoflop(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": tuple(override or ()),
+        "overrides": overrides,
     }
-    with interruptible(), tracking(track, out):
+    with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
         with Stages("data", say) as progress:
             study.prepare(progress)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.errors import ConfigError
-from sparsemix.inputs import load_json, tried, trusted
+from sparsemix.inputs import read_mapping, tried, trusted
 from sparsemix.terminal import say, show
 
 
@@ -39,7 +39,7 @@ def report(
 def _comparison(folder: Path) -> dict[str, Any] | None:
     """A finished comparison's result, or None if the folder holds none."""
     path = folder / "result.json"
-    result = load_json(path) if path.exists() else {}
+    result = read_mapping(path) if path.exists() else {}
     return result if "rows" in result else None
 
 
@@ -80,6 +80,6 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 def _command(place: Path, said: str) -> str:
     """The command that made the study, which an earlier report or the study itself may know, or this one."""
     for path in (place / "analysis.json", place / "result.json"):
-        if path.is_file() and isinstance(known := load_json(path).get("command"), str):
+        if path.is_file() and isinstance(known := read_mapping(path, "copy it anew, or delete it").get("command"), str):
             return known
     return said

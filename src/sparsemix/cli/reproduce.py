@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.early import refuse
-from sparsemix.cli.options import Launch, LauncherName, Set, Text, Track, Workers
+from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import load_json, trusted
@@ -23,6 +23,8 @@ def reproduce(
     ),
     scale: Annotated[str, typer.Option(help="demo, laptop, gpu, or paper (the published setting).")] = "demo",
     text: Text = None,
+    text_as: TextAs = None,
+    split: Split = None,
     budget: Annotated[float | None, typer.Option(help="Training FLOPs a run, in place of the scale's.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds, in place of the scale's.", min=1)] = None,
     override: Set = None,
@@ -50,6 +52,7 @@ def reproduce(
 
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.track import tracking
 
@@ -60,7 +63,7 @@ def reproduce(
             "scale": scale,
             "budget": budget,
             "seeds": seeds,
-            "overrides": tuple(override or ()),
+            "overrides": (*(override or ()), *text_settings(text_as, split)),
         },
     )
     if data_dir is not None and not data_dir.is_dir():
@@ -71,8 +74,8 @@ def reproduce(
     trials = f" and at least {planned.trials} that try learning rates" if planned.trials else ""
     say(f"{runs} runs{trials}, {planned.flops:.3g} training FLOPs in all, of which done ones are not trained again")
     if not dry_run:
-        made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
-        with interruptible(), tracking(track, out):
+        with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
+            made = make_launcher(launcher, out, launch or (), workers, most=len(planned.cells))
             _run(planned, settings, out, made, retries, data_dir)
 
 
@@ -80,7 +83,7 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
     from sparsemix.reproduce import lab
     from sparsemix.reproduce.write import write
     from sparsemix.sweep.study import Study
-    from sparsemix.sweep.texts import prepared
+    from sparsemix.sweep.texts import prepared, tell
     from sparsemix.sweep.watch import Stages
 
     study = Study(out, settings, say)
@@ -88,6 +91,7 @@ def _run(planned: Any, settings: Any, out: Path, launcher: Any, retries: int, co
         text = lab.data_config(planned.design, settings)
         # A text with too few test documents is refused before anything trains.
         prepared(out, lambda: study.prepare(text, progress), planned.cells[0].config)
+    tell(study.shards, text.text, say)
     planned = lab.plan(planned.entry.name, settings, study.data)
     with launcher as made:
         outcome, records = lab.run(planned, study, made, say, retries, corpora)

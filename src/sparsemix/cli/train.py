@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemix.cli.early import refuse
-from sparsemix.cli.options import Text, Track
+from sparsemix.cli.options import Split, Text, TextAs, Track, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.terminal import say
@@ -19,6 +19,8 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings, such as train.lr=3e-3.")] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; the same command resumes it.")] = Path("runs/train"),
     text: Text = None,
+    text_as: TextAs = None,
+    split: Split = None,
     init_from: Annotated[
         Path | None, typer.Option(help="A saved model: its settings, tokenizer and weights in the recipe's place.")
     ] = None,
@@ -28,19 +30,22 @@ def train(
 ) -> None:
     """Train one model to its budget and evaluate it causally."""
     named = recipe if recipe is None or init_from is None or "=" not in recipe else None
-    refuse(out, text, named, (overrides or ()) if init_from is None else ())
+    given = [*(overrides or ()), *text_settings(text_as, split)]
+    refuse(out, text, named, given if init_from is None else ())
 
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
     from sparsemix.machine import tune_cpu_allocator
+    from sparsemix.run import refusal_leaves_nothing
     from sparsemix.settings import RunConfig
+    from sparsemix.sweep.texts import tell
     from sparsemix.sweep.watch import Stages, Watch
     from sparsemix.track import tracking
     from sparsemix.train import train as train_run
 
     if keep_memory:
         tune_cpu_allocator()
-    raw = _settings(recipe, overrides or [], init_from)
+    raw = _settings(recipe, given, init_from)
     if text:
         raw["data"]["text"] = tuple(text)
     config = parse(RunConfig, raw)
@@ -48,9 +53,11 @@ def train(
     if falling := config.still_falling:
         say(f"{', '.join(falling)}: more than the run has steps, so its capacity stays above the goal")
     place = data or out.parent / f"data-{config_hash(parse(DataConfig, raw['data']))}"
-    with interruptible(), tracking(track, out):
+    # The text's folder goes with a refusal that comes after it, such as a text of no whole window.
+    with refusal_leaves_nothing(place), refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         with Stages("data", say) as preparation:
             shards = prepare(config.data, place, preparation)
+        tell(shards, config.data.text, say)
         config = config.replace(data=config.data.replace(fingerprint=shards.manifest["fingerprint"]))
         with Watch([out], "training", say) as watch:
             result = train_run(config, out, shards, lambda _: watch()).result

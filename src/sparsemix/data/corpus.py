@@ -1,71 +1,11 @@
-"""Text sources -> documents, near-duplicates dropped, split by hash."""
+"""The splits of a text, and hashes that decide on them."""
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt64
 
-from sparsemix.config import ConfigError
-from sparsemix.data.files import Row, check_found, find_files, read_rows
-from sparsemix.data.hub import read_hub
-
 SPLITS = ("train", "validation", "test")
-_SHINGLE, _BANDS, _ROWS, _SAME = 5, 16, 4, 0.8
-
-
-class Document(NamedTuple):
-    """One text and where it came from (`file`, or `file:line` inside a file of many documents)."""
-
-    name: str
-    text: str
-
-
-def read_documents(sources: Sequence[str], on_progress: Callable[[int], None] | None = None) -> Iterator[Document]:
-    """The documents of all sources in order; those that are only white space are left out.
-
-    A source is one of
-    - a file: .txt, .md, .py (one document each), .jsonl, .jsonl.gz, .jsonl.zst (one per line, field `text`) or
-      .parquet (one per row, column `text`), UTF-8 throughout;
-    - a folder (all such files below it, sorted, without hidden ones) or a glob of such files;
-    - `stdlib`: the .py sources of this Python's standard library, without tests and encoding tables;
-    - `hf:NAME:SPLIT` or `hf:NAME/CONFIG:SPLIT`, streamed from the Hugging Face Hub, column `text`. One segment is a
-      name, three are org/name/config. Two are org/name if the Hub has such a dataset, else name/config, so both
-      `hf:roneneldan/TinyStories:train` and `hf:wikitext/wikitext-2-raw-v1:train` say what they seem to.
-
-    on_progress gets the UTF-8 bytes of text read so far. Raises ConfigError for a source that is missing, holds no
-    supported file, cannot be read or decoded, or lacks `text`, and when all sources together hold no text."""
-    files = {source: find_files(source) for source in sources if not source.startswith("hf:")}
-    for source, found in files.items():
-        check_found(source, found)
-    num_bytes = num_documents = 0
-    for source in sources:
-        for row in read_hub(source) if source.startswith("hf:") else read_rows(files[source]):
-            name, text = row.name, text_field(row)
-            try:
-                num_bytes += len(text.encode())
-            except UnicodeEncodeError as error:
-                rule = f"has a lone surrogate at character {error.start}"
-                raise ConfigError(f"{name}: `text` {rule}; repair or remove that document") from None
-            if on_progress:
-                on_progress(num_bytes)
-            if text.strip():
-                num_documents += 1
-                yield Document(name, text)
-    if not num_documents:
-        raise ConfigError(f"text={', '.join(sources)} holds no text: every document is empty; name other sources")
-
-
-def text_field(row: Row, field: str = "text") -> str:
-    """The string in a field of a row. Raises ConfigError if there is none."""
-    name, fields = row
-    if not isinstance(text := fields.get(field), str):
-        found = f"`{field}` is {type(text).__name__}, not a string" if field in fields else f"no field `{field}`"
-        known = ", ".join(fields) or "none"
-        raise ConfigError(f"{name}: {found} (fields: {known}); rename the field that holds the text")
-    return text
 
 
 def mix64(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
@@ -75,62 +15,6 @@ def mix64(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
     return x ^ (x >> np.uint64(31))
 
 
-def _hash_word(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-
-
-def _signature(text: str, hash_word: Callable[[str], int], factors: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """MinHash of the set of 5-word shingles, (64,); a text of fewer words is one shingle."""
-    words = text.split()
-    ids = np.zeros(max(len(words), _SHINGLE), np.uint64)
-    ids[: len(words)] = [hash_word(word) for word in words]
-    shingles = np.zeros(len(ids) - _SHINGLE + 1, np.uint64)
-    for k in range(_SHINGLE):
-        shingles = mix64(shingles + ids[k : k + len(shingles)])
-    signature = np.full(len(factors), np.iinfo(np.uint64).max, np.uint64)
-    for start in range(0, len(shingles), 4096):
-        hashed = shingles[start : start + 4096, None] * factors + offsets
-        signature = np.minimum(signature, hashed.min(axis=0))
-    return signature
-
-
-def deduplicate(documents: Iterable[Document]) -> tuple[list[Document], int]:
-    """(the documents without exact and near duplicates, the number dropped); the first of each group stays.
-
-    Near: MinHash over 5-word shingles finds pairs (16 bands of 4) and estimates their Jaccard similarity; 0.8 and
-    above is a duplicate. White space does not count. Holds the kept documents in memory."""
-    seeds = mix64(np.arange(1, 2 * _BANDS * _ROWS + 1, dtype=np.uint64))
-    factors, offsets = seeds[::2] | np.uint64(1), seeds[1::2]
-    hash_word, buckets = functools.cache(_hash_word), {}
-    kept: list[Document] = []
-    signatures, dropped = [], 0
-    for document in documents:
-        signature = _signature(document.text, hash_word, factors, offsets)
-        keys = [(band, row.tobytes()) for band, row in enumerate(signature.reshape(_BANDS, _ROWS))]
-        near = sorted({i for key in keys for i in buckets.get(key, ())})
-        if near and (np.stack([signatures[i] for i in near]) == signature).mean(axis=1).max() >= _SAME:
-            dropped += 1
-            continue
-        for key in keys:
-            buckets.setdefault(key, []).append(len(kept))
-        kept.append(document)
-        signatures.append(signature)
-    return kept, dropped
-
-
 def sha256(text: str) -> str:
     """The SHA-256 of the text's UTF-8 bytes, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def fingerprint(documents: Iterable[Document]) -> str:
-    """SHA-256 over the sorted SHA-256 of the texts: names the corpus whatever the order of its documents."""
-    return hashlib.sha256("".join(sorted(sha256(d.text) for d in documents)).encode()).hexdigest()
-
-
-def split_of(text: str, validation_fraction: float, test_fraction: float) -> str:
-    """'train', 'validation' or 'test', decided by the SHA-256 of the text alone.
-
-    Test comes first, so another validation_fraction moves no document into or out of the test split."""
-    u = int(sha256(text)[:16], 16) / 2**64
-    return "test" if u < test_fraction else "validation" if u < test_fraction + validation_fraction else "train"

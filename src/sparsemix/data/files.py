@@ -1,87 +1,99 @@
-"""Files of text -> rows: one a text file, one a line of JSON lines, one a row of a parquet file."""
+"""Where text lies -> the files to read, and a word for everything there that is not read."""
 
-import gzip
-import json
+import hashlib
 import os
+import stat
 import sysconfig
-import zlib
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import zstandard
 
 from sparsemix.config import ConfigError
+from sparsemix.data.tally import Tally
+from sparsemix.inputs import expanded
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".txt", ".md", ".py", *LINES, ".parquet")
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
-_CHUNK = 1 << 20
+# Of files of one unknown suffix, the first so many are looked into; the others are taken for the same.
+_LOOKED_INTO = 8
+_SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
-class Row(NamedTuple):
-    """The fields of one document and where they came from: `file`, or `file:line` inside a file of many documents."""
-
-    name: str
-    fields: dict[str, Any]
-
-
-def find_files(source: str) -> list[Path]:
-    """The files a source other than hf: stands for, sorted; empty when there are none."""
+def find_files(source: str, text_as: Sequence[str] = (), tally: Tally | None = None) -> list[Path]:
+    """The files a source other than hf: stands for, sorted; empty when there are none. `text_as` are suffixes of
+    further files to read as text. The tally gets what else is there. Linked folders are followed, each folder once.
+    Raises ConfigError for a source that cannot be looked at."""
+    look = _Look(text_as, tally if tally is not None else Tally())
     if source == "stdlib":
-        return [p for p in _walk(Path(sysconfig.get_path("stdlib")), _STDLIB_LEFT_OUT) if p.suffix == ".py"]
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _walk(path, {"__pycache__"})
-    if path.exists():
-        return [path]
+        # Its rule names what it leaves out, so that is not counted.
+        look.tally = Tally()
+        return [p for p in _below(Path(sysconfig.get_path("stdlib")), look, _STDLIB_LEFT_OUT) if p.suffix == ".py"]
+    path = expanded(source)
     try:
-        matches = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    except ValueError as error:
-        raise ConfigError(f"{source} is no glob ({one_line(error)}); mend the pattern") from None
-    return sorted(p for p in matches if p.is_file() and _supported(p))
+        if _is_there(path):
+            return _below(path, look, {"__pycache__"}) if stat.S_ISDIR(path.stat().st_mode) else [path]
+        parts = path.parts[1:] if path.anchor else path.parts
+        return _expand(Path(path.anchor), parts, look)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{shown(source)} is no glob ({one_line(error)}); mend the pattern") from None
+    except RuntimeError as error:
+        raise ConfigError(f"{shown(source)}: {one_line(error)}; write the folder out") from None
+    except OSError as error:
+        dangling = os.path.islink(source)  # noqa: PTH114 - a name may be too long to ask by Path
+        why = "is a link that leads nowhere" if dangling else f"cannot be read ({error.strerror or error})"
+        raise ConfigError(f"{shown(source)} {why}; mend it, or name another source") from None
 
 
-def check_found(source: str, found: list[Path]) -> None:
-    known = ", ".join(SUFFIXES)
+def match(folder: Path, pattern: str, tally: Tally) -> list[Path]:
+    """The files below a folder that a glob matches, sorted; the tally gets what else it matches."""
+    return _expand(folder, Path(pattern).parts, _Look((), tally))
+
+
+def check_found(source: str, found: Sequence[Path], text_as: Sequence[str] = (), tally: Tally | None = None) -> None:
+    """Raises ConfigError if a source stands for no file, or names one that is not to be read."""
+    known, name, path = ", ".join(SUFFIXES), shown(source), expanded(source)
+    there = f" ({tally.skips()})" if tally is not None and tally.skipped else ""
     if not found:
-        if source == "stdlib" or Path(source).expanduser().is_dir():
-            raise ConfigError(f"{source}: the folder holds no supported file; put one of {known} into it")
+        if source == "stdlib" or path.is_dir():
+            raise ConfigError(f"{name}: the folder holds no supported file{there}; put one of {known} into it")
         if any(c in source for c in "*?["):
-            raise ConfigError(f"{source}: the glob matches no supported file; mend it (known: {known})")
-        raise ConfigError(f"{source}: no such file or folder; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
-    if not _supported(found[0]):
-        raise ConfigError(f"{source}: unknown suffix {found[0].suffix!r}; rename or convert it to one of {known}")
+            raise ConfigError(f"{name}: the glob matches no supported file{there}; mend it (known: {known})")
+        raise ConfigError(f"{name}: no such file or folder; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
+    mode = found[0].stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = _SPECIAL.get(stat.S_IFMT(mode), "special file")
+        raise ConfigError(f"{name} is a {what}, which can be read only once; write its text to a file first")
+    look = _Look(text_as, Tally())
+    if not look.supports(found[0]):
+        why = look.unknown(found[0])[1]
+        raise ConfigError(f"{name}: unknown suffix {found[0].suffix!r} ({why}); rename or convert it to one of {known}")
 
 
-def _supported(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
+def stamp(sources: Sequence[str], text_as: Sequence[str] = ()) -> str | None:
+    """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
+    lines: list[str] = []
+    for source in (s for s in sources if not s.startswith("hf:")):
+        if not (files := find_files(source, text_as)):
+            return None
+        about = [(shown(p), p.stat()) for p in files]
+        lines += [f"{name} {it.st_size} {it.st_mtime_ns}" for name, it in about]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _walk(root: Path, left_out: set[str]) -> list[Path]:
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in left_out and not f.startswith(".")]
-        found += [p for p in (Path(folder, n) for n in names if not n.startswith(".")) if _supported(p)]
-    return sorted(found)
+def check_text_as(text_as: Sequence[str]) -> str | None:
+    """The rule that suffixes to be read as text break, if any."""
+    for suffix in text_as:
+        if not suffix.startswith(".") or "/" in suffix:
+            return "must be suffixes that begin with a dot, such as .asc, or `.` for names without one"
+        if suffix.lower() in SUFFIXES or suffix.lower() in (".gz", ".zst"):
+            return f"must not name {suffix}, which is read as what it is"
+    return None
 
 
-def read_rows(paths: Sequence[Path], columns: Sequence[str] = ("text",)) -> Iterator[Row]:
-    """The rows of files, in order; a text file has the field `text` alone. Of a parquet file those of the `columns`
-    that it has are read, all if it has none of them. Raises ConfigError for a file that cannot be read."""
-    for path in paths:
-        try:
-            if path.name.lower().endswith(".parquet"):
-                yield from _read_parquet(path, columns)
-            elif ".jsonl" in path.name.lower():
-                yield from _read_lines(path)
-            else:
-                yield Row(str(path), {"text": _decode(path.read_bytes(), path, 0)})
-        except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{path} is truncated or corrupt ({one_line(error)}); fetch it again") from None
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be read ({one_line(error)}); check the file and its permissions"
-            ) from None
+def shown(name: object) -> str:
+    """A file's name as text that can be printed and encoded, also where it is not UTF-8."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def one_line(error: BaseException) -> str:
@@ -89,75 +101,139 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
+def _is_there(path: Path) -> bool:
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise ConfigError(f"{path} is not UTF-8 at byte {at}; convert it to UTF-8 or leave it out") from None
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return True
 
 
-def _read_lines(path: Path) -> Iterator[Row]:
-    offset, tail, number = 0, b"", 0
-    for chunk in _chunks(path):
-        # A last line without a line feed comes out with the empty chunk that ends the file.
-        *lines, tail = (tail + chunk).split(b"\n") if chunk else (tail, b"")
-        for line in lines:
-            number += 1
-            if line.strip():
-                name = f"{path}:{number}"
-                yield Row(name, _parse(_decode(line, path, offset), name))
-            offset += len(line) + 1
+class _Look:
+    """Which files are wanted; the tally gets the others."""
 
+    def __init__(self, text_as: Sequence[str], tally: Tally) -> None:
+        self.suffixes = (*SUFFIXES, *(s.lower() for s in text_as if s != "."))
+        self.bare = "." in text_as
+        self.tally = tally
+        self.seen: Counter[str] = Counter()
+        self.last: dict[str, str] = {}
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The decompressed bytes of a file in chunks, then one empty chunk."""
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else Path.open
-    with opener(path, "rb") as file:
-        if path.name.lower().endswith(".zst"):
-            yield from _unzstd(file)
+    def supports(self, path: Path) -> bool:
+        return path.name.lower().endswith(self.suffixes) or (self.bare and not path.suffix)
+
+    def takes(self, path: Path) -> bool:
+        """Whether a file found in a folder or by a glob is to be read."""
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            link = path.is_symlink()
+            self.skip(path, "link" if link else "file", "leads nowhere" if link else f"{error.strerror}")
+            return False
+        if not stat.S_ISREG(mode):
+            self.skip(path, _SPECIAL.get(stat.S_IFMT(mode), "special file"), "no file of text")
+        elif not self.supports(path):
+            self.skip(path, *self.unknown(path))
+        elif not os.access(path, os.R_OK):
+            self.skip(path, path.suffix.lower() or "no suffix", "no permission to read it")
         else:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    yield b""
+            return True
+        return False
+
+    def unknown(self, path: Path) -> tuple[str, str]:
+        """(the suffix, what such files are and whether they can be read by asking)."""
+        suffix = path.suffix.lower()
+        self.seen[suffix] += 1
+        if self.seen[suffix] <= _LOOKED_INTO:
+            self.last[suffix] = _content(path).format(suffix or ".")
+        return suffix or "without suffix", self.last[suffix]
+
+    def skip(self, path: Path, kind: str, why: str) -> None:
+        self.tally.skip(kind, why, shown(path))
 
 
-def _unzstd(file: Any) -> Iterator[bytes]:
-    # Frame by frame: zstandard's own stream reader takes a truncated frame for the end of the file.
-    decoder, frame = zstandard.ZstdDecompressor(max_window_size=1 << 31), None
-    pending = file.read(_CHUNK)
-    while pending:
-        frame = frame or decoder.decompressobj()
-        if chunk := frame.decompress(pending):
-            yield chunk
-        pending = b""
-        if frame.eof:
-            pending, frame = frame.unused_data, None
-        pending = pending or file.read(_CHUNK)
-    if frame is not None:
-        raise EOFError("the last frame is not finished")
-
-
-def _parse(line: str, name: str) -> dict[str, Any]:
+def _content(path: Path) -> str:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not JSON ({one_line(error)}); mend or remove that line") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{name} is a JSON {type(row).__name__}; it must be an object with a field `text`")
-    return row
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        return f"unknown suffix and {error.strerror}".replace("{", "").replace("}", "")
+    if any(byte < 32 and byte not in b"\t\n\f\r\x1b" for byte in head):
+        return "not text"
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            # Without any of the columns the rows carry every field, so that an error can name them.
-            held = [name for name in columns if name in file.schema_arrow.names]
-            batches = file.iter_batches(columns=held or None)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield Row(f"{path}:{number}", row)
-    except pyarrow.ArrowException as error:
-        raise ConfigError(f"{path} is truncated or corrupt parquet ({one_line(error)}); fetch it again") from None
+        # What the end of the 4096 bytes cuts through is no fault.
+        head.decode("utf-8") if len(head) < 4096 else head[:-4].rstrip(bytes(range(128, 256))).decode("utf-8")
+    except UnicodeDecodeError:
+        return "looks like text but not UTF-8, convert it"
+    return "looks like text, --text-as {} reads it" if head else "empty"
+
+
+def _below(root: Path, look: _Look, left_out: set[str]) -> list[Path]:
+    """The files to read below a folder, sorted."""
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise PermissionError(0, "Permission denied")
+    return sorted(path for _, files in _folders(root, look, left_out) for path in files if look.takes(path))
+
+
+def _folders(root: Path, look: _Look, left_out: set[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """(folder, what in it is no folder) of the root and all below it. Every folder comes once, under its own name
+    before that of a link: so links that lead back end."""
+    own, linked, seen = deque([root]), deque[Path](), set[tuple[int, int]]()
+    while own or linked:
+        folder = (own or linked).popleft()
+        try:
+            about = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            look.skip(folder, "folder", error.strerror or str(error))
+            continue
+        if (about.st_dev, about.st_ino) in seen:
+            look.skip(folder, "linked folder", "is read by another name")
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        files = []
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                look.skip(path, "hidden", "name begins with a dot")
+            elif not _is_folder(entry):
+                files.append(path)
+            elif entry.name in left_out:
+                look.skip(path, entry.name, "never read")
+            else:
+                (linked if entry.is_symlink() else own).append(path)
+        yield folder, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself; `takes` says so.
+        return False
+
+
+def _expand(base: Path, parts: Sequence[str], look: _Look) -> list[Path]:
+    """The files to read that a glob matches, sorted; `**` goes through linked folders too, and not into hidden ones."""
+    found = _matches(base, parts, look)
+    files = {p for p in found if not p.is_dir()}
+    for hidden in sorted(p for p in found if p.name.startswith(".") and not parts[-1].startswith(".")):
+        look.skip(hidden, "hidden", "name begins with a dot")
+        found.discard(hidden)
+        files.discard(hidden)
+    parents = {folder for p in files for folder in p.parents}
+    for folder in sorted(found - files):
+        if folder not in parents:
+            look.skip(folder, "folder", "a glob's folders are not read")
+    return sorted(p for p in files if look.takes(p))
+
+
+def _matches(base: Path, parts: Sequence[str], look: _Look) -> set[Path]:
+    if "**" not in parts:
+        return set(base.glob(str(Path(*parts)))) if parts else set()
+    at = parts.index("**")
+    bases = {p for p in base.glob(str(Path(*parts[:at]))) if p.is_dir()} if at else {base}
+    below = {folder: files for b in sorted(bases) for folder, files in _folders(b, look, set())}
+    if not (rest := parts[at + 1 :]):
+        return {p for files in below.values() for p in files}
+    return {p for folder in below for p in _matches(folder, rest, look)}

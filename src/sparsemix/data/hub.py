@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparsemix.config import ConfigError
-from sparsemix.data.files import Row, one_line
+from sparsemix.data.files import one_line
+from sparsemix.data.rows import Row
 
 
 def read_hub(source: str) -> Iterator[Row]:

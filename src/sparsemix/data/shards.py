@@ -1,38 +1,32 @@
-"""Documents -> memory-mapped token ids on disk -> batches in an order that resumes exactly."""
+"""Memory-mapped token ids on disk -> batches in an order that resumes exactly."""
 
-import contextlib
 import functools
 import json
-import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
-from pydantic import model_validator
+from pydantic import model_serializer, model_validator
 from tokenizers import Tokenizer
 
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import corpus
-from sparsemix.data.corpus import SPLITS, Document
+from sparsemix.data.corpus import SPLITS
+from sparsemix.data.files import check_text_as
 from sparsemix.data.parts import Parts, scored_parts
-from sparsemix.data.tokenizer import (
-    end_of_text,
-    id_dtype,
-    load_tokenizer,
-    num_ids,
-    token_bytes,
-    train_tokenizer,
-    write_stream,
-)
+from sparsemix.data.tokenizer import id_dtype, load_tokenizer, token_bytes
 from sparsemix.data.windows import Batch, Stream
+from sparsemix.durable import SEAL, damage
 
-Progress = Callable[[str, int, int | None], None]
-Splits = dict[str, list[str]]
 Documents = Int64[np.ndarray, "D"]
+
+
+# Settings that earlier versions had not, and their defaults, in Python and in JSON.
+_LATER: dict[str, tuple[Any, ...]] = {"split": ("hash",), "text_as": ((), [])}
+_ARRAYS = ("starts", "bytes")
+_sound: set[tuple[Any, ...]] = set()
 
 
 class DataConfig(Config):
@@ -40,24 +34,35 @@ class DataConfig(Config):
 
     text: tuple[str, ...] = ("stdlib",)
     """Sources: files, folders, globs, `stdlib`, or hf:NAME:SPLIT (see `read_documents`)."""
+    text_as: tuple[str, ...] = ()
+    """Suffixes of further files that are read as plain text, such as .asc; `.` for names without a suffix."""
     vocab_size: int = 1024
     """Tokens of the byte-level BPE trained on the training split, at most; unused with `tokenizer`."""
     tokenizer: str | None = None
     """A pretrained tokenizer instead: a tokenizer.json, its folder, or a name on the Hugging Face Hub."""
     validation_fraction: float = 0.05
-    """Share of the documents, chosen by their hash, that makes up the validation split."""
+    """Share of the text that makes up the validation split (see `split`)."""
     test_fraction: float = 0.05
-    """Share of the documents, chosen by their hash, that makes up the test split."""
+    """Share of the text that makes up the test split."""
+    split: Literal["hash", "folder", "file", "time"] = "hash"
+    """What decides which split a document goes to: its hash, near-duplicates together (`data/split.py` has the rule);
+    or all of a file, or all below one folder of a source, stay together; or the newest files are test."""
     fingerprint: str | None = None
     """Which text this must be: `prepare` fails if it finds another. Shown in the manifest after preparation."""
 
     @model_validator(mode="after")
     def _rules(self) -> "DataConfig":
         self.rule(bool(self.text) and all(self.text), "text", "must name at least one source, none of them empty")
+        self.rule((broken := check_text_as(self.text_as)) is None, "text_as", broken or "")
         self.rule(self.vocab_size >= 257, "vocab_size", "must be at least 257: 256 bytes and the end of text")
         for name in ("validation_fraction", "test_fraction"):
             self.rule(0 < getattr(self, name) < 0.5, name, "must lie between 0 and 0.5, both excluded")
         return self
+
+    @model_serializer(mode="wrap")
+    def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # Runs are named by the hash of their settings: those that came later are named only where they are no default.
+        return {k: v for k, v in dump(self).items() if k not in _LATER or v not in _LATER[k]}
 
 
 class Shards:
@@ -67,23 +72,53 @@ class Shards:
         self.folder, self.manifest = folder, manifest
         self.vocab_size: int = manifest["vocab_size"]
         self._tokens = {s: np.memmap(folder / f"{s}.bin", id_dtype(self.vocab_size), mode="r") for s in SPLITS}
-        self._starts = {s: np.load(folder / f"{s}.starts.npy") for s in SPLITS}
-        self._bytes = {s: np.load(folder / f"{s}.bytes.npy") for s in SPLITS}
+        self._starts, self._bytes = ({s: np.load(folder / f"{s}.{name}.npy") for s in SPLITS} for name in _ARRAYS)
+        # Shards of earlier versions have no groups: there each document is its own.
+        self._groups = {
+            s: np.load(path) if (path := folder / f"{s}.groups.npy").is_file() else np.arange(len(self._bytes[s]))
+            for s in SPLITS
+        }
         self._parts: dict[tuple[str, int, int | None], Parts] = {}
         self._streams = {s: Stream(self._tokens[s], self._starts[s]) for s in SPLITS}
 
     @classmethod
     def open(cls, folder: Path | str) -> "Shards":
-        """The shards in a folder that `prepare` finished. Raises ConfigError if there are none or they are damaged."""
+        """The shards in a folder that `prepare` finished. Raises ConfigError if there are none or they are damaged.
+
+        Every file is compared with its SHA-256, once in a process unless a file changes (about a second a GB). Shards
+        of earlier versions have none; their sizes and ids are checked."""
         folder = Path(folder)
         path = folder / "manifest.json"
         if not path.is_file():
             raise ConfigError(f"{folder} holds no finished shards; prepare the data in an empty or new folder")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            shards = cls(folder, json.loads(path.read_text(encoding="utf-8")))
-            if all(len(shards._tokens[s]) == shards.manifest["tokens"][s] for s in SPLITS):
-                return shards
-        raise ConfigError(f"{folder} holds damaged shards; delete the folder and prepare it again")
+        try:
+            wrong = _altered(folder)
+            if wrong is None:
+                shards = cls(folder, json.loads(path.read_text(encoding="utf-8")))
+                wrong = shards._wrong()
+                if wrong is None:
+                    return shards
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            wrong = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{folder} holds damaged shards ({wrong}); delete the folder and prepare it again")
+
+    def _wrong(self) -> str | None:
+        """What does not fit together, in words."""
+        for s in SPLITS:
+            starts, count = self._starts[s], len(self._bytes[s])
+            if len(self._tokens[s]) != self.manifest["tokens"][s]:
+                return f"{s}.bin has {len(self._tokens[s])} of {self.manifest['tokens'][s]} tokens"
+            if {len(starts) - 1, len(self._groups[s]), self.manifest["documents"][s]} != {count} or not count:
+                return f"the arrays of {s} are not of one length"
+            if starts[0] or starts[-1] != len(self._tokens[s]) - 1 or (np.diff(starts) <= 0).any():
+                return f"{s}.starts.npy is not in order"
+            if not self._sealed and max(int(part.max()) for part in _blocks(self._tokens[s])) >= self.vocab_size:
+                return f"{s}.bin has an id beyond the vocabulary"
+        return None
+
+    @property
+    def _sealed(self) -> bool:
+        return bool(self.manifest.get("sealed"))
 
     def tokens(self, split: str) -> np.ndarray:
         """The token ids of the split, (L,), uint16 or uint32, memory-mapped."""
@@ -96,6 +131,11 @@ class Shards:
     def bytes(self, split: str) -> Documents:
         """UTF-8 bytes of each document."""
         return self._bytes[split]
+
+    def groups(self, split: str) -> Documents:
+        """For each document the number of what it came from, its group: parts of one text, near-duplicates (or what
+        `DataConfig.split` keeps together) have the same, in every split."""
+        return self._groups[split]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were written with."""
@@ -118,10 +158,6 @@ class Shards:
         samples = cursor + np.arange(batch_size)
         windows = permute(samples % n, n, seed, samples // n)
         return self._streams["train"].rows(windows, seq_len, n * seq_len)
-
-    def groups(self, split: str) -> Documents:
-        """Which documents come from one source, by its number: each from its own."""
-        return np.arange(len(self._bytes[split]))
 
     def parts(self, split: str, seq_len: int, max_tokens: int | None = None) -> Parts:
         """What of a split is scored in windows of seq_len tokens: all of it, or parts of about max_tokens tokens
@@ -160,127 +196,19 @@ def permute(i: Int64[np.ndarray, "B"], n: int, seed: int, epoch: Int64[np.ndarra
     return x.astype(np.int64)
 
 
-def prepare(config: DataConfig, folder: Path, progress: Progress | None = None) -> Shards:
-    """The shards of `config` in `folder`, written there unless they already are.
-
-    The folder appears whole or not at all. Finished shards of the same settings are reused without reading the text if
-    `config.fingerprint` names them, or if no source file has changed since (size, time); they need no sources.
-    progress gets (stage, done, total). The corpus is held in memory. Raises ConfigError for unreadable text, a folder
-    that holds something else, and a text that is not the one that `config.fingerprint` or the shards name."""
-    report = progress or (lambda stage, done, total: None)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return _reuse(config, folder, report)
-    stamp = _stamp(config.text)
-    documents, dropped, cut = _collect(config, report)
-    mark = corpus.fingerprint(documents)
-    if config.fingerprint not in (None, mark):
-        raise ConfigError(f"fingerprint={config.fingerprint}: the text is now {mark}; restore it, or drop the setting")
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        facts = {"fingerprint": mark, "stamp": stamp, "duplicates_dropped": dropped, "cut_into_pieces": cut}
-        _write(config, temporary, _split(documents, config), facts, report)
-        temporary.rename(folder)
-    except OSError as error:
-        # Another process may have prepared the same folder meanwhile.
-        if (folder / "manifest.json").is_file():
-            return _reuse(config, folder, report)
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Shards.open(folder)
+def _altered(folder: Path) -> str | None:
+    """What is not as it was written, by the checksums; shards of earlier versions have none."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if not manifest.get("sealed") and not (folder / SEAL).is_file():
+        return None
+    stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    now = (str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats))
+    if now not in _sound:
+        if (wrong := damage(folder)) is not None:
+            return wrong
+        _sound.add(now)
+    return None
 
 
-def _reuse(config: DataConfig, folder: Path, report: Progress) -> Shards:
-    shards = Shards.open(folder)
-    there, asked = shards.manifest["settings"], config.model_dump(mode="json", exclude={"fingerprint"})
-    if differ := [f"{k}={there.get(k)} there, {asked[k]} asked" for k in asked if there.get(k) != asked[k]]:
-        raise ConfigError(f"{folder} holds shards of other settings: {'; '.join(differ)}; choose another folder")
-    held = wanted = shards.manifest["fingerprint"]
-    if config.fingerprint is not None:
-        wanted = config.fingerprint
-    elif _stamp(config.text) not in (None, shards.manifest["stamp"]):
-        wanted = corpus.fingerprint(_collect(config, report)[0])
-    if wanted != held:
-        raise ConfigError(f"{folder} holds shards of the text {held}, not {wanted}; delete it or choose another folder")
-    return shards
-
-
-def _stamp(sources: Sequence[str]) -> str | None:
-    """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
-    lines: list[str] = []
-    for source in (s for s in sources if not s.startswith("hf:")):
-        if not (files := corpus.find_files(source)):
-            return None
-        lines += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    return corpus.sha256("\n".join(lines))
-
-
-def _collect(config: DataConfig, report: Progress) -> tuple[list[Document], int, bool]:
-    """(documents, duplicates dropped, whether fewer than three were cut into pieces)."""
-    documents, dropped = corpus.deduplicate(corpus.read_documents(config.text, lambda n: report("reading", n, None)))
-    if cut := len(documents) < len(SPLITS):
-        size = sum(len(d.text) for d in documents) / 200
-        documents, more = corpus.deduplicate(piece for d in documents for piece in _pieces(d, size))
-        dropped += more
-    if len(documents) < len(SPLITS):
-        rule = f"holds {len(documents)} different paragraphs or lines, but each of the three splits needs one"
-        raise ConfigError(f"text={', '.join(config.text)} {rule}; add text")
-    return documents, dropped, cut
-
-
-def _pieces(document: Document, size: float) -> Iterator[Document]:
-    """Whole paragraphs (whole lines if there are fewer than three paragraphs), joined to at least `size` characters."""
-    units = re.split(r"(?<=\n\n)(?!\n)", document.text)
-    units = units if len(units) >= len(SPLITS) else document.text.splitlines(keepends=True)
-    piece = ""
-    for unit in units:
-        piece += unit
-        if piece.strip() and len(piece) >= size:
-            yield Document(document.name, piece)
-            piece = ""
-    if piece.strip():
-        yield Document(document.name, piece)
-
-
-def _split(documents: list[Document], config: DataConfig) -> Splits:
-    """The texts of each split in the order of their hash. A split left empty gets the largest one's first text."""
-    splits: Splits = {split: [] for split in SPLITS}
-    for text in sorted((d.text for d in documents), key=corpus.sha256):
-        splits[corpus.split_of(text, config.validation_fraction, config.test_fraction)].append(text)
-    for split in SPLITS:
-        if not splits[split]:
-            splits[split].append(max(splits.values(), key=len).pop(0))
-    return splits
-
-
-def _write(config: DataConfig, folder: Path, splits: Splits, facts: dict[str, Any], report: Progress) -> None:
-    name = config.tokenizer
-    report("reading the tokenizer" if name else "training the tokenizer", 0, None)
-    tokenizer = load_tokenizer(name) if name else train_tokenizer(splits["train"], config.vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    vocab_size = num_ids(tokenizer)
-    num_documents = {split: len(texts) for split, texts in splits.items()}
-    sizes = {split: np.array([len(text.encode()) for text in texts], np.int64) for split, texts in splits.items()}
-    num_bytes = {split: int(n.sum()) for split, n in sizes.items()}
-    num_tokens: dict[str, int] = {}
-    for split, texts in splits.items():
-        report("tokenizing", sum(num_documents[s] for s in num_tokens), sum(num_documents.values()))
-        starts = write_stream(tokenizer, texts, folder / f"{split}.bin")
-        num_tokens[split] = int(starts[-1]) + 1
-        np.save(folder / f"{split}.starts.npy", starts)
-        np.save(folder / f"{split}.bytes.npy", sizes[split])
-    manifest = {
-        "sources": list(config.text),
-        **facts,
-        "documents": num_documents,
-        "bytes_total": sum(num_bytes.values()),
-        "bytes": num_bytes,
-        "tokens": num_tokens,
-        "bytes_per_token": sum(num_bytes.values()) / sum(num_tokens.values()),
-        "vocab_size": vocab_size,
-        "tokenizer": name or f"byte-level BPE of {vocab_size} tokens, trained on the training split",
-        "end_of_text": end_of_text(tokenizer),
-        "settings": config.model_dump(mode="json", exclude={"fingerprint"}),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+def _blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    return (tokens[start : start + (1 << 22)] for start in range(0, len(tokens), 1 << 22))

@@ -1,7 +1,7 @@
 """Text -> token ids, in memory and on disk: a byte-level BPE trained on the corpus, or a pretrained tokenizer."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,17 +9,22 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sparsemix.config import ConfigError
+from sparsemix.inputs import expanded
 
 EOT = "<|endoftext|>"
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<eot>", "<|eot_id|>", "<|im_end|>")
 
+# What has no end for so long is cut before it is counted: merging a word takes the square of its length.
+_LONGEST_WORD = 256
+_TOO_LONG = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)|\s{{{_LONGEST_WORD}}}(?=\s)")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with at most vocab_size tokens, `<|endoftext|>` being id 0. The same texts give the same one.
 
-    It loses nothing: decode(encode(text)) == text. Little text supports fewer merges and so fewer tokens."""
+    It loses nothing: decode(encode(text)) == text. Little text supports fewer merges and so fewer tokens. Words of more
+    than 256 characters are counted in pieces, so that the time is linear in the text whatever it is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,15 +35,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     return _plain(tokenizer)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text, cut inside of words and of white space that are too long to be counted whole."""
+    start = 0
+    for found in _TOO_LONG.finditer(text):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json (its path, or that of its folder), or by that name on the Hugging Face Hub.
 
     Raises ConfigError if it cannot be read or has no end-of-text token."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     local = path.is_file() or path.suffix == ".json"
     # tokenizers reports every failure as a bare Exception.
@@ -101,19 +115,6 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int64[np.nd
 def id_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     """The smallest type that holds the ids: uint16 or uint32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def write_stream(tokenizer: Tokenizer, texts: Sequence[str], path: Path) -> Int64[np.ndarray, "starts"]:
-    """Writes `EOT d1 EOT d2 ... EOT` as raw ids; returns each document's first index, then that of the final EOT."""
-    eot = np.array([end_of_text(tokenizer)], id_dtype(num_ids(tokenizer)))
-    starts = [0]
-    with path.open("wb") as file:
-        for first in range(0, len(texts), 64):
-            for ids in encode_batch(tokenizer, texts[first : first + 64]):
-                np.concatenate([eot, ids.astype(eot.dtype)]).tofile(file)
-                starts.append(starts[-1] + 1 + len(ids))
-        eot.tofile(file)
-    return np.array(starts, np.int64)
 
 
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, load_yaml, nearest, parse
 from sparsemix.data import hub
-from sparsemix.data.corpus import text_field
-from sparsemix.data.files import SUFFIXES, Row, read_rows
+from sparsemix.data.documents import text_field
+from sparsemix.data.files import match
+from sparsemix.data.rows import Row, read_rows
+from sparsemix.data.tally import Tally
 
 FOLDER = Path(__file__).parent / "suites"
 
@@ -129,31 +131,34 @@ def _parsed(cls: type[C], path: Path, raw: dict[str, Any]) -> C:
 
 
 class Found(NamedTuple):
-    """The rows of a corpus, and where they come from: `files` with their SHA-256, or `hub`."""
+    """The rows of a corpus, where they come from (`files` with their SHA-256, or `hub`), and what is read of them."""
 
     rows: Iterable[Row]
     origin: dict[str, Any]
+    tally: Tally
 
 
 def find(corpus: CorpusConfig, data_dir: Path | None) -> Found:
     """Local files below data_dir if it has any of the corpus, else the hub. Raises ConfigError if there is neither."""
-    columns = [name.partition(".")[0] for name in (*corpus.text, *corpus.source, "context")]
-    paths = [] if data_dir is None else _local(corpus, data_dir)
+    columns, tally = (*corpus.text, *corpus.source, "context"), Tally()
+    paths = [] if data_dir is None else _local(corpus, data_dir, tally)
     if data_dir is not None and paths:
         marks = {path.relative_to(data_dir).as_posix(): _sha256(path) for path in paths}
-        return Found(read_rows(paths, columns), {"files": marks})
+        return Found(read_rows(paths, columns, tally=tally), {"files": marks}, tally)
     if data_dir is None:
         missing = "no data folder was named (--data-dir or SPARSEMIX_DATA)"
     else:
         missing = f"no file {' or '.join(corpus.files)} below {data_dir}"
     if corpus.hub is None:
         raise ConfigError(f"{missing}, and the corpus has no hub")
-    return Found(_streamed(corpus.hub, missing), {"hub": str(corpus.hub)})
+    tally.data_sets = 1
+    return Found(_streamed(corpus.hub, missing), {"hub": str(corpus.hub)}, tally)
 
 
-def _local(corpus: CorpusConfig, data_dir: Path) -> list[Path]:
-    found = {path for pattern in corpus.files for path in data_dir.glob(pattern)}
-    return sorted(p for p in found if p.is_file() and p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
+def _local(corpus: CorpusConfig, data_dir: Path, tally: Tally) -> list[Path]:
+    found = {path for pattern in corpus.files for path in match(data_dir, pattern, tally)}
+    tally.found = len(found)
+    return sorted(found)
 
 
 def _sha256(path: Path) -> str:
@@ -179,12 +184,20 @@ class Passage(NamedTuple):
     word_at: int | None
 
 
-def passages(name: str, corpus: CorpusConfig, rows: Iterable[Row]) -> Iterator[Passage]:
-    """The documents of a corpus that are more than white space. Raises ConfigError for a row that has no text."""
+def passages(name: str, corpus: CorpusConfig, rows: Iterable[Row], tally: Tally | None = None) -> Iterator[Passage]:
+    """The documents of a corpus that are more than white space or null, counted in the tally. Raises ConfigError for a
+    row that has no text."""
+    tally = tally if tally is not None else Tally()
     for row in rows:
+        if all(path in row.fields and row.fields[path] is None for path in corpus.text):
+            tally.skip("row", "its text is null", row.name)
+            continue
         text = _text(corpus, row)
         if not text.strip():
+            tally.skip("document", "only white space", row.name)
             continue
+        tally.documents += 1
+        tally.bytes += len(text.encode())
         source = next((v for path in corpus.source if isinstance(v := _at(row.fields, path), str)), name)
         yield Passage(source, text, _word_at(row, text) if corpus.last_word else None)
 

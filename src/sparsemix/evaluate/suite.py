@@ -129,7 +129,7 @@ def measure(
     began = time.perf_counter()
     documents = collect(
         tokenizer,
-        passages(name, corpus, found.rows),
+        passages(name, corpus, found.rows, found.tally),
         limit,
         options.max_tokens,
         not corpus.source,
@@ -157,6 +157,7 @@ def measure(
         "routed_share": float(sum(n[0] for n in routed.values()) / sum(n[1] for n in routed.values()))
         if routed
         else None,
+        "read": found.tally.as_dict(),
         "documents_sha256": hashlib.sha256("".join(sorted(documents.marks)).encode()).hexdigest(),
         "seconds": time.perf_counter() - began,
     }
@@ -246,6 +247,7 @@ def run_suite(
                 say(f"{name}: kept from {out}")
                 continue
             measured = {"asked": asked, **measure(model, tokenizer, name, corpus, found, options, progress)}
+            say(f"{name}: {found.tally.line()}")
         except ConfigError as error:
             measured = {"not_available": str(error)}
         asked_for[name] = measured

@@ -15,7 +15,7 @@ from sparsemix.evaluate.estimate import effective, ratio, units
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
 from sparsemix.model import LM, ModelConfig
-from sparsemix.run import CONVENTION
+from sparsemix.run import CONVENTION, by_document
 from sparsemix.settings import RunConfig
 
 Rows = Sequence[tuple[str, object]]
@@ -159,8 +159,8 @@ def bits_per_byte(path: Path) -> Test | None:
     says nothing of its error: it is infinite."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as held:
-        losses = units(held["nats"][None], held["bytes"], held.get("groups"))
+    held = by_document(path)
+    losses = units(held["nats"][None], held["bytes"], held.get("groups"))
     bits, num_bytes = losses.nats[0] / np.log(2), losses.bytes.astype(float)
     found = ratio(bits, num_bytes)
     error = float("inf") if found.error is None else found.error

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsemix import saved
 from sparsemix.config import ConfigError
-from sparsemix.data import read_documents
+from sparsemix.data import Tally, read_documents
 from sparsemix.data.tokenizer import encode_stream
 from sparsemix.data.windows import Stream
 from sparsemix.inputs import expanded
@@ -31,6 +31,7 @@ def convert_folder(
     text: Sequence[str] = ("stdlib",),
     tokens: int = 4096,
     progress: Progress = lambda *_: None,
+    text_as: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Convert model `name` (see `read_source`) into the new folder `to`; what comes back is its receipt.json.
 
@@ -42,7 +43,8 @@ def convert_folder(
         raise ConfigError(f"tokens={tokens} must be at least 1")
     progress("reading", 0, None)
     source = read_source(name)
-    stream = _stream(source, text, tokens)
+    tally = Tally()
+    stream = _stream(source, text, tokens, text_as, tally)
     progress("converting", 0, None)
     converted = convert(source.model, settings)
     device = pick_device()
@@ -55,17 +57,18 @@ def convert_folder(
     progress("comparing", 0, None)
     measured = distance(source.model, converted.model, stream.eval_batches(rows, seq_len))
     said = receipt(name, source.model, converted, measured, list(text) if source.tokenizer else [])
+    said["read"] = tally.line() if source.tokenizer else None
     progress("writing", 0, None)
     _write(to, source, converted, said | {"settings": settings.model_dump(mode="json")})
     return said
 
 
-def _stream(source: Source, text: Sequence[str], tokens: int) -> Stream:
+def _stream(source: Source, text: Sequence[str], tokens: int, text_as: Sequence[str], tally: Tally) -> Stream:
     """The tokens to compare on, random ones where there is no tokenizer to read text with."""
     if source.tokenizer is None:
         ids = np.random.default_rng(0).integers(source.model.config.vocab_size, size=tokens + 1)
         return Stream(ids, np.array([0, tokens]))
-    documents = (document.text for document in read_documents(text))
+    documents = (document.text for document in read_documents(text, text_as=text_as, tally=tally))
     return Stream(*encode_stream(source.tokenizer, documents, tokens)).first(tokens)
 
 
@@ -75,6 +78,7 @@ def _write(to: Path, source: Source, converted: Converted, said: dict[str, Any])
         for name in BESIDE_TOKENIZER if source.tokenizer else ():
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, aside / name)
+        saved.seal_model(aside)
         (aside / "receipt.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
         (aside / "README.md").write_text(_page(said), encoding="utf-8")
 

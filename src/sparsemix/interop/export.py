@@ -32,6 +32,7 @@ def export(source: Path, to: Path, layout: str = OWN) -> None:
             write_decoder(model, folder, layout, found.tokenizer)
             if found.tokenizer is not None:
                 wrap_tokenizer(found.tokenizer, model.config.seq_len).save_pretrained(folder)
+        saved.seal_model(folder)
         card = model_card(model, layout, to.name, source, found.config, found.result)
         card.save(folder / "README.md")
 

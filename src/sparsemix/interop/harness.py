@@ -43,6 +43,24 @@ class HarnessLM(HFLM):
     def max_gen_toks(self) -> int:
         return min(256, max(1, self.max_length // 2))
 
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_room(max((len(answer) for _, _, answer in requests), default=0), self.max_length)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        asked = (request.args[1].get("max_gen_toks", 0) for request in requests)
+        # One token of the question must be left.
+        self._check_room(max(asked, default=0), self.max_length - 1)
+        return super().generate_until(requests, *args, **kwargs)
+
+    def _check_room(self, longest: int, room: int) -> None:
+        """Raises ConfigError for answers that the harness itself refuses without a word."""
+        if longest > room:
+            raise ConfigError(
+                f"seq_len={self.max_length} has room for an answer of {room} tokens, and a task has one of {longest}; "
+                "leave that task out, or train with a longer seq_len"
+            )
+
 
 def run_tasks(
     model: LM,
@@ -70,9 +88,11 @@ def run_tasks(
                 task_manager=manager,
                 log_samples=False,
             )
+    except ConfigError as error:
+        raise ConfigError(f"tasks={','.join(tasks)}: {error}") from None
     # A task that cannot be had: its data set is not there, not reachable, or not what the task says.
     except (OSError, ValueError, KeyError, AssertionError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(f"tasks={','.join(tasks)} cannot be run ({said}); check their data, or the network") from None
     return {name: _of_task(name, found) for name in found["results"]}
 

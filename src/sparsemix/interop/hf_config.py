@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from sparsemix import __version__
 from sparsemix.config import ConfigError, parse
 from sparsemix.model import ModelConfig
-from sparsemix.saved import FORMAT
+from sparsemix.saved import FORMAT, FORMATS
 
 
 class SparsemixConfig(PreTrainedConfig):
@@ -32,16 +32,23 @@ class SparsemixConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.format != FORMAT:
+        if self.format not in FORMATS:
             wrote = self.sparsemix_version or "another version"
             raise ConfigError(
-                f"format={self.format} must be {FORMAT}, which this version ({__version__}) reads; "
+                f"format={self.format} must be at most {FORMAT}, which this version ({__version__}) reads; "
                 f"it was written by {wrote}: install that one"
             )
         if self.settings is not None:
             self.settings = parse(ModelConfig, self.settings).model_dump(mode="json")
-        self.sparsemix_version = __version__
+        self.format, self.sparsemix_version = FORMAT, __version__
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ConfigError for a name that follows from the settings; transformers would print all of them."""
+        own = vars(SparsemixConfig).get(name)
+        if isinstance(own, property) and own.fset is None:
+            raise ConfigError(f"{name}={value} cannot be set: it follows from `settings`; change it there")
+        super().__setattr__(name, value)
 
     @property
     def model_settings(self) -> ModelConfig:
@@ -74,6 +81,11 @@ class SparsemixConfig(PreTrainedConfig):
     @property
     def tie_word_embeddings(self) -> bool:
         return (self.settings or {}).get("tie_embeddings", True)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        changed = {**(self.settings or {}), "tie_embeddings": value}
+        self.settings = changed if self.settings is None else parse(ModelConfig, changed).model_dump(mode="json")
 
     @property
     def num_attention_heads(self) -> int:

@@ -1,17 +1,16 @@
 """From what Hugging Face's callers pass to what the library's layers take, and to the loss."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.layers import Ctx
-from sparsemix.layers.router import Router
-from sparsemix.ops.cross_entropy import NO_TARGET, cross_entropy
+from sparsemix.model import LM
+from sparsemix.ops.cross_entropy import NO_TARGET
 
 
 def known_cache(cache: Any) -> SparsemixCache | None:
@@ -40,14 +39,16 @@ def context(
         mask = mask.bool()
     held = None if past is None else past.extend(mask, tokens.shape)
     valid = None if mask is None else mask[:, -T:]
+    # An exported program does not know whether there is any padding, nor any second document.
+    exporting = torch.compiler.is_exporting()
     # Without padding no layer needs a mask.
-    valid = None if valid is None or bool(valid.all()) else valid
+    valid = None if valid is None or (not exporting and bool(valid.all())) else valid
     doc_ids = None
     if positions is not None:
         positions = positions.expand(B, T)
-        jumps = positions.diff(dim=1) != 1
-        if mask is None and past is None and bool(jumps.any()):
-            doc_ids = F.pad(jumps.cumsum(dim=1), (1, 0))
+        jumps = (positions - positions.roll(1, dims=1) != 1) & (torch.arange(T, device=positions.device) > 0)
+        if mask is None and past is None and (exporting or bool(jumps.any())):
+            doc_ids = jumps.cumsum(dim=1)
     elif past is None and valid is not None:
         positions = (valid.cumsum(dim=1) - 1).clamp_min(0)
     return Ctx(positions, doc_ids, valid, causal=causal, cache=held)
@@ -61,8 +62,8 @@ def shifted(labels: Int[Tensor, "B T"], mask: Tensor | None) -> Int[Tensor, "B T
 
 
 def loss_of(
+    model: LM,
     x: Float[Tensor, "B T D"],
-    head: Float[Tensor, "V D"],
     targets: Int[Tensor, "B T"],
     valid: Tensor | None,
     auxiliary: Float[Tensor, ""] | None,
@@ -72,24 +73,6 @@ def loss_of(
     targets that are here."""
     if valid is not None:
         targets = targets.masked_fill(~valid, NO_TARGET)
-    mean, _ = cross_entropy(x.flatten(0, 1), head, targets.flatten())
+    mean, _ = model.nats(x, targets)
     total = mean if auxiliary is None else mean + auxiliary
     return total if num_items is None else total * ((targets != NO_TARGET).sum().to(total.dtype) / num_items)
-
-
-@contextmanager
-def router_outputs(model: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Logits (n, E) of every router inside `model` as it runs; none without a model."""
-    seen: list[Tensor] = []
-    routers = [] if model is None else [module for module in model.modules() if isinstance(module, Router)]
-
-    # torch's own hooks, for as long as one call lasts: a layer keeps nothing and returns what it says.
-    def see(_router: nn.Module, _args: Any, scores: Tensor) -> None:
-        seen.append(scores.flatten(0, -2))
-
-    handles = [router.register_forward_hook(see) for router in routers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,19 +6,23 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 
+from sparsemix.durable import SEAL
 from sparsemix.interop.hf_cache import SparsemixCache
 from sparsemix.interop.hf_config import SparsemixConfig
-from sparsemix.interop.hf_inputs import context, known_cache, loss_of, router_outputs, shifted
+from sparsemix.interop.hf_inputs import context, known_cache, loss_of, shifted
 from sparsemix.interop.hf_remote import AUTO_MAP, FILES
 from sparsemix.interop.hf_steps import RunningState, settle
 from sparsemix.layers import Aux, Ctx
+from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import LM, BlockRunner, after
+from sparsemix.ops.transforms import transformed
 from sparsemix.step import recomputed
 
 # How this version of transformers names the cache in outputs and in `generate`: past_key_values before 5.24.
@@ -36,8 +40,6 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     # The stream is added up across blocks, and the head may be the embedding: one device holds all.
     _no_split_modules = ["LM"]  # noqa: RUF012  (transformers reads and types it so)
-    # Running averages move by less than bf16 can tell apart.
-    _keep_in_fp32_modules_strict = ["mean", "square", "threshold.threshold"]  # noqa: RUF012
 
     def __init__(self, config: SparsemixConfig, model: LM | None = None) -> None:
         super().__init__(config)
@@ -96,13 +98,21 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the two files that trust_remote_code=True runs."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Checksums of what stood there before are of no use to what is written now.
+        (Path(save_directory) / SEAL).unlink(missing_ok=True)
+        # Today's names, whichever the weights were read under.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         for name, text in FILES.items():
             (Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
+        if (exit_at := generation_config.assistant_early_exit) is not None:
+            raise ValueError(
+                f"assistant_early_exit={exit_at} needs a head after every block, which these models do not learn; "
+                "leave it out, or give an assistant_model"
+            )
         asked = generation_config.cache_implementation
         # The last is what assisted decoding asks for before transformers 5.24: a cache that forgets nothing by itself.
         if asked not in (None, "dynamic", "dynamic_full"):
@@ -166,6 +176,9 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
         if getattr(self, "_is_replica", False):
             raise ValueError("nn.DataParallel loses running state: launch with torchrun, or show it one GPU")
         past = known_cache(past_key_values if cache is None else cache)
+        exporting = torch.compiler.is_exporting()
+        if exporting and use_cache:
+            raise ValueError("use_cache=True: an exported program keeps no cache; leave it out")
         # Not in the signature, from which a Trainer reads which labels it must be given.
         targets = kwargs.get("shift_labels")
         if targets is None and labels is not None:
@@ -174,34 +187,33 @@ class SparsemixForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels cannot be combined with a cache: leave one of them out")
         # Positions without a mask may be those of several documents in a row, which nothing can continue.
         continues = not self.training and targets is None and (position_ids is None or attention_mask is not None)
-        if past is None and continues and chosen(use_cache, self.config.use_cache):
+        if past is None and continues and not exporting and chosen(use_cache, self.config.use_cache):
             past = SparsemixCache()
         ctx = context(input_ids, attention_mask, position_ids, past, causal=not self.training or targets is None)
         ctx = self.model.placed(input_ids, ctx)
         states = [] if chosen(output_hidden_states, self.config.output_hidden_states) else None
         routers = chosen(output_router_logits, self.config.output_router_logits)
-        observes = self.training and torch.is_grad_enabled()
+        # What torch.func differentiates has no state, and its tensors end with its call.
+        observes = self.training and torch.is_grad_enabled() and not transformed()
         if observes:
             self.running.begin(self.model)
-        with router_outputs(self.model if routers else None) as scores:
-            x, aux = self.model.hidden(input_ids, ctx, self._runner(states))
+        x, aux = self.model.hidden(input_ids, ctx._replace(logits=routers), self._runner(states))
         if observes:
             self.running.take(self.model, aux.stats)
-        head = self.model.head
         loss, auxiliary = None, sum(aux.losses.values()) if aux.losses else None
         if targets is not None:
             added = auxiliary if self.training else None
-            loss = loss_of(x, head, targets, ctx.valid, added, num_items_in_batch)  # type: ignore[arg-type]
+            loss = loss_of(self.model, x, targets, ctx.valid, added, num_items_in_batch)  # type: ignore[arg-type]
         logits = None
         if targets is None or not chosen(skip_logits, self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = F.linear(x[:, keep], head)
+            logits = self.model.logits(x[:, keep])
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,  # type: ignore[arg-type]
             logits=logits,
             hidden_states=None if states is None else (*states, x),
-            router_logits=tuple(scores) if routers else None,  # type: ignore[arg-type]
+            router_logits=tuple(aux.logits.values()) if routers else None,  # type: ignore[arg-type]
             **{CACHE: past},  # type: ignore[arg-type]
         )
 
@@ -210,4 +222,9 @@ def chosen(argument: bool | None, default: bool | None) -> bool:
     return bool(default if argument is None else argument)
 
 
+register_checkpoint_conversion_mapping(
+    SparsemixConfig.model_type,
+    [WeightRenaming(rf"\.{old}$", f".{new}") for old, new in RENAMED.items()],
+    overwrite=True,
+)
 AutoModelForCausalLM.register(SparsemixConfig, SparsemixForCausalLM, exist_ok=True)

@@ -4,6 +4,7 @@ from sparsemix import __version__
 
 AUTO_MAP = {
     "AutoConfig": "configuration_sparsemix.SparsemixConfig",
+    "AutoModel": "modeling_sparsemix.SparsemixModel",
     "AutoModelForCausalLM": "modeling_sparsemix.SparsemixForCausalLM",
 }
 
@@ -26,9 +27,14 @@ MODELING = '''"""A sparsemix model. The code is in the package; this file finds 
 from .configuration_sparsemix import SparsemixConfig
 
 from sparsemix.interop.hf import SparsemixForCausalLM as Packaged
+from sparsemix.interop.hf import SparsemixModel as Headless
 
 
 class SparsemixForCausalLM(Packaged):
+    config_class = SparsemixConfig
+
+
+class SparsemixModel(Headless):
     config_class = SparsemixConfig
 '''
 

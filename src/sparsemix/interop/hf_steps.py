@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemix.layers import Layer, rank_means
+from sparsemix.layers.query_norm import QueryBatchNorm
 from sparsemix.layers.token_selection import Annealing
 
 
@@ -57,12 +58,16 @@ class RunningState:
 
 def observed(model: nn.Module) -> dict[Layer, dict[str, str]]:
     """Every layer, and under which key of the statistics each of its observations comes."""
-    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, Layer)}
-    return {layer: {entry: f"{name}.{entry}" for entry in layer.observes} for layer, name in layers.items()}
+    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
+    # Not the module's name, to which an adapter around a layer adds its own.
+    return {layer: {entry: f"{layer.path}.{entry}" for entry in layer.observes} for layer in layers}
 
 
 def settle(model: nn.Module) -> None:
-    """Let every layer that keeps a buffer's value as a plain number read it anew: it was written from outside."""
+    """Let every layer whose state is more than its buffers, or was written with others, read them anew: they were
+    written from outside."""
     for module in model.modules():
         if isinstance(module, Annealing):
             module.set_slack()
+        elif isinstance(module, QueryBatchNorm):
+            module.settle()

@@ -1,6 +1,5 @@
 """What every block of a decoder becomes: settings alone, no weights."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -10,6 +9,7 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, nearest, parse
 from sparsemix.interop.copies import differs, refuses
 from sparsemix.layers import BesideConfig, BlockConfig, DenseConfig, LayerConfig, MoDConfig
+from sparsemix.layers.sizing import nearest_sizes, predictor_width
 from sparsemix.model import ModelConfig
 from sparsemix.patterns import places
 
@@ -151,35 +151,33 @@ def _beside(old: LayerConfig, new: LayerConfig) -> tuple[LayerConfig, LayerConfi
 
 
 def _filled(ffn: dict[str, Any], old: LayerConfig, d_model: int) -> dict[str, Any]:
-    """The settings with those that were left out."""
+    """The settings with those that were left out: what may hold copies follows the feed-forward, what cannot is sized
+    to its FLOPs."""
     if not isinstance(old, DenseConfig):
         return ffn
-    given = old.model_dump(mode="json")
+    given, kind = old.model_dump(mode="json"), ffn["kind"]
+    if kind in ("mh_moe", "peer", "pkm"):
+        sizes = nearest_sizes(kind, old, d_model)
+        if kind == "mh_moe":
+            sizes["precision"] = sizes["inner"]["precision"] = given["precision"]
+        return {**sizes, **ffn}
     same = {"d_ff": old.d_ff, "activation": old.activation, "precision": given["precision"]}
     experts = {"num_experts": 8, "normalize_gates": True}
-    # As many rows as eight copies of the feed-forward have neurons.
-    rows = max(4, math.isqrt(8 * old.d_ff)) ** 2
-    look_up = {"num_heads": 8, "top_k": min(16, rows), "d_key": max(2, d_model // 8 * 2)}
-    inner = {"kind": "moe", "num_experts": 8, "top_k": 2, **same, "d_ff": max(1, old.d_ff // 2)}
     noops = {} if ffn.get("routing") == "expert_choice" else {"normalize_gates": True}
-    # With two heads and half the width an inner layer costs what the feed-forward does.
     defaults: dict[str, dict[str, Any]] = {
         "dense": {name: given[name] for name in given if name != "kind"},
         "moe": {"top_k": 2, **experts, **same},
         "mode": {"num_experts": 8, "num_noop": 2, "top_k": 1, **noops, **same},
         "expert_choice": {"num_experts": 8, "capacity_factor": 2.0, **same},
-        "mh_moe": {"num_heads": 2, "inner": inner, "precision": given["precision"]},
-        "peer": {"num_experts": rows, **look_up},
-        "pkm": {"num_values": rows, **look_up},
     }
-    return {**defaults[ffn["kind"]], **ffn}
+    return {**defaults[kind], **ffn}
 
 
 def _wrapped(block: LayerConfig, at: int, wrap: dict[str, Any], d_model: int) -> LayerConfig:
     """Mixture-of-Depths that starts as the block alone: every token passes, with a gate of 1."""
     if isinstance(block, MoDConfig):
         raise ConfigError(f"mod: block {at} is wrapped already; choose another `every`")
-    defaults = {"gate": "two_sigmoid", "anneal_steps": 1000, "predictor_width": max(8, d_model // 4)}
+    defaults = {"gate": "two_sigmoid", "anneal_steps": 1000, "predictor_width": predictor_width(d_model)}
     try:
         config = parse(LayerConfig, {**defaults, **wrap, "kind": "mod", "inner": block})
     except ConfigError as error:

@@ -134,6 +134,8 @@ def lines(said: dict[str, Any]) -> list[str]:
         f"{said['max_abs_logit_difference']:.3g}, mean {said['mean_abs_logit_difference']:.3g}, KL "
         f"{said['kl_nats']:.3g} nats; the largest logit is {said['largest_abs_logit']:.3g}",
     ]
+    if said.get("read"):
+        shown.append(said["read"])
     if said["perplexity_before"] is not None:
         shown.append(f"perplexity: {said['perplexity_before']:.5g} before, {said['perplexity_after']:.5g} after")
     for name, unit in (("params", "parameters"), ("active_params", "parameters a token uses")):

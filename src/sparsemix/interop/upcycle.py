@@ -82,7 +82,7 @@ def _noisy(weight: Tensor, noise: float) -> Tensor:
     return weight + noise * weight.std() * torch.randn_like(weight) if noise else weight
 
 
-LAST = ("experts.down", "down.weight", "down.bias", "merge.weight", "merge.bias", "w_out", "values")
+LAST = ("experts.down", "down.weight", "down.bias", "merge.weight", "merge.bias", "w_out", "value_vectors")
 
 
 def silence(layer: nn.Module, shared: bool = True) -> Made:

@@ -1,7 +1,7 @@
 """Mechanisms: one file each. The imports below are the registry: importing a file adds its kind."""
 
 from sparsemix.layers.attention import AttentionConfig
-from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, rank_means, update
+from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.beside import BesideConfig
 from sparsemix.layers.block import BlockConfig
 from sparsemix.layers.cache import Cache
@@ -13,6 +13,7 @@ from sparsemix.layers.mode import MoDEConfig
 from sparsemix.layers.moe import MoEConfig
 from sparsemix.layers.peer import PEERConfig
 from sparsemix.layers.pkm import PKMConfig
+from sparsemix.layers.running import rank_means, update
 
 __all__ = [
     "AttentionConfig",

@@ -119,9 +119,9 @@ class Attention(Layer):
         ctx = ctx or self.default_ctx()
         B, T, _ = x.shape
         positions = ctx.places(T, x.device)
-        q = normed(self.q(x), self.q_norm).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, d_head)
-        k = normed(self.k(x), self.k_norm).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        v = self.v(x).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q = normed(self.q(x), self.q_norm).view(B, T, self.num_heads, self.d_head).transpose(1, 2)  # (B, H, T, d_head)
+        k = normed(self.k(x), self.k_norm).view(B, T, self.num_kv_heads, self.d_head).transpose(1, 2)
+        v = self.v(x).view(B, T, self.num_kv_heads, self.d_head).transpose(1, 2)
         if self.rope_theta is not None:
             turn = (positions, self.d_head, self.rope_theta, x.dtype, self.rope_scaling)
             cos, sin = rotation(*turn) if ctx.cache is None else ctx.cache.once(rotation, *turn)
@@ -130,10 +130,13 @@ class Attention(Layer):
             mask = visible(ctx, T, positions, self.window)
         else:
             k, v, mask = ctx.cache.append(self.path, ctx.rows, k, v, positions, ctx.doc_ids, ctx.valid, self.window)
+        # With a cache one token sees all keys; without one its triangle is itself, and no length need be asked, which
+        # an exported program does not know.
+        causal = mask is None and (ctx.cache is None or T > 1)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.num_kv_heads != self.num_heads
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.num_kv_heads != self.num_heads
         )
-        y = y.transpose(1, 2).reshape(B, T, -1)
+        y = y.transpose(1, 2).flatten(2)
         return self.o(y if self.sub_norm is None else self.sub_norm(y)), Aux()
 
 
@@ -148,8 +151,8 @@ def visible(ctx: Ctx, T: int, positions: Int[Tensor, "b T"], window: int | None)
     Tokens come in position order, so later in the row means later in the document. A filling query sees
     itself, which keeps its softmax finite."""
     near = None
-    # Positions that count on from 0 are nowhere further apart than T - 1.
-    if window is not None and (ctx.positions is not None or window < T):
+    # Positions that count on from 0 are nowhere further apart than T - 1; in an exported program T may be anything.
+    if window is not None and (ctx.positions is not None or torch.compiler.is_exporting() or window < T):
         near = positions[:, :, None] - positions[:, None, :] < window  # (b, T, T)
     if ctx.doc_ids is None and ctx.valid is None and near is None:
         return None

@@ -1,23 +1,24 @@
 """The contract every mechanism obeys: `forward(x, ctx) -> (y, Aux)`, where the caller adds y to x."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparsemix.config import Config
 from sparsemix.layers.cache import Cache
+from sparsemix.ops.precision import at_least_fp32
 
 
 class Ctx(NamedTuple):
     """What a layer may know besides x. None means the default: positions 0..T-1, one document a row, every token
     real. `causal` asks routing to use its causal rule. While decoding, `cache` holds what attention layers saw before,
     and `rows` says which of its rows the rows of this batch are. `picks` asks expert layers for the statistics
-    `expert_ids` and `gates` of every row that they route (see router.py's `picks_of`)."""
+    `expert_ids` and `gates` of every row that they route (see router.py's `picks_of`), `logits` asks routers for their
+    scores."""
 
     positions: Int[Tensor, "B T"] | None = None
     doc_ids: Int[Tensor, "B T"] | None = None
@@ -26,10 +27,13 @@ class Ctx(NamedTuple):
     causal: bool = False
     cache: Cache | None = None
     picks: bool = False
+    logits: bool = False
 
     def places(self, seq_len: int, device: torch.device) -> Int[Tensor, "b T"]:
         """The positions, 0..T-1 for every row unless they are given."""
-        return torch.arange(seq_len, device=device)[None] if self.positions is None else self.positions
+        return (
+            torch.arange(seq_len, dtype=torch.long, device=device)[None] if self.positions is None else self.positions
+        )
 
     def pick(self, ids: Int[Tensor, "B C"], real: Bool[Tensor, "B C"] | None = None) -> "Ctx":
         """The context of tokens `ids` of every row; `real` False marks filling."""
@@ -70,17 +74,19 @@ def _under(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class Aux(NamedTuple):
-    """What a layer says besides y: `losses` are scalars, already weighted; `stats` are detached observations.
+    """What a layer says besides y: `losses` are scalars, already weighted; `stats` are detached observations; `logits`
+    are every router's scores (n, E) of the tokens that it saw, in the order in which they ran, where a Ctx asks.
     A layer names its own entries, its parent prefixes them, so keys are module paths."""
 
     losses: dict[str, Tensor] = {}  # noqa: RUF012  (a NamedTuple default; never mutated)
     stats: dict[str, Tensor] = {}  # noqa: RUF012
+    logits: dict[str, Tensor] = {}  # noqa: RUF012
 
     def under(self, prefix: str) -> "Aux":
-        return Aux(_under(self.losses, prefix), _under(self.stats, prefix))
+        return Aux(*(_under(part, prefix) for part in self))
 
     def __or__(self, other: "Aux") -> "Aux":  # type: ignore[override]
-        return Aux(self.losses | other.losses, self.stats | other.stats)
+        return Aux(*(mine | theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -149,15 +155,54 @@ class Layer(nn.Module):
 
     path: str = ""
 
-    # The entries of its own stats that `update` takes up.
-    observes: ClassVar[tuple[str, ...]] = ()
+    # The entries of its own stats that `update` takes up, each of which it returns whenever it runs in training.
+    observes: tuple[str, ...] = ()
 
-    # Parameters whose rows are looked up. An optimizer that takes their gradients as factors sets `row_grads`.
+    # Parameters whose rows are looked up. An optimizer that takes their gradients as factors (optim/loan.py) says so
+    # here for as long as it lives.
     tables: ClassVar[tuple[str, ...]] = ()
     row_grads: bool = False
+    tables_owner: Callable[[], object] | None = None
+
+    # Old name -> today's, of parameters in weights that earlier versions wrote.
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         raise NotImplementedError
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Running state moves by small steps, which 16 bits round away: it has at least fp32, whatever the default type
+        is, and whatever the layer is cast to or loaded from."""
+        if tensor is not None and tensor.is_floating_point():
+            tensor = at_least_fp32(tensor)
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, cast in self._buffers.items():
+            if cast is not None and cast.is_floating_point() and cast.dtype.itemsize < 4:
+                exact = before[name]
+                assert exact is not None
+                self._buffers[name] = exact.to(cast.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:  # type: ignore[override]
+        # torch hands over a dictionary of its own, not the caller's.
+        for old, new in self.renamed.items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        for name in self._buffers:
+            if (loaded := state_dict.get(prefix + name)) is not None and loaded.is_floating_point():
+                state_dict[prefix + name] = at_least_fp32(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle hold: nothing that an optimizer of this layer owns."""
+        state = dict(vars(self))
+        for name in ("row_grads", "tables_owner"):
+            state.pop(name, None)
+        return state
 
     def default_ctx(self) -> Ctx:
         """What `layer(x)` alone means: causal unless training."""
@@ -174,35 +219,23 @@ class Layer(nn.Module):
         """Draw this module's own parameters (not its children's). Most wrappers own none."""
 
 
-def update(module: nn.Module, stats: Mapping[str, Tensor]) -> None:
-    """Let every layer inside `module` take up its own entries of `stats`; call once per optimizer step.
-
-    Where torch.distributed runs, they are averaged over the ranks first, with equal weights: every rank calls this,
-    with the same entries, and all ranks keep the same running state."""
-    own: dict[Layer, dict[str, str]] = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, Layer):
-            keys = {entry: f"{name}.{entry}" if name else entry for entry in layer.observes}
-            own[layer] = {entry: key for entry, key in keys.items() if key in stats}
-    seen = rank_means({key: stats[key] for keys in own.values() for key in keys.values()})
-    for layer, keys in own.items():
-        layer.update({entry: seen[key] for entry, key in keys.items()})
+def check_observed(num_updates: Int[Tensor, ""], what: str, training: bool, instead: str) -> None:
+    """Raises RuntimeError where running state that a causal rule reads was never observed; an exported program too."""
+    way = "train first (sparsemix.update(module, aux.stats) after every step; a transformers model does so itself)"
+    if training:
+        way = "a training call without labels, or with Ctx(causal=True), reads them: pass labels, or train first"
+    message = f"{what} were never observed: {way}, or {instead}"
+    if torch.compiler.is_exporting():
+        # Not torch._check, whose message is lost on the way.
+        torch._assert_async(num_updates > 0, message)  # type: ignore[attr-defined]
+    elif not num_updates:
+        raise RuntimeError(message)
 
 
-def rank_means(stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every entry's mean over the ranks of torch.distributed, in one exchange; the entries themselves without it."""
-    if not stats or not dist.is_available() or not dist.is_initialized():
-        return stats
-    flat = torch.cat([value.detach().double().flatten() for value in stats.values()])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([value.numel() for value in stats.values()])
-    return {key: part.view_as(stats[key]).to(stats[key]) for key, part in zip(stats, parts, strict=True)}
-
-
-def valid_mean(values: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Float[Tensor, ""]:
-    """Mean over real tokens."""
+def valid_mean(values: Float[Tensor, "*B"], valid: Bool[Tensor, "*B"] | None) -> Float[Tensor, ""]:
+    """Mean over real tokens; 0 of none."""
     if valid is None:
-        return values.mean()
+        return values.sum() / torch.sym_max(1, values.numel())
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp_min(1)
 
 

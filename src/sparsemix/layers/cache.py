@@ -99,11 +99,11 @@ class Store:
         before = [self.lengths[r] for r in numbers]
         after = [n + count for n, count in zip(before, counts, strict=True)]
         self.grow(max(after))
-        order = torch.arange(T, device=k.device) if valid is None else valid.cumsum(dim=1) - 1
-        slots = torch.tensor(before, device=k.device)[:, None] + order  # (B, T)
+        order = torch.arange(T, dtype=torch.long, device=k.device) if valid is None else valid.cumsum(dim=1) - 1
+        slots = torch.tensor(before, dtype=torch.long, device=k.device)[:, None] + order  # (B, T)
         if valid is not None:
             slots = torch.where(valid, slots, self.positions.shape[1] - 1)
-        at = (torch.arange(B, device=k.device) if rows is None else rows)[:, None].expand_as(slots)
+        at = (torch.arange(B, dtype=torch.long, device=k.device) if rows is None else rows)[:, None].expand_as(slots)
         self.k[at, :, slots] = k.transpose(1, 2)
         self.v[at, :, slots] = v.transpose(1, 2)
         self.positions[at, slots] = positions.expand(B, T)
@@ -118,7 +118,7 @@ class Store:
         k, v = self.k[mine, :, :S], self.v[mine, :, :S]
         if T == 1 and min(after) == S and valid is None and self.doc_ids is None and window is None:
             return Keys(k, v, None)
-        mask = torch.arange(S, device=k.device) <= slots[:, :, None]  # (B, T, S)
+        mask = torch.arange(S, dtype=torch.long, device=k.device) <= slots[:, :, None]  # (B, T, S)
         if self.doc_ids is not None:
             mask = mask & (self.doc_ids[mine, None, :S] == docs[:, :, None])
         if window is not None:
@@ -165,7 +165,7 @@ class Cache:
         real = None if valid is None else valid.cpu()
         before = self.seen[mine, None]
         self._step = (None, {})
-        counted = before + (torch.arange(T) if real is None else (real.cumsum(1) - 1).clamp_min(0))
+        counted = before + (torch.arange(T, dtype=torch.long) if real is None else (real.cumsum(1) - 1).clamp_min(0))
         self.seen[mine] = before[:, 0] + (T if real is None else real.sum(1))
         if positions is None:
             return counted if valid is None else counted.to(valid.device)
@@ -237,8 +237,8 @@ class Cache:
         limits = torch.as_tensor(length).expand(self.num_rows)
         self.seen = torch.minimum(self.seen, limits.cpu())
         for store in self.stores.values():
-            slots = torch.arange(store.positions.shape[1], device=store.k.device)
-            held = slots < torch.tensor(store.lengths, device=store.k.device)[:, None]
+            slots = torch.arange(store.positions.shape[1], dtype=torch.long, device=store.k.device)
+            held = slots < torch.tensor(store.lengths, dtype=torch.long, device=store.k.device)[:, None]
             kept = held & (store.positions < limits.to(store.k.device)[:, None])
             store.lengths = kept.sum(dim=1).tolist()
 

@@ -54,7 +54,7 @@ def dispatch(
     rows = experts(tokens.index_select(0, order // K), counts)  # (N K, D)
     rows = rows * gates.reshape(-1)[order, None].to(rows.dtype)
     # A permutation and a sum over K: the same order of additions every time, unlike a scattered add.
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, dtype=torch.long, device=order.device))
     return rows.index_select(0, back).view(N, K, -1).sum(dim=1).to(tokens.dtype)
 
 
@@ -79,9 +79,9 @@ def run_seats(
     """Every expert on its C seats of every group, whoever sits there: B * E * C rows, a static shape. A free seat
     has gate 0 and any token."""
     B, E, C = token_ids.shape
-    shift = torch.arange(B, device=x.device)[:, None, None] * x.shape[1]
+    shift = torch.arange(B, dtype=torch.long, device=x.device)[:, None, None] * x.shape[1]
     sorted_ids = (token_ids + shift).transpose(0, 1).reshape(-1)  # (E B C,)
-    counts = torch.full((E,), B * C, device=x.device)
+    counts = torch.full((E,), B * C, dtype=torch.long, device=x.device)
     tokens = x.flatten(0, 1)
     return run_picks(tokens, sorted_ids, gates.transpose(0, 1).reshape(-1), counts, experts).view_as(x)
 
@@ -109,12 +109,12 @@ def first_come(
     if valid is not None:
         asked = torch.where(valid[:, None], asked, num_experts)
     asked, order = asked.flatten(1).sort(dim=1, stable=True)  # (B, K T)
-    edges = torch.arange(num_experts + 1, device=asked.device).repeat(len(asked), 1)
+    edges = torch.arange(num_experts + 1, dtype=torch.long, device=asked.device).repeat(asked.shape[0], 1)
     starts = torch.searchsorted(asked, edges)  # (B, E + 1)
     taken = starts.diff(dim=1)  # (B, E)
     if valid is not None:
         taken = taken.minimum(row_seats(share, valid))
-    seat = torch.arange(C, device=asked.device)
+    seat = torch.arange(C, dtype=torch.long, device=asked.device)
     at = (starts[:, :-1, None] + seat).clamp(max=K * T - 1)  # (B, E, C)
     return Seats(order.gather(1, at.flatten(1)).view_as(at), seat < taken[..., None])
 
@@ -128,5 +128,7 @@ def best_tokens(scores: Float[Tensor, "B T E"], valid: Bool[Tensor, "B T"] | Non
     picks = ranked.argsort(dim=2, descending=True, stable=True)[..., :C]
     real = torch.ones_like(picks, dtype=torch.bool)
     if valid is not None:
-        real = torch.arange(C, device=picks.device) < row_seats(share, valid)[..., None].expand_as(picks)
+        real = torch.arange(C, dtype=torch.long, device=picks.device) < row_seats(share, valid)[..., None].expand_as(
+            picks
+        )
     return Seats(picks, real)

@@ -87,13 +87,14 @@ class ExpertChoice(Layer):
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
-        B, T, D = x.shape
-        groups = 1 if self.config.group == "batch" else B
-        grouped = x.reshape(groups, -1, D)
-        valid = None if ctx.valid is None else ctx.valid.reshape(groups, -1)
-        affinity = self.router(grouped).softmax(dim=-1)
+        (B, T, D), E = x.shape, self.config.num_experts
+        groups = (1, B * T) if self.config.group == "batch" else (B, T)
+        grouped = x.reshape(*groups, D)
+        valid = None if ctx.valid is None else ctx.valid.reshape(groups)
+        logits = self.router(grouped)
+        affinity = logits.softmax(dim=-1)
         y, chosen = take(grouped, affinity, valid, self.experts, self.config.share, self.threshold, ctx.causal)
-        stats = choice_stats(chosen.view(B, T, -1), affinity.view(B, T, -1), ctx.valid, self.training)
+        stats = choice_stats(chosen.view(B, T, E), affinity.view(B, T, E), ctx.valid, self.training)
         if ctx.picks:
             stats |= picks_of(chosen, affinity)
         if self.training and self.threshold is not None:
@@ -104,7 +105,7 @@ class ExpertChoice(Layer):
         y = y.view_as(x)
         if self.shared is not None:
             y = y + self.shared(x, ctx)[0]
-        return y, Aux({}, stats)
+        return y, Aux({}, stats, {"router": logits.flatten(0, 1)} if ctx.logits else {})
 
 
 def take(
@@ -142,6 +143,6 @@ def choice_stats(
     if training:
         return stats
     # Usage takes one pick a row: how many experts took a token differs.
-    expert_ids = torch.arange(E, device=chosen.device).expand_as(chosen).reshape(-1, 1)
+    expert_ids = torch.arange(E, dtype=torch.long, device=chosen.device).expand_as(chosen).reshape(-1, 1)
     stats |= usage_stats(expert_ids, gates.reshape(-1, 1), E, chosen.reshape(-1))
     return stats | {"top_gate": torch.where(chosen, gates.detach(), 0.0).amax(dim=2)}

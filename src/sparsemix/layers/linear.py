@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig, ternary_experts_mm, ternary_linear
 from sparsemix.ops.expert_mlp import expert_mlp
 from sparsemix.ops.grouped_mm import grouped_mm
+from sparsemix.ops.precision import at_least_fp32
 from sparsemix.ops.ternary_mm import experts_of
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
@@ -19,32 +20,47 @@ GATED = {"swiglu": F.silu, "geglu": F.gelu}
 ACTS = {"swiglu": "silu", "geglu": "gelu"} | {name: name for name in ACTIVATIONS}
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """y = x W^T (+ b). W ~ N(0, gain^2 / d_in), b = 0: at gain 1 unit-variance inputs give unit-variance outputs.
 
-    With ternary precision x and W are quantised on the way (layers/ternary.py); W is what is trained, b stays."""
+    torch's own kind, so that adapters and quantisers which look for one find it. With ternary precision x and W are
+    quantised on the way (layers/ternary.py); W is what is trained, b stays."""
 
     def __init__(
-        self, d_in: int, d_out: int, bias: bool = False, gain: float = 1.0, precision: PrecisionConfig = FLOAT
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        gain: float = 1.0,
+        precision: PrecisionConfig = FLOAT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        # torch's constructor draws the weight, which needs it.
         self.gain = gain
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.precision = precision
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self.warmup = precision.warmup()
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.gain * self.weight.shape[1] ** -0.5)
+        nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
+    def forward(self, input: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
         if not self.precision.ternary:
-            return F.linear(x, self.weight, self.bias)
-        y = ternary_linear(x, self.weight, self.warmup)
+            return F.linear(input, self.weight, self.bias)
+        y = ternary_linear(input, self.weight, self.warmup)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class ExactLinear(Linear):
+    """The same in at least fp32, whatever autocast says, for scores that choose."""
+
+    def forward(self, input: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else at_least_fp32(self.bias)
+            return F.linear(at_least_fp32(input), at_least_fp32(self.weight), bias)
 
 
 def num_matrices(activation: str) -> int:
@@ -134,6 +150,6 @@ def feed_experts(
     gate, up = first(rows).chunk(2, dim=-1) if activation in GATED else (None, first(rows))  # (R, F) each
     hidden = act(up, gate, activation)
     if sub_norm is not None:
-        gain = sub_norm[experts_of(counts, len(rows))]
+        gain = sub_norm[experts_of(counts, rows.shape[0])]
         hidden = (F.rms_norm(hidden.to(gain.dtype), hidden.shape[-1:], eps=1e-6) * gain).to(hidden.dtype)
     return down(hidden)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig, valid_mean, valid_only
-from sparsemix.layers.linear import Linear
 from sparsemix.layers.router import Router
 from sparsemix.layers.threshold import RunningThreshold
 from sparsemix.layers.token_selection import (
     Annealing,
+    Predictor,
     agreement,
     first_tokens,
     quota,
@@ -90,18 +90,6 @@ class MoDConfig(LayerConfig):
         return MoD(self, d_model)
 
 
-class Predictor(Layer):
-    """Logit that the router's top-k will take this token, from the token alone: down(silu(up x))."""
-
-    def __init__(self, d_model: int, width: int) -> None:
-        super().__init__()
-        self.up = Linear(d_model, width, bias=True)
-        self.down = Linear(width, 1, bias=True)
-
-    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> Float[Tensor, "B T"]:  # type: ignore[override]
-        return self.down(F.silu(self.up(x)))[..., 0]
-
-
 class MoD(Layer):
     """Source: arXiv:2404.02258, eq. 1. Router input is x itself; one router per layer.
 
@@ -146,34 +134,39 @@ class MoD(Layer):
         scores = self.router(x)[..., 0]  # (B, T)
         guess = self.predictor(x.detach()) if self.config.predicts else None
         keep = self.causal_rule(scores, guess, ctx) if ctx.causal else None
-        # A step of decoding has no row to choose the best tokens of, nor anything to learn.
-        if ctx.cache is not None:
-            assert keep is not None
-            aux = Aux({}, self.seen(scores, guess, keep, ctx))
-        else:
-            ids, real = self.select(scores, ctx)
-            chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-            taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
-            aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
-            if keep is None:
-                y, inner = self.apply_to(x, scores, ids, real, ctx)
-                return y, aux | inner
-        assert keep is not None
-        y, inner = self.apply_rule(x, scores, keep, ctx)
-        return y, aux | inner
+        said = Aux({}, {}, {"router": scores.reshape(-1, 1)} if ctx.logits else {})
+        # Decoding, and a program for rows of any length, have no row to choose the best of, nor anything to learn.
+        if keep is not None and (ctx.cache is not None or (torch.compiler.is_exporting() and not self.training)):
+            y, inner = self.apply_rule(x, scores, keep, ctx)
+            return y, said | Aux({}, self.seen(scores, guess, keep, ctx)) | inner
+        ids, real = self.select(scores, ctx)
+        chosen = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, chosen)  # (B, T)
+        aux = self.observe(scores, guess, taken, taken if keep is None else keep, ctx)
+        ran = self.apply_to(x, scores, ids, real, ctx) if keep is None else self.apply_rule(x, scores, keep, ctx)
+        y, inner = ran
+        return y, said | aux | inner
 
     def apply_rule(
         self, x: Float[Tensor, "B T D"], scores: Float[Tensor, "B T"], keep: Bool[Tensor, "B T"], ctx: Ctx
     ) -> tuple[Float[Tensor, "B T D"], Aux]:
         """The wrapped layer on the tokens to keep, zero elsewhere. Rows without any are left out, and where all tokens
         of the others pass, as in a step of decoding, nothing is gathered."""
+        if torch.compiler.is_exporting():
+            # One program for any number of passing tokens: all go in, the others as filling.
+            ids = wanted_first(keep)
+            return self.apply_to(x, scores, ids, keep.gather(1, ids), ctx)
         # The one reading of a tensor: how many pass decides what runs.
         counts = keep.sum(dim=1).tolist()
         passing = [b for b, count in enumerate(counts) if count]
+        if not passing and not self.training:
+            return torch.zeros_like(x), Aux()
         if not passing:
-            return torch.zeros_like(x), Aux({}, {})
+            # In training the wrapped layer must say what it observed: nothing, of filling.
+            nobody = keep[:, :1]
+            return self.apply_to(x, scores, nobody.long(), nobody, ctx)
         if len(passing) < len(counts):
-            rows = torch.tensor(passing, device=x.device)
+            rows = torch.tensor(passing, dtype=torch.long, device=x.device)
             part, aux = self.apply_rule(x[rows], scores[rows], keep[rows], ctx.pick_rows(rows))
             return torch.zeros_like(x).index_copy(0, rows, part), aux
         if min(counts) == x.shape[1]:
@@ -231,16 +224,14 @@ class MoD(Layer):
         if self.config.selector in ("token_choice", "strided"):
             return self.wants(scores, ctx)
         if self.config.selector == "random":
-            keep = (uniform(ctx.places(scores.shape[1], scores.device), self.salt) < self.config.capacity).expand_as(
-                scores
-            )
+            draws = uniform(ctx.places(scores.shape[1], scores.device), self.salt)
+            keep = (draws < self.config.capacity).expand_as(scores)
         elif guess is not None:
             keep = guess > 0
-        elif self.config.sampling == "router_bce":
-            keep = scores > 0
-        else:
-            assert self.threshold is not None
+        elif self.threshold is not None:
             keep = self.threshold(scores[..., None])[..., 0]
+        else:
+            keep = scores > 0
         return keep if ctx.valid is None else keep & ctx.valid
 
     def observe(
@@ -252,7 +243,7 @@ class MoD(Layer):
         ctx: Ctx,
     ) -> Aux:
         """Losses of router and predictor, and what running state and reports need."""
-        config, losses, stats = self.config, {}, {}
+        config, T, losses, stats = self.config, scores.shape[1], {}, {}
         if config.predicts or (config.selector == "expert_choice" and config.sampling == "router_bce"):
             logits = at_least_fp32(scores if guess is None else guess)
             error = F.binary_cross_entropy_with_logits(logits, taken.to(logits.dtype), reduction="none")
@@ -269,9 +260,8 @@ class MoD(Layer):
             if self.training:
                 stats["dropped"] = (wants.sum() - taken.sum()) / wants.sum().clamp_min(1)
         if self.training and self.threshold is not None:
-            share = quota(config.capacity, scores.shape[1], self.slack) / scores.shape[1]
-            seen = self.threshold.observe(scores[..., None], ctx.valid, share)
-            stats |= Aux({}, seen).under("threshold").stats
+            share = quota(config.capacity, T, self.slack) / max(1, T)
+            stats |= Aux({}, self.threshold.observe(scores[..., None], ctx.valid, share)).under("threshold").stats
         if self.training and self.slack:
             stats["extra_flops"] = scores.new_tensor(self.extra_flops(*scores.shape), dtype=torch.float64)
         if not self.training:

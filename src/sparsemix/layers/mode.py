@@ -102,7 +102,7 @@ class MoDE(Layer):
             losses["balance"] = self.config.balance * separate_balance(r, self.config.num_experts, valid)
         if self.config.z_weight:
             losses["router_z"] = self.config.z_weight * z_loss(r, valid)
-        return y, Aux(losses, stats)
+        return y, Aux(losses, stats, {"router": r.logits} if ctx.logits else {})
 
     def token_choice(
         self, x: Float[Tensor, "B T D"], r: Route, ctx: Ctx
@@ -133,7 +133,7 @@ class MoDE(Layer):
         self, x: Float[Tensor, "B T D"], r: Route, ctx: Ctx
     ) -> tuple[Float[Tensor, "B T D"], dict[str, Tensor]]:
         B, T, _ = x.shape
-        affinity = r.probs[:, : self.config.num_experts].view(B, T, -1)
+        affinity = r.probs[:, : self.config.num_experts].unflatten(0, (B, T))
         y, chosen = take(x, affinity, ctx.valid, self.experts, self.config.share, self.threshold, ctx.causal)
         stats = choice_stats(chosen, affinity, ctx.valid, self.training)
         if ctx.picks:
@@ -156,7 +156,7 @@ def separate_balance(r: Route, num_experts: int, valid: Bool[Tensor, " N"] | Non
     f = load_of(r.expert_ids, columns, valid)
     f = (f / f.sum().clamp_min(1)).to(r.probs.dtype)
     probs = r.probs if valid is None else torch.where(valid[:, None], r.probs, 0.0)
-    P = probs.sum(0) / (probs.shape[0] if valid is None else valid.sum().clamp_min(1))
+    P = probs.sum(0) / (max(1, probs.shape[0]) if valid is None else valid.sum().clamp_min(1))
     real, noop = f[:E].sum() * P[:E].sum(), f[E:].sum() * P[E:].sum()
     # Without a real pick there is nothing to even out, and both are 0.
     within = E * (f[:E] * P[:E]).sum() / real.clamp_min(torch.finfo(P.dtype).tiny)

@@ -75,7 +75,6 @@ class MoE(Layer):
     where a dropped pick still counts as load.
     Sources: arXiv:2101.03961 (balance loss: its eq. 4), arXiv:2006.16668 (capacity), arXiv:2408.15664 (bias)."""
 
-    observes = ("load",)
     bias: Tensor | None
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
@@ -85,6 +84,7 @@ class MoE(Layer):
         self.experts = Experts(config.num_experts, d_model, config.d_ff, config.activation, config.precision)
         self.shared = Dense(config.shared, d_model) if config.shared else None
         self.register_buffer("bias", torch.zeros(config.num_experts) if config.bias_rate else None)
+        self.observes = ("load",) if config.bias_rate else ()
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
@@ -105,7 +105,7 @@ class MoE(Layer):
             losses["balance"] = config.balance_weight * balance_loss(r, valid, config.balance_picks, stats["counts"])
         if config.z_weight:
             losses["router_z"] = config.z_weight * z_loss(r, valid)
-        return y, Aux(losses, stats)
+        return y, Aux(losses, stats, {"router": r.logits} if ctx.logits else {})
 
     def seat(
         self, x: Float[Tensor, "B T D"], r: Route, valid: Bool[Tensor, "B T"] | None, share: float

@@ -43,6 +43,17 @@ class Parity:
         return {"kind": "mh_moe", "num_heads": self.num_heads, "inner": inner | {"activation": self.activation}}
 
 
+def inner_width(d_model: int, width: float, heads_top_k: int, m: int, num_experts: int = 0) -> float:
+    """f_h = (w - (2 / m) d - E_h / m) / k_h at the FLOPs of w neurons of m matrices (eq. 8; head and merge take
+    those of 2 / m widths). num_experts: E_h, where the router's FLOPs count too; the paper leaves them out."""
+    return (m * width - 2 * d_model - num_experts) / (m * heads_top_k)
+
+
+def num_experts_at_parity(d_model: int, width: int, num_heads: int, inner: int, m: int) -> float:
+    """E_h = h (w - (2 / m) d) / f_h at the parameters of w neurons in all experts together (eq. 9)."""
+    return num_heads * (m * width - 2 * d_model) / (m * inner)
+
+
 def parity(
     d_model: int,
     d_ff: int,
@@ -71,15 +82,15 @@ def parity(
     if d_model % num_heads:
         raise ConfigError(f"num_heads={num_heads} must divide d_model={d_model}; choose a divisor")
     m, d_head = 3 if gated else 2, d_model // num_heads
-    projection = 2 / m * d_model
-    exact_d_ff = (top_k * d_ff - projection) / heads_top_k
+    exact_d_ff = inner_width(d_model, top_k * d_ff, heads_top_k, m)
     if exact_d_ff < 1:
         raise ConfigError(
-            f"top_k * d_ff={top_k * d_ff} leaves no width for experts: head and merge alone cost {projection:g} of it; "
+            f"top_k * d_ff={top_k * d_ff} leaves no width for experts: head and merge alone cost "
+            f"{2 / m * d_model:g} of it; "
             "widen d_ff or lower heads_top_k"
         )
     inner = round(exact_d_ff)
-    exact_experts = num_heads * (d_ff * num_experts - projection) / inner
+    exact_experts = num_experts_at_parity(d_model, d_ff * num_experts, num_heads, inner, m)
     experts = max(multiple_of, round(exact_experts / multiple_of) * multiple_of)
     if heads_top_k > experts:
         raise ConfigError(f"heads_top_k={heads_top_k} must lie in [1, {experts}], the number of experts at parity")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
+    RENAMED,
     check,
     look_up,
     look_up_cost,
@@ -73,18 +74,19 @@ class PEER(Layer):
     of the feed-forward it replaces."""
 
     tables = ("w_in", "w_out")
+    renamed = RENAMED
 
     def __init__(self, config: PEERConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
         self.query, self.query_norm = new_query(config, d_model)
-        self.keys = new_keys(config)
+        self.sub_keys = new_keys(config)
         self.w_in = new_table(config.num_experts, d_model)
         self.w_out = new_table(config.num_experts, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_keys(self.keys)
+        reset_keys(self.sub_keys)
         nn.init.normal_(self.w_in, std=self.w_in.shape[1] ** -0.5)
         nn.init.normal_(self.w_out, std=self._w_out_std())
 
@@ -100,7 +102,8 @@ class PEER(Layer):
         ctx = ctx or self.default_ctx()
         config, tokens = self.config, x.flatten(0, 1)  # (N, D)
         valid = None if ctx.valid is None else ctx.valid.flatten()
-        scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
+        finds = self.config, self.query, self.query_norm, self.sub_keys
+        scores, ids, stats = look_up(*finds, tokens, valid, ctx.causal)
         gates, ids = GATES[config.gate](scores).flatten(1), ids.flatten(1)  # (N, H K)
         y = peer_experts(tokens, ids, gates, self.w_in, self.w_out, config.activation, self.row_grads).to(x.dtype)
         # Counting over the whole table takes longer than a step of decoding.

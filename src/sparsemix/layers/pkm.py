@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
+    RENAMED,
     check,
     look_up,
     look_up_cost,
@@ -66,29 +67,31 @@ class PKM(Layer):
     start with the output variance of the feed-forward they replace; the paper's code draws N(0, 1 / d_model), far
     smaller."""
 
-    tables = ("values",)
+    tables = ("value_vectors",)
+    renamed = RENAMED
 
     def __init__(self, config: PKMConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
         self.query, self.query_norm = new_query(config, d_model)
-        self.keys = new_keys(config)
-        self.values = new_table(config.num_values, d_model)
+        self.sub_keys = new_keys(config)
+        self.value_vectors = new_table(config.num_values, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_keys(self.keys)
+        reset_keys(self.sub_keys)
         # Nearly uniform gates: the output's variance is (heads / top_k) * std^2.
         std = (DENSE_OUTPUT_VARIANCE * self.config.top_k / self.config.num_heads) ** 0.5
-        nn.init.normal_(self.values, std=std)
+        nn.init.normal_(self.value_vectors, std=std)
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()
         tokens = x.flatten(0, 1)  # (N, D)
         valid = None if ctx.valid is None else ctx.valid.flatten()
-        scores, ids, stats = look_up(self, tokens, valid, ctx.causal)
+        finds = self.config, self.query, self.query_norm, self.sub_keys
+        scores, ids, stats = look_up(*finds, tokens, valid, ctx.causal)
         gates, ids = scores.softmax(dim=-1).flatten(1), ids.flatten(1)  # (N, H K)
-        y = row_mix(gates, ids, self.values, self.row_grads).to(x.dtype)
+        y = row_mix(gates, ids, self.value_vectors, self.row_grads).to(x.dtype)
         # Counting over the whole table takes longer than a step of decoding.
         if not self.training and ctx.cache is None:
             stats |= usage_stats(ids, gates, self.config.num_values, valid)

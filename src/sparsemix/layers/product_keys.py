@@ -6,10 +6,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsemix.layers.base import Cost
-from sparsemix.layers.linear import Linear
+from sparsemix.layers.linear import ExactLinear, Linear
 from sparsemix.layers.query_norm import QueryNorm, QueryNormKind, build_query_norm
 from sparsemix.ops import native
 from sparsemix.ops.precision import at_least_fp32
@@ -18,6 +17,10 @@ from sparsemix.ops.product_key_topk import product_key_topk
 # Variance per channel of a SwiGLU feed-forward's output at initialisation: E[silu(g)^2] for g ~ N(0, 1). Layers that
 # replace one start with it.
 DENSE_OUTPUT_VARIANCE = 0.356
+
+
+# torch.nn.utils.parametrize keeps parameters by name in a ModuleDict, whose methods are called keys and values.
+RENAMED = {"keys": "sub_keys", "values": "value_vectors"}
 
 
 @runtime_checkable
@@ -37,18 +40,6 @@ class ProductKeySettings(Protocol):
     @property
     def share_keys(self) -> bool: ...
     def rule(self, holds: bool, name: str, rule: str) -> None: ...
-
-
-@runtime_checkable
-class ProductKeyLayer(Protocol):
-    """A layer with a query network, its norm and sub-keys."""
-
-    query: Linear
-    query_norm: QueryNorm
-    keys: nn.Parameter
-
-    @property
-    def config(self) -> ProductKeySettings: ...
 
 
 class Found(NamedTuple):
@@ -83,7 +74,7 @@ def look_up_cost(config: ProductKeySettings, d_model: int, seq_len: int) -> Cost
 
 def new_query(config: ProductKeySettings, d_model: int) -> tuple[Linear, QueryNorm]:
     """The query network, one linear layer with bias for all heads (as product-key memory's code), and its norm."""
-    query = Linear(d_model, config.num_heads * config.d_key, bias=True)
+    query = ExactLinear(d_model, config.num_heads * config.d_key, bias=True)
     return query, build_query_norm(config.query_norm, config.num_heads, config.d_key)
 
 
@@ -108,16 +99,18 @@ def reset_keys(keys: Tensor) -> None:
 
 
 def look_up(
-    layer: ProductKeyLayer, tokens: Float[Tensor, "N D"], valid: Bool[Tensor, " N"] | None, causal: bool
+    config: ProductKeySettings,
+    query: Linear,
+    norm: QueryNorm,
+    keys: Tensor,
+    tokens: Float[Tensor, "N D"],
+    valid: Bool[Tensor, " N"] | None,
+    causal: bool,
 ) -> Found:
     """The top_k rows (i, j), numbered i * n + j, with the largest <q_0, keys_0i> + <q_1, keys_1j>, where the halves of
     q = norm(query(x)) meet the two key sides, in at least fp32. No scaling of scores, as in arXiv:1907.05242."""
-    config = layer.config
-    assert layer.query.bias is not None
     with torch.autocast(tokens.device.type, enabled=False):
-        weight, bias = at_least_fp32(layer.query.weight), at_least_fp32(layer.query.bias)
-        query = F.linear(at_least_fp32(tokens), weight, bias).view(-1, config.num_heads, config.d_key)
-        query, stats = layer.query_norm(query, valid, causal)
-        halves = query.view(-1, config.num_heads, 2, config.d_key // 2)
-        left, right, i, j = product_key_topk(halves, layer.keys, config.top_k)  # (N, H, K) each
+        normed, stats = norm(query(at_least_fp32(tokens)).view(-1, config.num_heads, config.d_key), valid, causal)
+        halves = normed.view(-1, config.num_heads, 2, config.d_key // 2)
+        left, right, i, j = product_key_topk(halves, keys, config.top_k)  # (N, H, K) each
     return Found(left + right, i * config.n + j, {f"query_norm.{name}": value for name, value in stats.items()})

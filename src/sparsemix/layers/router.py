@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsemix.layers.base import valid_mean
 from sparsemix.ops.precision import at_least_fp32
 
 
@@ -72,16 +73,13 @@ def balance_loss(
         counts = load_of(r.expert_ids if picks == "all" else r.expert_ids[:, :1], E, valid)
     share = (counts / counts.sum().clamp_min(1)).to(r.probs.dtype)
     probs = r.probs if valid is None else torch.where(valid[:, None], r.probs, 0.0)
-    tokens = probs.shape[0] if valid is None else valid.sum().clamp_min(1)
+    tokens = max(1, probs.shape[0]) if valid is None else valid.sum().clamp_min(1)
     return E * (share * probs.sum(0) / tokens).sum()
 
 
 def z_loss(r: Route, valid: Bool[Tensor, " N"] | None) -> Float[Tensor, ""]:
     """Mean squared log-sum-exp of the logits. Source: arXiv:2202.08906, eq. 5."""
-    squares = r.logits.logsumexp(dim=-1).square()
-    if valid is None:
-        return squares.mean()
-    return torch.where(valid, squares, 0.0).sum() / valid.sum().clamp_min(1)
+    return valid_mean(r.logits.logsumexp(dim=-1).square(), valid)
 
 
 GATE_BINS = 20
@@ -93,7 +91,7 @@ NOBODY = -1
 def picks_of(chosen: Bool[Tensor, "*B E"], gates: Float[Tensor, "*B E"]) -> dict[str, Tensor]:
     """Statistics `expert_ids` (N, E), NOBODY where an expert did not take the row, and `gates` (N, E)."""
     E = chosen.shape[-1]
-    expert_ids = torch.where(chosen, torch.arange(E, device=chosen.device), NOBODY)
+    expert_ids = torch.where(chosen, torch.arange(E, dtype=torch.long, device=chosen.device), NOBODY)
     return {"expert_ids": expert_ids.view(-1, E), "gates": gates.detach().reshape(-1, E)}
 
 

@@ -135,7 +135,7 @@ def ternary_experts_mm(
     codes, row_scale = quantised_rows(rows, warmup)
     weight_codes, scale = quantised_weight(weight.unflatten(1, (num_matrices, -1)), warmup)  # scale (E, M)
     out = grouped_mm(codes, weight_codes.flatten(1, 2), counts)
-    return rescaled(out, row_scale * spread(scale, counts, len(rows), weight.shape[1]), rows.dtype)
+    return rescaled(out, row_scale * spread(scale, counts, rows.shape[0], weight.shape[1]), rows.dtype)
 
 
 def rescaled(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparsemix.layers.base import Layer
+from sparsemix.layers.base import Layer, check_observed
 
 
 class RunningThreshold(Layer):
@@ -26,17 +26,16 @@ class RunningThreshold(Layer):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, scores: Float[Tensor, "*B E"]) -> Bool[Tensor, "*B E"]:  # type: ignore[override]
-        if not self.num_updates:
-            raise RuntimeError(
-                "the routing thresholds were never observed: train first (sparsemix.update(module, aux.stats) after "
-                "every step), or choose a routing that needs none"
-            )
+        instead = "choose a routing that needs none"
+        check_observed(self.num_updates, "the routing thresholds", self.training, instead)
         return scores > self.threshold
 
     def observe(
         self, scores: Float[Tensor, "*B E"], valid: Bool[Tensor, "*B"] | None, share: float
     ) -> dict[str, Tensor]:
         """The batch's quantiles, to `update` with; without a real token the threshold as it is."""
+        if not scores[..., 0].numel():
+            return {"quantile": self.threshold}
         valid = None if valid is None else valid.flatten()
         seen = quantile(scores.detach().flatten(0, -2), valid, 1 - share)
         return {"quantile": seen if valid is None else torch.where(valid.any(), seen, self.threshold)}
@@ -55,7 +54,7 @@ class RunningThreshold(Layer):
 
 def quantile(scores: Float[Tensor, "N E"], valid: Bool[Tensor, " N"] | None, q: float) -> Float[Tensor, " E"]:
     """The q quantile of every column over real tokens, interpolated as torch.quantile does, in a static shape."""
-    N = len(scores)
+    N = scores.shape[0]
     if valid is None:
         valid = torch.ones(N, dtype=torch.bool, device=scores.device)
     # Padding sorts below every real score, so the real ones are the last.

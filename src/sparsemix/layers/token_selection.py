@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsemix.layers.base import Layer, valid_mean
+from sparsemix.layers.base import Ctx, Layer, valid_mean
+from sparsemix.layers.linear import Linear
 
 # A capacity falls in this many equal steps while it is annealed: each is a shape to compile for, and torch.compile
 # gives up at its ninth.
@@ -16,7 +18,12 @@ ANNEAL_LEVELS = 4
 
 def quota(capacity: float, seq_len: int, slack: float = 0.0) -> int:
     """Tokens of a sequence that pass: a ratio (up to 1) rounded up, or a number of tokens; at least 1. `slack` adds
-    that share of the others."""
+    that share of the others. Raises ValueError where a program is exported for any length."""
+    if torch.compiler.is_exporting() and isinstance(seq_len, torch.SymInt):
+        raise ValueError(
+            "torch.export: training takes a share of each row, so sizes follow from the length; call eval() first, or "
+            "export a fixed length"
+        )
     # The small offset keeps 0.1 * 30 from rounding up to 4.
     C = max(1, math.ceil(capacity * seq_len - 1e-9)) if capacity <= 1 else min(int(capacity), seq_len)
     return C + math.ceil(slack * (seq_len - C))
@@ -52,6 +59,18 @@ class Annealing(Layer):
         self.set_slack()
 
 
+class Predictor(Layer):
+    """Logit that the router's top-k will take this token, from the token alone: down(silu(up x))."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.up = Linear(d_model, width, bias=True)
+        self.down = Linear(width, 1, bias=True)
+
+    def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> Float[Tensor, "B T"]:  # type: ignore[override]
+        return self.down(F.silu(self.up(x)))[..., 0]
+
+
 def top_tokens(
     ranks: Float[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None, C: int, quota: Float[Tensor, "B 1"] | None
 ) -> tuple[Int[Tensor, "B C"], Bool[Tensor, "B C"] | None]:
@@ -67,7 +86,7 @@ def first_tokens(
 ) -> tuple[Int[Tensor, "B C"], Bool[Tensor, "B C"]]:
     """The first C tokens of every row that want to pass, in order; and which of the places they fill."""
     ids = wanted_first(wants)[:, :C]
-    order = torch.arange(C, device=ids.device)
+    order = torch.arange(C, dtype=torch.long, device=ids.device)
     return ids, wants.gather(1, ids) & (order < (C if quota is None else quota))
 
 
@@ -90,9 +109,10 @@ def target_balance(
 
     Switch's balance loss (arXiv:2101.03961, eq. 4) for two paths of unequal target; 1 at f = P = c. The paper asks for
     a balance loss and gives none."""
+    anything = valid_mean(torch.ones_like(scores), valid)  # 0 where no token is real
     f = valid_mean(wants.to(scores.dtype), valid)
     P = valid_mean(scores.sigmoid(), valid)
-    return f * P / share + (1 - f) * (1 - P) / (1 - share)
+    return anything * (f * P / share + (1 - f) * (1 - P) / (1 - share))
 
 
 def uniform(positions: Int[Tensor, "*B"], salt: Int[Tensor, ""]) -> Float[Tensor, "*B"]:

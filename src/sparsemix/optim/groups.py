@@ -3,7 +3,6 @@
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sparsemix.layers.base import Layer
@@ -65,10 +64,9 @@ def roles(module: nn.Module, matrices: Matrices) -> Roles:
 
 
 def records(layer: Layer) -> bool:
-    """Can the gradients of this layer's tables leave as factors? Not where a table is sharded (a DTensor), and not
-    where several ranks would each keep their own factors: there they are dense, as for any other optimizer."""
-    several_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return not several_ranks and all(type(getattr(layer, name)) is nn.Parameter for name in layer.tables)
+    """Can the gradients of this layer's tables leave as factors? Not where a table is sharded (a DTensor): there they
+    are dense, as for any other optimizer."""
+    return all(type(getattr(layer, name)) is nn.Parameter for name in layer.tables)
 
 
 def is_hidden_matrix(owner: nn.Module, path: str, parameter: torch.Tensor) -> bool:

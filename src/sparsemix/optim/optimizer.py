@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from sparsemix.config import ConfigError
 from sparsemix.layers.base import Layer
-from sparsemix.ops.row_grad import row_norm, take_rows
+from sparsemix.ops.row_grad.factored import FactoredGrad, take_picks
 from sparsemix.optim import muon, tables
 from sparsemix.optim.groups import Matrices, Moment, records, roles
+from sparsemix.optim.loan import borrow, give_back
 
 
 def build_optimizer(
@@ -29,8 +30,10 @@ def build_optimizer(
     too, and makes up for its decay when it is next reached. `catch_up` steps every row, as the dense optimizer does:
     the same weights, at the price of a pass over the table a step. `table_moment="row"` keeps one second moment a row.
     `matrices="muon"` moves the weights of linear maps and expert banks by Muon. From here on the backward passes of
-    those layers leave their tables' gradients to this optimizer, and `table.grad` stays None; `release` ends that.
-    Clip with the optimizer's own `clip_grad_norm_`. Raises ConfigError."""
+    those layers leave their tables' gradients as factors, until `release` or the optimizer's end; a copy of a layer has
+    dense ones. torch's tools see them in `table.grad`; the optimizer's own `clip_grad_norm_` is the fast one. Under
+    several ranks gradients are dense, for whoever averages them, and a step moves the rows that any rank picked.
+    Raises ConfigError."""
     for name, value, known in (("table_moment", table_moment, Moment), ("matrices", matrices, Matrices)):
         if value not in get_args(known):
             raise ConfigError(f"{name}={value} is none of {', '.join(get_args(known))}")
@@ -44,7 +47,7 @@ def build_optimizer(
     if looked_up:
         row = {"method": "rows", "by_row": table_moment == "row", "catch_up": catch_up}
         groups.append({"params": looked_up, "weight_decay": table_decay, **row})
-    layers = [layer for layer in module.modules() if isinstance(layer, Layer) and layer.tables]
+    layers = [m for m in module.modules() if isinstance(m, Layer) and m.tables and records(m)]
     return Optimizer(groups, lr, betas, layers)
 
 
@@ -57,53 +60,51 @@ class Optimizer(torch.optim.Optimizer):
         dense = [group for group in groups if "method" not in group]
         self._adamw = torch.optim.AdamW(dense, lr=lr, betas=betas, eps=1e-8, fused=True)
         super().__init__(groups, self._adamw.defaults | {"method": "adamw"})
-        self._grads: dict[Tensor, tables.TableGrad] = {}
         self._layers = layers
-        for layer in layers:
-            layer.row_grads = records(layer)
-        for table in self._tables():
-            take_rows(table)  # left by a table that lay at the same address before
+        borrow(layers, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle holds its layers too, whose tables it takes the gradients of."""
+        return super().__getstate__() | {"_layers": self._layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        dense = [group for group in self.param_groups if group["method"] == "adamw"]
+        self._adamw = torch.optim.AdamW([{"params": group["params"]} for group in dense], fused=True)
+        self._adamw.defaults = {name: value for name, value in self.defaults.items() if name != "method"}
+        borrow(self._layers, self)
 
     def _tables(self) -> list[Tensor]:
         return [table for group in self.param_groups if group["method"] == "rows" for table in group["params"]]
 
-    def _gathered(self, table: Tensor) -> tables.TableGrad | None:
-        grad = tables.gather(table, self._grads.get(table))
-        if grad is not None:
-            self._grads[table] = grad
-        return grad
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, those recorded for tables too."""
+        """Forget all gradients."""
         super().zero_grad(set_to_none)
-        self._grads.clear()
         for table in self._tables():
             table.grad = None
-            take_rows(table)
+            take_picks(table)
 
     @torch.no_grad()
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """The norm of all gradients of `parameters`, those of tables too, which are then scaled to `max_norm` if it is
-        larger: what torch.nn.utils.clip_grad_norm_ does with dense gradients."""
-        parameters = list(parameters)
-        ours = {id(table) for table in self._tables()}
-        gathered = [self._gathered(p) for p in parameters if id(p) in ours]
-        sparse = [grad for grad in gathered if grad is not None]
-        dense = [p for p in parameters if p.grad is not None]
+        larger: what torch.nn.utils.clip_grad_norm_ does, which with tables takes the other gradients one by one."""
+        parameters = [p for p in parameters if p.grad is not None]
+        sparse = [p.grad for p in parameters if isinstance(p.grad, FactoredGrad)]
+        dense = [p for p in parameters if not isinstance(p.grad, FactoredGrad)]
         if not sparse:
             return nn.utils.clip_grad_norm_(dense, max_norm)
-        norms = [row_norm(grad.order, grad.factors.coef, grad.factors.vec) for grad in sparse]
+        norms = [grad.norm_of_all() for grad in sparse]
         norms.append(nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None]).to(norms[0]))
         norm = torch.linalg.vector_norm(torch.stack(norms))
         nn.utils.clip_grads_with_norm_(dense, max_norm, norm)
         for grad in sparse:
-            grad.factors.coef.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            grad.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def is_finite(self, parameter: Tensor) -> bool:
-        """Is its gradient, as far as it was gathered, finite?"""
-        grad = self._grads.get(parameter)
-        parts = [parameter.grad] if grad is None else [grad.factors.coef, grad.factors.vec]
+        """Is its gradient, if it has one, finite?"""
+        grad = parameter.grad
+        parts = [x for part in grad.parts for x in part[1:]] if isinstance(grad, FactoredGrad) else [grad]
         return all(part is None or bool(part.isfinite().all()) for part in parts)
 
     @torch.no_grad()
@@ -121,11 +122,9 @@ class Optimizer(torch.optim.Optimizer):
             if group["method"] == "muon":
                 muon.step(group, self.state)
             elif group["method"] == "rows":
-                for table in group["params"]:
-                    grad = self._gathered(table)
-                    if grad is not None:
-                        tables.step(group, table, grad, self.state[table])
-        self._grads.clear()
+                for table, grad in tables.gather(group["params"]):
+                    tables.step(group, table, grad, self.state[table])
+                    table.grad = None
         return loss
 
     @torch.no_grad()
@@ -136,14 +135,12 @@ class Optimizer(torch.optim.Optimizer):
             tables.flush(table, self.state.get(table, {}))
 
     def release(self) -> None:
-        """Give the tables' gradients back to autograd, for another optimizer."""
+        """Give the tables' gradients back to autograd, for another optimizer. Its end does so too."""
         self.zero_grad()
-        for layer in self._layers:
-            layer.row_grads = False
+        give_back(self._layers, self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._grads.clear()
         # torch casts every slot to its parameter's dtype; a table's are fp32, fp64 and bytes.
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         mine = (parameter for group in self.param_groups for parameter in group["params"])

@@ -1,14 +1,17 @@
 """AdamW on looked-up tables, whose gradients are factors: state, gathering, and one step."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sparsemix.ops.native import huge_pages
 from sparsemix.ops.row_adam import Moments, Rates, all_rows_, some_rows_
-from sparsemix.ops.row_grad import Order, RowGrad, joined, sort_rows, take_rows
+from sparsemix.ops.row_grad import Order, RowGrad
+from sparsemix.ops.row_grad.factored import FactoredGrad, every_row, several_ranks, some_rows, take_picks
 
 
 class TableGrad(NamedTuple):
@@ -18,18 +21,30 @@ class TableGrad(NamedTuple):
     order: Order
 
 
-def gather(table: Tensor, before: TableGrad | None) -> TableGrad | None:
-    """All of the table's gradient: `before`, what was recorded since, and `table.grad`, which is emptied."""
-    records = take_rows(table)
-    if table.grad is not None:
-        # A dense gradient is one in which every row is picked once.
-        ids = torch.arange(table.shape[0], device=table.device)[:, None]
-        records.append(RowGrad(ids, table.grad.new_ones(ids.shape), table.grad))
-        table.grad = None
-    if not records:
-        return before
-    factors = joined(records if before is None else [before.factors, *records])
-    return TableGrad(factors, sort_rows(factors.ids, table.shape[0]))
+def gather(tables: list[Tensor]) -> Iterator[tuple[Tensor, TableGrad]]:
+    """Every table that has a gradient, and that. Under several ranks the rows that any of them picked have one: all
+    ranks call this, with the same tables."""
+    picked = picked_by_any(tables) if several_ranks() else [None] * len(tables)
+    for table, rows in zip(tables, picked, strict=True):
+        grad = table.grad
+        if grad is None:
+            continue
+        if not isinstance(grad, FactoredGrad):
+            # Rows that something else gave a gradient (a penalty on the table) count as well.
+            rows = None if rows is None else (rows | (grad != 0).any(dim=1)).nonzero()[:, 0]
+            grad = FactoredGrad(table, [every_row(grad) if rows is None else some_rows(grad, rows)])
+        found = grad.gathered()
+        if found is not None:
+            yield table, TableGrad(*found)
+
+
+def picked_by_any(tables: list[Tensor]) -> list[Tensor]:
+    """Which rows of each table some rank picked since the last step, in one exchange."""
+    if not tables:
+        return []
+    flat = torch.cat([take_picks(table) for table in tables]).to(torch.uint8)
+    dist.all_reduce(flat, dist.ReduceOp.MAX)
+    return list(flat.bool().split([len(table) for table in tables]))
 
 
 def step(group: dict[str, Any], table: Tensor, grad: TableGrad, slots: dict[str, Tensor]) -> None:
@@ -69,7 +84,7 @@ def _new_slots(table: Tensor, by_row: bool, catch_up: bool) -> dict[str, Tensor]
     # bf16 has too few digits for a running mean.
     exact = torch.promote_types(table.dtype, torch.float32)
     shape = table.shape[:1] if by_row else table.shape
-    slots = {"step": torch.zeros(())}
+    slots = {"step": torch.zeros((), dtype=torch.float32)}
     for name, size in (("exp_avg", table.shape), ("exp_avg_sq", shape)):
         slots[name] = torch.empty(size, dtype=exact, device=table.device)
         # Before anything is written to it: its rows are visited at random, as the table's.

@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import DASH, fixed, interval, si
 
 BASELINES = {"uniform_bpb": "uniform", "unigram_bpb": "unigram", "bigram_bpb": "bigram", "fivegram_bpb": "5-gram"}
@@ -66,4 +67,5 @@ def tables(result: dict[str, Any]) -> Group:
             si(row["peak_memory_bytes"], "B"),
             f"{row['wall_s']:.0f} s",
         )
-    return Group(loss, cost, *(Text(f"warning: {text}", style="yellow") for text in result["warnings"]))
+    seen = Text(f"{found_in_train(result['corpus'].get('contamination'))}")
+    return Group(loss, cost, seen, *(Text(f"warning: {text}", style="yellow") for text in result["warnings"]))

@@ -45,7 +45,7 @@ def _run(run: dict[str, Any], prefix: str) -> Markup:
         f"{fixed(run['nats_per_token'], 4)} nats a token on {si(run['tokens'])} tokens in {si(run['documents'])} "
         f"documents of {', '.join(run['text'])}."
     )
-    parts: list[str] = [paragraph(said), warned(run["warnings"])]
+    parts: list[str] = [paragraph(said), paragraph(run.get("read") or ""), warned(run["warnings"])]
     groups = (
         ("Experts", EXPERTS, expert_figures(run, prefix)),
         ("Mixture-of-Depths", DEPTHS, mod_figures(run, prefix)),

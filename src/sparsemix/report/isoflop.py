@@ -18,10 +18,9 @@ from sparsemix.report.fits.gaps import BOTH
 from sparsemix.report.fits.granularity import granularity_laws, granularity_warnings
 from sparsemix.report.fits.laws import budget_by_law, laws_of
 from sparsemix.report.fits.quantities import Terms, draw_optima, quantities_of
+from sparsemix.report.optimum import FITTED
 from sparsemix.report.records import Record, same_terms
 from sparsemix.report.stats import RESAMPLES
-
-FITTED = ("grid", "seed")
 
 
 def analyse(
@@ -42,7 +41,8 @@ def analyse(
     arms = sorted(dict.fromkeys(r.arm for r in used), key=lambda arm: arm != baseline)
     curves = curves_of(used, arms, _bpb_of_a_nat(used))
     optima = draw_optima(curves, resamples)
-    train_tokens = _train_tokens(used)
+    manifest = manifest_of(used)
+    train_tokens = manifest["tokens"]["train"] if manifest else None
     often = (r for r in used if (epochs_of(r, train_tokens) or 0) > NO_VERDICT and not allow_repeats)
     repeated = frozenset((r.arm, r.budget) for r in often)
     tuned = tuned_arms(records)
@@ -56,13 +56,14 @@ def analyse(
     base = [c for c in curves if c.arm == baseline]
     by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)
     quantities, far = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples, by_law))
+    repeats = warnings_of(records, curves, baseline, train_tokens, allow_repeats)
     documents = all(q["test"] in (None, BOTH) for q in quantities)
     return {
         "title": f"isoFLOP study: {', '.join(arms)}",
         "command": command,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "convention": used[0].convention,
-        "corpus": _corpus(used[0], train_tokens),
+        "corpus": _corpus(used[0], manifest),
         "baseline": baseline,
         "arms": arms,
         "budgets": sorted({r.budget for r in used}),
@@ -75,7 +76,7 @@ def analyse(
         "laws": laws,
         "granularity": granularity,
         "quantities": quantities,
-        "warnings": warnings_of(records, curves, baseline, train_tokens, allow_repeats) + said + far,
+        "warnings": [*manifest.get("warnings", ()), *repeats, *said, *far],
         "does_not_show": does_not_show(records, curves, tuned, laws=bool(laws), documents=documents),
     }
 
@@ -92,24 +93,31 @@ def _bpb_of_a_nat(records: Sequence[Record]) -> float:
     return float(np.median(ratios))
 
 
-def _train_tokens(records: Sequence[Record]) -> int | None:
-    """Tokens of the training split, from the study's prepared text where it still stands."""
+def manifest_of(records: Sequence[Record]) -> dict[str, Any]:
+    """The facts of the study's prepared text where it still stands beside its runs, else none."""
     for record in records:
         for above in (record.folder.parent, record.folder.parent.parent):
             path = above / "data" / "manifest.json"
             if path.is_file():
                 manifest = load_json(path)
                 if manifest.get("fingerprint") == record.settings["data"].get("fingerprint"):
-                    return int(manifest["tokens"]["train"])
-    return None
+                    return manifest
+    return {}
 
 
-def _corpus(record: Record, train_tokens: int | None) -> dict[str, Any]:
+def read_line(records: Sequence[Record]) -> str | None:
+    """What was read and what was skipped, in a line."""
+    return (manifest_of(records).get("read") or {}).get("line")
+
+
+def _corpus(record: Record, manifest: dict[str, Any]) -> dict[str, Any]:
     data = record.settings["data"]
     return {
         "text": list(data.get("text", [])),
         "fingerprint": data.get("fingerprint"),
-        "train_tokens": train_tokens,
+        "train_tokens": manifest["tokens"]["train"] if manifest else None,
+        "contamination": manifest.get("contamination"),
+        "read": (manifest.get("read") or {}).get("line"),
         "vocab_size": record.settings["model"]["vocab_size"],
     }
 

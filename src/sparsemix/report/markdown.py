@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsemix.report.console import BASELINES, rests_on
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import exponent, fixed, interval, p_value, percent, si
 
 
@@ -32,8 +33,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         _rates(result["lr_sweep"]),
         f"Text: {', '.join(corpus['sources'])}, {si(corpus['bytes'], 'B')}, {corpus['documents']} documents, SHA-256 "
         f"`{corpus['fingerprint']}`; tokenizer: {corpus['tokenizer']}. Test: {evaluated['documents']} documents, "
-        f"{si(evaluated['bytes'], 'B')}, {si(evaluated['tokens'])} tokens. Training: {result['epochs']:.2f} epochs at "
-        "most. Count models are trained on the whole training split.",
+        f"{si(evaluated['bytes'], 'B')}, {si(evaluated['tokens'])} tokens; "
+        f"{found_in_train(corpus.get('contamination'))}. Training: {result['epochs']:.2f} epochs at most. "
+        "Count models are trained on the whole training split.",
         f"Hardware: {result['hardware']}. Versions: "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + ".",

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from sparsemix.durable import write_atomic
 from sparsemix.report.figures import CSS
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import (
     DASH,
     Markup,
@@ -57,7 +59,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(f"Equal-FLOP comparison: {kinds}", byline, sections), encoding="utf-8")
+    write_atomic(path, render(f"Equal-FLOP comparison: {kinds}", byline, sections))
 
 
 def render(title: str, byline: str, sections: Sequence[tuple[str, str, str]], css: str = "") -> str:
@@ -192,7 +194,9 @@ def _data(result: dict[str, Any]) -> Markup:
     facts = [
         ["sources", Markup("<br>".join(escape(source) for source in corpus.get("sources") or [None]))],
         ["size", f"{si(corpus.get('bytes'), 'B')} in {si(corpus.get('documents'))} documents"],
+        ["read", corpus.get("read")],
         ["duplicates dropped", si(corpus.get("duplicates_dropped"))],
+        ["held out", found_in_train(corpus.get("contamination"))],
         ["tokenizer", f"{corpus.get('tokenizer') or DASH}, vocabulary of {fixed(corpus.get('vocab_size'), 0)}"],
         ["SHA-256 fingerprint", _code(corpus.get("fingerprint"))],
     ]
@@ -217,6 +221,8 @@ def _facts(caption: str, facts: Sequence[Sequence[object]]) -> Markup:
 
 def _reproduce(result: dict[str, Any]) -> Markup:
     versions = [[name, version] for name, version in (result.get("versions") or {}).items()]
+    if kernels := result.get("kernels"):
+        versions.append(["kernels", ", ".join(map(" ".join, kernels.items()))])
     machine = [["hardware", result.get("hardware")], ["created", result.get("created")]]
     settings = [[name, _code(value)] for name, value in (result.get("settings") or {}).items()]
     runs = [

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite, log, prod
@@ -12,10 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
-from sparsemix.errors import DamagedError
 from sparsemix.evaluate.estimate import Units, units
-from sparsemix.inputs import load_yaml, trusted
-from sparsemix.run import CONVENTION, Run
+from sparsemix.inputs import trusted
+from sparsemix.run import CONVENTION, Run, by_document, read_plan
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,7 @@ class Record:
 
 def document_units(folders: Sequence[Path]) -> Units:
     """The test losses of runs on the same text, a row a run."""
-    held = []
-    for folder in folders:
-        # Opened here: NumPy leaves a file open that is no archive.
-        with (folder / "documents.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            held.append({name: file[name] for name in file.files})
+    held = [by_document(folder / "documents.npz") for folder in folders]
     # Runs from before parts were scored hold one loss a document.
     return units(np.stack([file["nats"] for file in held]), held[0]["bytes"], held[0].get("groups"))
 
@@ -82,6 +78,7 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     result = run.result
     if result is None:
         return None
+    run.check()
     with trusted(folder):
         record = _record(folder, run, result, arm, role)
         _checked(record)
@@ -110,55 +107,34 @@ def _record(folder: Path, run: Run, result: dict[str, Any], arm: str | None, rol
     )
 
 
-def read_runs(folders: Sequence[Path], say: Callable[[str], None] | None = None) -> list[Record]:
+def read_runs(folders: Sequence[Path], say: Callable[[str], None] = warnings.warn) -> list[Record]:
     """Every finished run of the folders: a study's (its plan.yaml says whose each run is), a comparison's or any other
-    folder of runs, or a run's own. Damaged ones are left out and said, or raised where nobody listens.
-
-    Raises ConfigError where there is none."""
-    found: list[Record | None] = []
-
-    def read(folder: Path, *named: str) -> None:
-        if not (folder / "config.yaml").exists():
-            return
-        try:
-            found.append(read_run(folder, *named))
-        except ConfigError as error:
-            if say is None:
-                raise
-            lost.append(folder)
-            say(f"left out: {error}")
-
-    lost: list[Path] = []
+    folder of runs, or a run's own. A damaged one is said and left out. Raises ConfigError where there is none."""
+    named: list[tuple[Path, str | None, str]] = []
     for folder in folders:
-        cells = plan_cells(folder)
-        if cells is not None:
-            for cell in cells:
-                read(folder / "runs" / cell["run"], cell["arm"], cell["role"])
+        if (cells := read_plan(folder).get("cells")) is not None:
+            named += [(folder / "runs" / cell["run"], cell["arm"], cell["role"]) for cell in cells]
         elif (folder / "config.yaml").exists():
-            read(folder)
+            named.append((folder, None, "grid"))
         elif folder.is_dir():
-            for path in sorted(folder.glob("*/config.yaml")):
-                read(path.parent)
-    records = [record for record in found if record is not None]
+            named += [(path.parent, None, "grid") for path in sorted(folder.glob("*/config.yaml"))]
+    records, lost = [], {}
+    for folder, arm, role in named:
+        try:
+            record = read_run(folder, arm, role) if (folder / "config.yaml").exists() else None
+        except ConfigError as error:
+            lost[folder] = str(error)
+            continue
+        if record is not None:
+            records.append(record)
+    for told in lost.values():
+        say(f"left out: {told}")
     if not records:
         rest = f"; {len(lost)} damaged" if lost else ""
         raise ConfigError(
             f"{', '.join(map(str, folders))} hold no finished run{rest}; name a study's or a run's folder"
         )
     return records
-
-
-def plan_cells(folder: Path) -> list[dict[str, Any]] | None:
-    """What a study's plan.yaml says of each of its runs; None in a folder that holds no study. Raises ConfigError."""
-    path = folder / "plan.yaml"
-    cells = load_yaml(path).get("cells") if path.exists() else None
-    for cell in () if cells is None else [cells] if not isinstance(cells, list) else cells:
-        for name, kind in (("run", str), ("arm", str), ("role", str), ("budget", float), ("width", int), ("seed", int)):
-            # What a setting's name is of another type is not what a study wrote.
-            held = cell.get(name, kind()) if isinstance(cell, dict) and "run" in cell else None
-            if not isinstance(held, (int, float) if kind is float else kind):
-                raise DamagedError(f"{path} is damaged (a run's {name} is {str(held)[:40]}); copy it anew")
-    return cells
 
 
 def _checked(record: Record) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from sparsemix.inputs import load_json, trusted
 from sparsemix.report.numbers import fixed
 from sparsemix.report.records import Record
+from sparsemix.run import joined
 
 # They differ from run to run of one arm.
 OF_A_RUN = ("seed", "train.lr", "train.budget_flops")
@@ -15,18 +16,15 @@ OF_A_RUN = ("seed", "train.lr", "train.budget_flops")
 
 def details(records: Sequence[Record], out: Path) -> dict[str, Any]:
     """For the runs in the order of `records`: `links` from `out` to their folders, `layers` (sizes, FLOPs, memory);
-    for all: `differences` of the arms' settings, `hardware`, `versions`; `inspections` and `texts` by link."""
+    for all: `differences` of the arms' settings, `hardware`, `versions`, `kernels`; by link `inspections`, `texts`."""
     links = [Path(os.path.relpath(record.folder, out)).as_posix() for record in records]
-    versions: dict[str, set[str]] = {}
-    for record in records:
-        for name, version in (record.result.get("versions") or {}).items():
-            versions.setdefault(name, set()).add(str(version))
+    told = {name: joined(*(record.result.get(name) or {} for record in records)) for name in ("versions", "kernels")}
     return {
         "links": links,
         "layers": [layers(record) for record in records],
         "differences": differences(records),
         "hardware": sorted({str(record.result["hardware"]) for record in records if record.result.get("hardware")}),
-        "versions": {name: ", ".join(sorted(found)) for name, found in versions.items()},
+        **told,
         "inspections": dict(_inspections(records, links)),
         "texts": {link for record, link in zip(records, links, strict=True) if (record.folder / TEXT).is_file()},
     }

@@ -3,16 +3,15 @@
 from collections import defaultdict
 from typing import Any
 
-import numpy as np
-
 from sparsemix.report.figures import Chart, Line
 from sparsemix.report.numbers import exponent, is_number
+from sparsemix.report.optimum import FITTED
 from sparsemix.report.plots import mean_line
 from sparsemix.report.study_plots import Analysis, Captioned, flops, styles
 
 
 def against_time(analysis: Analysis) -> list[Captioned]:
-    """Validation loss against seconds of the runs next to each optimum, a chart a budget."""
+    """Validation loss against seconds of the runs that stand for each arm, a chart a budget."""
     drawn, style = [], styles(analysis)
     for budget in analysis["budgets"]:
         lines = []
@@ -29,24 +28,28 @@ def against_time(analysis: Analysis) -> list[Captioned]:
                 f"wall-clock time ({unit})", "validation bits per byte", lines, x_scale=scale,
             )  # fmt: skip
             text = (
-                f"{flops(budget)}: the runs of the size nearest to each optimum, mean over seeds (thin: single runs)."
+                f"{flops(budget)}: the runs next to each optimum, which verdicts rest on, mean over seeds "
+                "(thin: single runs)."
             )
             drawn.append(Captioned(chart, text))
     return drawn
 
 
 def runs_at_optimum(analysis: Analysis, arm: str, budget: float) -> list[dict[str, Any]]:
-    """The fitted runs of the grid size nearest to the arm's optimum, or to its lowest loss where none was found."""
+    """The entries of the runs that stand for the arm at the budget, which its verdict rests on too; none without a
+    curve."""
     curve = next((c for c in analysis["curves"] if (c["arm"], c["budget"]) == (arm, budget)), None)
-    if not curve or not curve["points"]:
+    if curve is None:
         return []
-    best = curve.get("optimum")
-    if best:
-        point = min(curve["points"], key=lambda p: abs(np.log(p["forward_flops"] / best["forward_flops"])))
-    else:
-        point = min(curve["points"], key=lambda p: p["nats"])
-    runs = [r for r in analysis["runs"] if (r["arm"], r["budget"], r["params"]) == (arm, budget, point["params"])]
-    return [r for r in runs if r["role"] != "rate"]
+    # A folder's name alone may be of two studies.
+    found = {r["seed"]: r for r in reversed(analysis["runs"]) if _stands(r, curve)}
+    return [found[seed] for seed in sorted(found)]
+
+
+def _stands(run: dict[str, Any], curve: dict[str, Any]) -> bool:
+    """Whether the run is one of those that stand for the curve."""
+    same = all(run[key] == curve[key] for key in ("arm", "budget")) and run["role"] in FITTED
+    return same and run["folder"] in curve["standing"]["folders"]
 
 
 def largest_optima(analysis: Analysis) -> dict[str, dict[str, Any]]:
@@ -66,7 +69,7 @@ def envelope(analysis: Analysis) -> Captioned | None:
     for arm in analysis["arms"]:
         seen: dict[float, list[float]] = defaultdict(list)
         for run in analysis["runs"]:
-            for spent, _, bpb in run["curve"] if run["arm"] == arm and run["role"] != "rate" else ():
+            for spent, _, bpb in run["curve"] if run["arm"] == arm and run["role"] in FITTED else ():
                 if is_number(bpb) and spent > 0:
                     seen[spent].append(bpb)
         points, lowest = [], float("inf")

@@ -8,6 +8,7 @@ from typing import Any
 from sparsemix.durable import write_atomic
 from sparsemix.report import study_layers, study_losses, study_plots, study_tables
 from sparsemix.report.figure_files import write_figure
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.numbers import Markup, escape, fixed, interval, is_number, si
 from sparsemix.report.page import join, link, listed, paragraph, render, warned
 from sparsemix.report.records import Record
@@ -133,7 +134,7 @@ class Page:
         if not routed:
             return paragraph("No run of this study routes.")
         parts: list[str] = [
-            paragraph("Of each arm the run nearest to its optimum at the largest budget."),
+            paragraph("Of each arm the first of the runs next to its optimum at the largest budget."),
             leak_table(rows),
         ]
         for row in routed:
@@ -186,7 +187,9 @@ class Page:
         corpus = self.analysis["corpus"]
         facts = [
             ["text", ", ".join(corpus.get("text") or []) or None],
+            ["read", corpus.get("read")],
             ["training tokens", si(corpus.get("train_tokens"))],
+            ["held out", found_in_train(corpus.get("contamination"))],
             ["vocabulary", fixed(corpus.get("vocab_size"), 0)],
             ["fingerprint", Markup(f"<code>{escape(corpus.get('fingerprint'))}</code>")],
         ]
@@ -196,6 +199,8 @@ class Page:
         a = self.analysis
         machine = [["hardware", at] for at in self.about["hardware"]] if self.about else []
         versions = list(self.about["versions"].items()) if self.about else []
+        if self.about and self.about["kernels"]:
+            versions.append(("kernels", ", ".join(map(" ".join, self.about["kernels"].items()))))
         return join(
             Markup(f"<pre><code>{escape(a['command'])}</code></pre>") if a["command"] else "",
             paragraph(f"How FLOPs were counted: {a['convention']}."),

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.inspect_tables import Spec
 from sparsemix.report.markdown import markdown_table
 from sparsemix.report.numbers import DASH, duration, exponent, fixed, interval, is_number, p_value, si
@@ -170,7 +171,8 @@ def result_tables(analysis: Analysis) -> list[Spec]:
 def console(analysis: Analysis) -> Group:
     """The results for a terminal, then warnings."""
     tables = [spec.rich() for spec in result_tables(analysis)]
-    return Group(*tables, *(Text(f"warning: {text}", style="yellow") for text in analysis["warnings"]))
+    seen = Text(f"{found_in_train(analysis['corpus'].get('contamination'))}")
+    return Group(*tables, seen, *(Text(f"warning: {text}", style="yellow") for text in analysis["warnings"]))
 
 
 def to_markdown(analysis: Analysis) -> str:
@@ -179,6 +181,7 @@ def to_markdown(analysis: Analysis) -> str:
     parts += [f"**Warning:** {text}" for text in analysis["warnings"]]
     for spec in [*result_tables(analysis), rates(analysis)]:
         parts.append(f"{spec.caption}\n\n{markdown_table(spec.columns, spec.rows)}")
+    parts.append(f"Held-out text: {found_in_train(analysis['corpus'].get('contamination'))}.")
     parts.append("What this does not show:\n\n" + "\n".join(f"- {text}" for text in analysis["does_not_show"]))
     parts.append(f"Convention: {analysis['convention']}")
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError
 from sparsemix.data import DataConfig
 from sparsemix.recipes import settings_of, sizes_of
+from sparsemix.report.held_out import found_in_train
 from sparsemix.report.records import Record
 from sparsemix.reproduce.base import SCALES, Design, Entry, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.sweep import texts
@@ -124,7 +125,10 @@ def run(
     if empty := [arm for arm, found in runs.items() if not found]:
         raise ConfigError(f"{planned.entry.name}: no run of {', '.join(empty)} finished; the lines above say why")
     lab = Lab(scale, study.out, runs, say, corpora=corpora)
-    return planned.made_by.outcome(lab), lab.all()
+    outcome = planned.made_by.outcome(lab)
+    text = study.shards.manifest
+    notes = (f"Text: {found_in_train(text.get('contamination'))}.", *text.get("warnings", ()))
+    return outcome._replace(notes=(*outcome.notes, *notes)), lab.all()
 
 
 def _filled(design: Design, scale: Scale, asked: tuple[str, ...]) -> Design:

@@ -4,11 +4,11 @@ from sparsemix.config import parse
 from sparsemix.data import DataConfig
 from sparsemix.layers import DenseConfig
 from sparsemix.layers.linear import num_matrices
+from sparsemix.layers.sizing import sized_ffn
 from sparsemix.recipes import settings_of
 from sparsemix.reproduce.base import Design, Scale
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import Arm, backbone, run_config
-from sparsemix.sweep.sizing import sized_ffn
 
 FAMILY = "mod-dense"
 # The paper lists no shapes: these stand for its 60 M to 3 B parameters, smallest first.

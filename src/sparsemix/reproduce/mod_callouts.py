@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from sparsemix.config import parse
 from sparsemix.report.figures import Bars
 from sparsemix.report.numbers import DASH, fixed, si
-from sparsemix.report.records import Record
+from sparsemix.report.optimum import Runs
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Lab, entry
 from sparsemix.reproduce.mod_arms import DENSE, MOD
-from sparsemix.reproduce.mod_curves import Analysis, at_optimum, by_size, curve_of, reference, within
+from sparsemix.reproduce.mod_curves import Analysis, at_optimum, curve_of, reference, sizes_at, within
 from sparsemix.reproduce.mod_speed import Speed, step_times
 from sparsemix.settings import RunConfig
 
@@ -61,9 +61,9 @@ def callouts(lab: Lab, analysis: Analysis, budget: float) -> Callouts:
     return Callouts(table, bars, (slower, ends) if reached else (None, None), missing, notes, numbers)
 
 
-def _chosen(lab: Lab, analysis: Analysis, budget: float) -> tuple[dict[str, list[Record]], bool]:
+def _chosen(lab: Lab, analysis: Analysis, budget: float) -> tuple[dict[str, Runs], bool]:
     """The runs of each call-out, and whether #3 reaches the loss of #1."""
-    dense, mod = (by_size(lab.runs[arm.name], budget) for arm in (DENSE, MOD))
+    dense, mod = (sizes_at(lab.runs[arm.name], budget) for arm in (DENSE, MOD))
     first, last = (at_optimum(lab.runs[arm.name], budget) for arm in (DENSE, MOD))
     goal = reference(analysis, budget)[1]
     able = [size for size in mod if fmean(r.nats for r in size) <= goal]
@@ -72,11 +72,11 @@ def _chosen(lab: Lab, analysis: Analysis, budget: float) -> tuple[dict[str, list
     return {"#1": first, "#2": _nearest(dense, larger["params"]), "#3": cheapest, "#4": last}, bool(able)
 
 
-def _nearest(sizes: Sequence[list[Record]], params: float) -> list[Record]:
+def _nearest(sizes: Sequence[Runs], params: float) -> Runs:
     return min(sizes, key=lambda size: abs(log(size[0].params / params)))
 
 
-def _table(models: dict[str, list[Record]], flops: dict[str, float], speed: Speed) -> TextTable:
+def _table(models: dict[str, Runs], flops: dict[str, float], speed: Speed) -> TextTable:
     rows = []
     for name, runs in models.items():
         paper = entry("mod-fig3").numbers["callouts"][name]

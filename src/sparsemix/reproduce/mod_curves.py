@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from sparsemix.report.figures import Chart, Line, Point, Star
+from sparsemix.report.fits.curves import standing_runs
 from sparsemix.report.isoflop import analyse
 from sparsemix.report.numbers import DASH, exponent, fixed, is_number
+from sparsemix.report.optimum import Runs, by_size
 from sparsemix.report.records import Record
 from sparsemix.report.study_plots import short
 from sparsemix.reproduce.base import Lab
@@ -34,20 +36,15 @@ def quantity(analysis: Analysis, arm: str, budget: float) -> dict[str, Any]:
     return next((q for q in analysis["quantities"] if (q["arm"], q["budget"]) == (arm, budget)), {})
 
 
-def by_size(runs: Sequence[Record], budget: float) -> list[list[Record]]:
+def sizes_at(runs: Sequence[Record], budget: float) -> tuple[Runs, ...]:
     """The fitted runs at a budget by size, each seed once, smallest first."""
-    sizes: dict[int, dict[int, Record]] = {}
-    for run in runs:
-        if run.budget == budget and run.role in ("grid", "seed"):
-            sizes.setdefault(run.params, {}).setdefault(run.seed, run)
-    return [[seeds[s] for s in sorted(seeds)] for _, seeds in sorted(sizes.items())]
+    return by_size(run for run in runs if run.budget == budget)
 
 
-def at_optimum(runs: Sequence[Record], budget: float) -> list[Record]:
-    """The runs of the size that has several seeds, which a study gives to that next to the optimum; of equals the one
-    with the least loss. Empty without a run."""
-    sizes = by_size(runs, budget)
-    return max(sizes, key=lambda size: (len(size), -fmean(r.nats for r in size)), default=[])
+def at_optimum(runs: Sequence[Record], budget: float) -> Runs:
+    """The runs that stand for their arm at a budget; empty without a run."""
+    found = standing_runs([run for run in runs if run.budget == budget])
+    return next(iter(found.values()), ())
 
 
 def best_ordering(
@@ -134,16 +131,17 @@ def _fit(curve: dict[str, Any]) -> list[Point]:
 
 
 def reference(analysis: Analysis, budget: float) -> tuple[float, float]:
-    """(FLOPs per forward pass, nats) of the dense optimum, or of the best dense run where there is none."""
+    """(FLOPs per forward pass, nats) of the dense optimum, or where there is none of the dense runs that stand for
+    it."""
     curve = curve_of(analysis, "dense", budget)
-    best = curve["optimum"] or min(curve["points"], key=lambda point: point["nats"])
+    best = curve["optimum"] or curve["standing"]
     return best["forward_flops"], best["nats"]
 
 
 def relative(analysis: Analysis, runs: Sequence[Record], budget: float, loss: Loss) -> list[Point]:
     """(FLOPs per forward pass, loss) of every size over those of the dense optimum; means over seeds."""
     flops, nats = reference(analysis, budget)
-    sizes = by_size(runs, budget)
+    sizes = sizes_at(runs, budget)
     return [(size[0].forward_flops / flops, fmean(map(loss, size)) / nats) for size in sizes]
 
 

@@ -13,10 +13,10 @@ from sparsemix.reproduce.mod_curves import (
     analysis_of,
     at_optimum,
     best_ordering,
-    by_size,
     reference,
     relative,
     relative_chart,
+    sizes_at,
 )
 from sparsemix.reproduce.mod_isoflop import fewer_flops, grid, one_budget
 from sparsemix.reproduce.mod_progress import progress_chart
@@ -74,7 +74,7 @@ NOTE = (
 def _sizes_table(lab: Lab, budget: float, at: tuple[float, float]) -> TextTable:
     """MoD size by size: both losses over the dense optimum's, and the predictor."""
     rows = []
-    for runs in by_size(lab.runs[MOD.name], budget):
+    for runs in sizes_at(lab.runs[MOD.name], budget):
         ahead, causal = (fmean(map(loss, runs)) / at[1] for loss in (lookahead_nats, lambda r: r.nats))
         found = [rates(run) for run in runs]
         shares = [

@@ -3,21 +3,22 @@
 from typing import Any, NamedTuple
 
 from sparsemix.layers import DenseConfig
+from sparsemix.layers.sizing import key_width
 from sparsemix.report.records import Record
 from sparsemix.reproduce.base import Scale
-from sparsemix.sweep.arms import Arm
+from sparsemix.sweep.arms import Arm, backbone
 
 RECIPE = "peer-dense"
 
 
 class Sizes(NamedTuple):
-    """What replaces the feed-forward of the middle block. num_experts is side * side; d_key None: d_model / 4, which
-    is the paper's 256 at its width 1024; moe_experts: of the mixture, each as wide as the dense layer.
+    """What replaces the feed-forward of the middle block. num_experts is side * side; d_key None: that of every layer
+    sized here (`layers/sizing.py::key_width`); moe_experts: of the mixture, each as wide as the dense layer.
 
-    The rule below the paper's scale: heads * top_k small enough that PEER costs 0.5 to 1.6 times the dense layer over
-    the widths of the curves, as it does in the paper (0.3 to 1.5 from L13 to L4), and so few experts that each is
-    picked hundreds of times in a run. The demo has fewer heads, as a sub-key has 8 channels or more (`sweep/sizing.py`
-    says why), and PEER costs 0.4 to 1.2 at widths 48 to 24, 2.5 at 16. Whatever a layer costs, the budget pays it."""
+    The rule below the paper's scale: heads * top_k small enough that PEER costs 0.3 to 1.5 times the dense layer over
+    the widths of the curves (laptop: 128 to 32), as it does in the paper from L13 to L4, and so few experts that each
+    is picked hundreds of times in a run. The demo has fewer heads, as its widths are half as large; at the least width
+    of both PEER costs 2.5 times. Whatever a layer costs, the budget pays it. The recipes' sizes have these layers."""
 
     side: int
     num_heads: int
@@ -28,7 +29,7 @@ class Sizes(NamedTuple):
 
 SMALL = Sizes(side=128, num_heads=4, top_k=8, d_key=None, moe_experts=16)
 SIZES = {
-    "demo": SMALL._replace(num_heads=2, d_key=16),
+    "demo": SMALL._replace(num_heads=2),
     "laptop": SMALL,
     "gpu": Sizes(side=512, num_heads=8, top_k=16, d_key=None, moe_experts=64),
     "paper": Sizes(side=1024, num_heads=8, top_k=16, d_key=256, moe_experts=128),
@@ -46,16 +47,17 @@ def sizes(scale: Scale) -> Sizes:
 def one_size(scale: Scale) -> tuple[str, tuple[str, ...]]:
     """The size of the recipe, and overrides that make its backbone narrower in proportion."""
     size, width = ONE_SIZE[scale.name]
-    return size, narrowed(width) if width else ()
+    return size, narrowed(size, width) if width else ()
 
 
-def narrowed(width: int) -> tuple[str, ...]:
-    """Overrides that turn the 300k backbone (width 64, 5 blocks) into the one that curves have at `width`."""
+def narrowed(size: str, width: int) -> tuple[str, ...]:
+    """Overrides that turn a scale's backbone into the one that curves have at `width`."""
+    blocks = backbone(f"{RECIPE}:{size}", width=width)["model"]["blocks"]
     return (
         f"model.d_model={width}",
-        f"model.blocks.count={max(2, round(5 * width / 64))}",
-        f"model.blocks.each.mixer.num_heads={max(2, 4 * width // 64)}",
-        f"model.blocks.each.ffn.d_ff={4 * width}",
+        f"model.blocks.count={blocks['count']}",
+        f"model.blocks.each.mixer.num_heads={blocks['each']['mixer']['num_heads']}",
+        f"model.blocks.each.ffn.d_ff={blocks['each']['ffn']['d_ff']}",
     )
 
 
@@ -108,5 +110,5 @@ def layer(record: Record, kind: str = "peer") -> tuple[str, dict[str, Any]]:
 
 
 def _look_up(own: Sizes, top_k: int, d_model: int) -> dict[str, Any]:
-    d_key = own.d_key or max(2, d_model // 8 * 2)
+    d_key = own.d_key or key_width(d_model)
     return {"num_heads": own.num_heads, "top_k": top_k, "d_key": d_key}

@@ -6,7 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from sparsemix.report.figures import Chart, Line, Star
+from sparsemix.report.fits.curves import standing_runs
 from sparsemix.report.numbers import DASH, fixed, interval, si
+from sparsemix.report.optimum import by_size
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Entry, Lab, Outcome, Reproduction, Scale, entry
@@ -23,7 +25,7 @@ LOOKS_AHEAD = (
     "and is no likelihood. All other numbers are causal: each expert takes a token above its running threshold."
 )
 
-Optima = Mapping[tuple[str, float], list[Record]]
+Optima = Mapping[tuple[str, float], Sequence[Record]]
 # (arm, budget) -> its curve of the analysis.
 Curves = Mapping[tuple[str, float], Mapping[str, Any]]
 
@@ -34,21 +36,6 @@ def design(scale: Scale) -> Design:
     if scale.name == "paper":
         return Design(RECIPE, methods(scale), grid=True, size="L8", sizes_by_budget=PAPER_SIZES)
     return Design(RECIPE, methods(scale), grid=True)
-
-
-def at_optima(records: Sequence[Record]) -> dict[tuple[str, float], list[Record]]:
-    """(arm, budget) -> the runs of the size that got the seeds, the trained size next to the optimum; where no size
-    has more seeds than others, of the size with the least loss. Sorted by seed."""
-    sized: dict[tuple[str, float], dict[float, dict[int, Record]]] = {}
-    for record in records:
-        if record.role in ("grid", "seed"):
-            at = sized.setdefault((record.arm, record.budget), {})
-            at.setdefault(record.forward_flops, {}).setdefault(record.seed, record)
-    best = {}
-    for key, by_size in sized.items():
-        chosen = max(by_size.values(), key=lambda runs: (len(runs), -fmean(r.nats for r in runs.values())))
-        best[key] = [chosen[seed] for seed in sorted(chosen)]
-    return best
 
 
 def fitted(lab: Lab, baseline: str) -> dict[str, Any]:
@@ -74,7 +61,7 @@ def lookahead_nats(record: Record) -> float | None:
 
 def outcome(lab: Lab) -> Outcome:
     said, analysis = entry("peer-fig1"), fitted(lab, "Dense")
-    best, budgets = at_optima(lab.all()), analysis["budgets"]
+    best, budgets = standing_runs(lab.all()), analysis["budgets"]
     curves = by_arm(analysis)
     figures = [chart(f"isoflop-{i + 1}", budget, lab, best, curves) for i, budget in enumerate(budgets)]
     notes = [TOKENIZER, LOOKS_AHEAD, *analysis["warnings"]]
@@ -100,12 +87,8 @@ def chart(id: str, budget: float, lab: Lab, best: Optima, curves: Curves) -> Cha
     best size where none is fitted."""
     lines = []
     for style, (arm, runs) in enumerate(lab.runs.items()):
-        sized: dict[int, list[Record]] = {}
-        for r in runs:
-            if r.budget == budget and r.role in ("grid", "seed"):
-                sized.setdefault(r.params, []).append(r)
-        if sized:
-            points = [(float(params), perplexity(sized[params])) for params in sorted(sized)]
+        if sizes := by_size(r for r in runs if r.budget == budget):
+            points = sorted((float(size[0].params), perplexity(size)) for size in sizes)
             at = best[arm, budget]
             fit = (curves.get((arm, budget)) or {}).get("optimum")
             ring = None if fit else (float(at[0].params), perplexity(at))

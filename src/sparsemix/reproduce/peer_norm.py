@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsemix.report.fits.curves import standing_runs
 from sparsemix.report.numbers import DASH, fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
 from sparsemix.reproduce.peer import RECIPE, peer, sizes
-from sparsemix.reproduce.peer_isoflop import PAPER_SIZES, TOKENIZER, at_optima, by_arm, chart, fitted, perplexity
+from sparsemix.reproduce.peer_isoflop import PAPER_SIZES, TOKENIZER, by_arm, chart, fitted, perplexity
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import Claim, bounded, judge, ordering
 
@@ -27,7 +28,7 @@ def design(scale: Scale) -> Design:
 
 
 def outcome(lab: Lab) -> Outcome:
-    said, analysis, best = entry("peer-fig4").numbers, fitted(lab, WITHOUT), at_optima(lab.all())
+    said, analysis, best = entry("peer-fig4").numbers, fitted(lab, WITHOUT), standing_runs(lab.all())
     budget = analysis["budgets"][0]
     ours, theirs = best[WITH, budget], best[WITHOUT, budget]
     sized = {arm: by_width(runs) for arm, runs in lab.runs.items()}

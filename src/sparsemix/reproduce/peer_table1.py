@@ -5,12 +5,13 @@ from math import log
 from statistics import fmean
 from typing import Any
 
+from sparsemix.report.fits.curves import standing_runs
 from sparsemix.report.numbers import fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Lab, Outcome, Reproduction, Trend, entry
 from sparsemix.reproduce.peer_corpora import MAX_TOKENS, Corpora, Measured
-from sparsemix.reproduce.peer_isoflop import LOOKS_AHEAD, TOKENIZER, at_optima, design
+from sparsemix.reproduce.peer_isoflop import LOOKS_AHEAD, TOKENIZER, design
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import bounded, judge
 
@@ -27,7 +28,7 @@ def outcome(lab: Lab) -> Outcome:
     numbers = entry("peer-table1").numbers
     names = list(numbers["corpora"])
     corpora = Corpora(names, lab.corpora, MAX_TOKENS[lab.scale.name])
-    best = at_optima(lab.all())
+    best = standing_runs(lab.all())
     found = measured(best, corpora, lab.say)
     at_hand = [name for name in names if name in corpora.found and name not in corpora.missing]
     budgets = sorted({budget for _, budget in best})

@@ -1,17 +1,18 @@
 """The outcome of a reproduction as files: result.json, table.md, figures, one offline page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sparsemix.durable import write_atomic
+from sparsemix.report.isoflop import read_line
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Outcome
 from sparsemix.reproduce.lab import Plan
-from sparsemix.run import hardware, versions
+from sparsemix.run import hardware, joined, versions
 
 
 def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Path, command: str) -> dict[str, Any]:
@@ -34,23 +35,41 @@ def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Pa
         "notes": list(outcome.notes),
         "numbers": dict(outcome.numbers),
         "convention": records[0].convention,
-        "corpus": records[0].settings["data"],
+        "corpus": {**records[0].settings["data"], "read": read_line(records)},
         "runs": [_run(record) for record in records],
-        "versions": versions(),
-        "hardware": hardware(),
+        **made_by(records),
     }
     write_atomic(folder / "result.json", json.dumps(result, indent=1))
-    write_atomic(folder / "table.md", markdown(planned, outcome))
+    write_atomic(folder / "table.md", markdown(planned, outcome) + f"{_told(result)}\n")
     for figure in outcome.figures:
         write_figure(figure, folder / "figures")
     trends = TextTable("What the paper claims", ("claim", "outcome", "evidence"), [tuple(t) for t in outcome.trends])
     about = [said.claim, f"Numbers of the paper: {said.how}. {_at(planned)}", result["convention"]]
+    about.append(_told(result))
+    about += [line] if (line := result["corpus"]["read"]) else []
     sections = [
         Section(said.source, about, [trends]),
         Section("Results", outcome.notes, outcome.tables, outcome.figures),
     ]
     write_atomic(folder / "report.html", simple_page(f"{said.name}: {said.source}", sections))
     return result
+
+
+def made_by(records: Sequence[Record]) -> dict[str, Any]:
+    """Versions, kernels and machines of the runs, and of what reads them now."""
+    results = [record.result for record in records]
+    machines = [{"hardware": result["hardware"]} for result in results if "hardware" in result]
+    return {
+        "versions": joined(*(result.get("versions", {}) for result in results), versions()),
+        "kernels": joined(*(result.get("kernels", {}) for result in results)),
+        **joined(*machines, {"hardware": hardware()}),
+    }
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    parts = [f"{name} {version}" for name, version in result["versions"].items()]
+    kernels = ", ".join(f"{name} {impl}" for name, impl in result["kernels"].items()) or "none of sparsemix's"
+    return f"Hardware: {result['hardware']}. Versions: {', '.join(parts)}. Kernels: {kernels}."
 
 
 def markdown(planned: Plan, outcome: Outcome) -> str:

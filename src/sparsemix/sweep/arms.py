@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sparsemix.config import Config, ConfigError, apply_overrides, parse
+from sparsemix.config import Config, ConfigError, apply_overrides, nearest, parse
 from sparsemix.data import DataConfig
 from sparsemix.layers import AttentionConfig, BlockConfig, DenseConfig
+from sparsemix.layers.sizing import mod_wrap, sized_ffn
+from sparsemix.layers.ternary import PRECISIONS
 from sparsemix.model import ModelConfig
 from sparsemix.recipes import settings_of
 from sparsemix.settings import RunConfig
-from sparsemix.sweep.sizing import mod_wrap, sized_ffn, split_kind
 
 
 class Arm(NamedTuple):
@@ -25,6 +26,20 @@ class Arm(NamedTuple):
     placement: str = "middle"
     rate: float = 1.0
     sized: Callable[[DenseConfig, int], dict[str, Any]] | None = None
+
+
+def split_kind(kind: str) -> tuple[bool, str, str | None]:
+    """(is there Mixture-of-Depths around blocks, feed-forward kind, precision) of `mod`, `KIND`, `mod+KIND` (staged
+    MoDE), each with or without `@precision`. Raises ConfigError."""
+    name, at, precision = kind.partition("@")
+    if at and precision not in PRECISIONS:
+        raise ConfigError(
+            f"kinds={kind}: {precision!r} is none of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
+        )
+    wrap, plus, feed = name.partition("+")
+    if plus and wrap != "mod":
+        raise ConfigError(f"kinds={kind}: only mod wraps blocks; write mod+{feed}")
+    return wrap == "mod", feed if plus else {"mod": "dense"}.get(name, name), precision or None
 
 
 def refuse_decided(overrides: tuple[str, ...], decided: Mapping[str, str]) -> None:

@@ -11,19 +11,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from sparsemix.config import Config, ConfigError, config_hash, load_yaml, to_yaml
+from sparsemix.config import Config, ConfigError, config_hash, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
-from sparsemix.durable import write_atomic
 from sparsemix.errors import TrainingError
-from sparsemix.run import Run
+from sparsemix.layers.sizing import refuse_unknown
+from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
-from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
-from sparsemix.sweep.jobs import Job, probe_job
+from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config, split_kind
+from sparsemix.sweep.jobs import Job, measured, probe_job
 from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.phase import working
 from sparsemix.sweep.rounds import train_all
-from sparsemix.sweep.sizing import refuse_unknown
-from sparsemix.sweep.texts import data_config, described, evaluated_tokens, prepared
+from sparsemix.sweep.texts import data_config, evaluated_tokens, prepared, tell
 from sparsemix.sweep.watch import Watch
 
 # What a comparison decides itself, and the option that it decides it by.
@@ -46,7 +46,8 @@ class CompareConfig(Config):
     def _rules(self) -> "CompareConfig":
         self.rule(len(set(self.kinds)) == len(self.kinds) > 0, "kinds", "must name each kind once")
         for kind in self.kinds:
-            refuse_unknown(kind)
+            if (feed := split_kind(kind)[1]) != "dense":
+                refuse_unknown(feed)
         self.rule("dense" in self.kinds, "kinds", "must hold dense, which the others are compared with")
         if self.lr not in ("rule", "sweep"):
             self.rule(0 < _number(self.lr) < inf, "lr", "must be a positive number, rule, or sweep")
@@ -102,9 +103,14 @@ class Comparison:
         says its plan and ends with the text prepared: no runs, and a folder for any comparison of it.
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
+        with working(self.out) as self.phase:
+            return self._run(plan)
+
+    def _run(self, plan: dict[str, Any]) -> dict[str, list[tuple[RunConfig, Path]]]:
         budget = plan.get("budget_flops") or (1e30 if self.settings.seconds else float(self.settings.budget))
         for kind in self.settings.kinds:
             _ = kind_config(self.settings, kind, self._data_config(), budget).steps
+        self.phase("preparing the text")
         self.shards = self._prepare()
         with self.launcher:
             self.data = self._data_config().replace(fingerprint=self.shards.manifest["fingerprint"])
@@ -112,7 +118,7 @@ class Comparison:
                 budget = self._fit_budget() if self.settings.seconds else budget
                 plan = {"settings": self.settings.model_dump(mode="json"), "budget_flops": budget}
                 if not dry:
-                    write_atomic(self.out / "plan.yaml", yaml.safe_dump(plan, sort_keys=False))
+                    write_plan(self.out, plan)
             self.budget = plan["budget_flops"]
             configs = {kind: kind_config(self.settings, kind, self.data, self.budget) for kind in self.settings.kinds}
             self._describe(configs)
@@ -140,15 +146,11 @@ class Comparison:
             ):
                 raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
             return {}
-        plan = load_yaml(path)
-        if not isinstance(plan.get("settings"), dict) or not isinstance(plan.get("budget_flops"), (int, float)):
+        plan = read_plan(self.out)
+        if not isinstance(plan.get("budget_flops"), (int, float)):
             raise ConfigError(f"{path} holds no comparison's plan; choose another folder, or delete it to begin anew")
-        now = self.settings.model_dump(mode="json")
-        differ = [
-            f"{name}={plan['settings'].get(name)} there, {now[name]} asked"
-            for name in now
-            if plan["settings"].get(name) != now[name]
-        ]
+        now, there = self.settings.model_dump(mode="json"), plan.get("settings", {})
+        differ = [f"{name}={there.get(name)} there, {now[name]} asked" for name in now if there.get(name) != now[name]]
         if differ:
             raise ConfigError(f"out={self.out} holds another comparison ({'; '.join(differ)}); choose another folder")
         return plan
@@ -158,7 +160,7 @@ class Comparison:
         # Its bar ends here: training has bars of its own.
         with self.progress or nullcontext() as told:
             shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", told), dense)
-        self.say(described(shards, self.settings.text))
+        tell(shards, self.settings.text, self.say)
         return shards
 
     def _describe(self, configs: dict[str, RunConfig]) -> None:
@@ -185,6 +187,7 @@ class Comparison:
     def _train(self, jobs: Sequence[Job], title: str) -> dict[Path, BaseException]:
         """Run the unfinished jobs; the folders whose losses stopped being finite, with the error. Raises TrainingError
         where one failed otherwise."""
+        self.phase(title)
         with Watch([job.folder for job in jobs], title, self.say) as watch:
             failed = train_all(jobs, self.launcher, watch, self.say)
         if lost := [f"{f.name}: {error}" for f, error in failed.items() if not isinstance(error, TrainingError)]:
@@ -214,18 +217,17 @@ class Comparison:
         """FLOPs per run with which the whole comparison ends in time, from 20 steps of every kind."""
         assert self.settings.seconds is not None
         configs = [kind_config(self.settings, kind, self.data, 1e30) for kind in self.settings.kinds]
+        self.phase("measuring 20 steps of each kind")
         self.say("measuring 20 steps of each kind")
-        measured: dict[int, tuple[float, float]] = {}
+        found: dict[int, tuple[float, float]] = {}
         for i, outcome in self.launcher.map(
             probe_job, [(config, self.out / "data", 20) for config in configs], lambda: None
         ):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            measured[i] = outcome
+            found[i] = measured(outcome, self.settings.kinds[i])
         per_kind = self.settings.seeds + (2.5 if self.settings.lr == "sweep" else 0)
         fixed = per_flop = 0.0
         for i, config in enumerate(configs):
-            step_s, token_s = measured[i]
+            step_s, token_s = found[i]
             fixed += per_kind * (evaluated_tokens(config, self.shards) * token_s + 16 * step_s)
             per_flop += per_kind * step_s / config.step_flops
         left = 0.85 * self.settings.seconds - (time.monotonic() - self.began) - fixed / self.launcher.workers

@@ -14,7 +14,7 @@ from sparsemix.report.numbers import duration, si
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import Arm
 from sparsemix.sweep.grid import Ladders, folded
-from sparsemix.sweep.jobs import probe_job
+from sparsemix.sweep.jobs import measured, probe_job
 from sparsemix.sweep.ladder import TOKENS_PER_MAC, Rung, predicted
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.texts import evaluated_tokens
@@ -77,9 +77,7 @@ def planned(
     configs = [grid.config(arm, r.size, ladders.data, max(grid.budgets)) for arm, r in ends]
     probes: dict[int, Probe] = {}
     for i, outcome in launcher.map(measure, [(config, data, steps) for config in configs], lambda: None):
-        if isinstance(outcome, BaseException):
-            raise outcome
-        probes[i] = outcome
+        probes[i] = measured(outcome, f"{ends[i][0].name} at its {'largest' if i % 2 else 'smallest'} size")
     found = []
     for arm, budget, r in cells:
         i = next(i for i, (a, _) in enumerate(ends) if a is arm)

@@ -14,8 +14,9 @@ from sparsemix.sweep.grid import Grid, Ladders
 from sparsemix.sweep.isoflop import run_grid
 from sparsemix.sweep.ladder import Size
 from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.phase import working
 from sparsemix.sweep.study import Progress, Study
-from sparsemix.sweep.texts import data_config, described, prepared
+from sparsemix.sweep.texts import data_config, prepared, tell
 
 # What the study decides itself, and the option that it decides it by.
 DECIDED = {
@@ -93,13 +94,15 @@ class IsoflopStudy:
         study, budget = self.study, max(self.grid.budgets)
         example = self.grid.config(self.arms[0], self.grid.sizes[0] if self.grid.sizes else None, self.text, budget)
         prepared(study.out, lambda: study.prepare(self.text, progress), example)
-        study.say(described(study.shards, self.text.text))
+        tell(study.shards, self.text.text, study.say)
         self.ladders = Ladders(self.arms, self.grid, study.data)
 
     def plan(self, launcher: Launcher) -> list[Planned]:
         """Every size that the study begins with, and what it takes."""
         self.study.say(f"measuring 20 steps of {len(self.arms)} kinds at their smallest and largest sizes")
-        return planned(self.arms, self.ladders, self.study.shards, self.study.out / "data", launcher)
+        with working(self.study.out) as phase:
+            phase("measuring 20 steps of each kind")
+            return planned(self.arms, self.ladders, self.study.shards, self.study.out / "data", launcher)
 
     def run(self, launcher: Launcher) -> list[Record]:
         """What is left of the runs. Raises KeyboardInterrupt with all saved."""

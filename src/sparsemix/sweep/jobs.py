@@ -9,11 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sparsemix.errors import TrainingError
+from sparsemix.signals import Terminated
+
 if TYPE_CHECKING:
     from sparsemix.settings import RunConfig
 
 # What a run keeps of its newest failure, for `sparsemix status` and for whoever looks for the cause.
 ERROR = "error.txt"
+
+
+class WorkerLostError(RuntimeError):
+    """A worker ended before its work did: it was killed, or its machine went."""
 
 
 class Job(NamedTuple):
@@ -52,10 +59,22 @@ def check_stop(_: dict[str, Any] | None = None) -> None:
         raise KeyboardInterrupt
 
 
+def measured(told: Any, what: str) -> Any:
+    """What a worker measured. Raises what it raised, and TrainingError that says what was lost where it died."""
+    if isinstance(told, WorkerLostError):
+        raise TrainingError(f"measuring {what}: {told}; use fewer workers or a smaller model, or try again")
+    if isinstance(told, BaseException):
+        raise told
+    return told
+
+
 def outcome(work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """The result of `work(*args)`, or the exception that it raised, with its traceback as a note, fit to be sent."""
     try:
         return work(*args)
+    except Terminated:
+        # Whoever ended this worker alone means no other; a launching process that is ended too has its own signal.
+        return WorkerLostError("killed by SIGTERM")
     except BaseException as error:
         error.add_note(traceback.format_exc())
         try:
@@ -80,7 +99,16 @@ def train_job(job: Job) -> dict[str, Any]:
 
 
 def probe_job(config: "RunConfig", data: Path, steps: int) -> tuple[float, float]:
-    """In a worker: (seconds per training step, seconds per token of evaluation), the medians of `steps` steps."""
+    """In a worker: (seconds per training step, seconds per token of evaluation), the medians of `steps` steps. Raises
+    OutOfMemoryError."""
+    from sparsemix.memory import of_run
+
+    check_stop()
+    with of_run(config):
+        return _probe(config, data, steps)
+
+
+def _probe(config: "RunConfig", data: Path, steps: int) -> tuple[float, float]:
     from statistics import median
 
     from sparsemix.checkpoint import TrainState
@@ -90,7 +118,6 @@ def probe_job(config: "RunConfig", data: Path, steps: int) -> tuple[float, float
     from sparsemix.optim import build_optimizer
     from sparsemix.train import train_step, training_batches
 
-    check_stop()
     shards, device = Shards.open(data), pick_device()
     model = config.model.build(config.seed).to(device).train()
     t = config.train

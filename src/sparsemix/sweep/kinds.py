@@ -9,8 +9,8 @@ from rich.text import Text
 
 from sparsemix.config import Config, ConfigError, nearest
 from sparsemix.layers import Cost, LayerConfig
+from sparsemix.layers.sizing import example
 from sparsemix.layers.ternary import PRECISIONS, PrecisionConfig
-from sparsemix.sweep.sizing import example
 
 
 def described(kind: str | None, d_model: int, seq_len: int) -> Group:

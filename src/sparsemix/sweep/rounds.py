@@ -8,8 +8,9 @@ from typing import Protocol
 
 from sparsemix.config import ConfigError
 from sparsemix.durable import write_atomic
-from sparsemix.errors import RunBusyError, TrainingError
+from sparsemix.errors import DamagedError, OutOfMemoryError, RunBusyError, TrainingError
 from sparsemix.run import Run
+from sparsemix.signals import STOPS
 from sparsemix.sweep.jobs import ERROR, Job, train_job
 from sparsemix.sweep.launch import Launcher
 
@@ -28,36 +29,49 @@ def train_all(
     """Train what is left of the runs; folder -> error of those that failed. A run that another process trains is left
     to it, and read when it has ended.
 
-    A lost worker or an unexpected error costs one of `retries`; a loss that is not finite would not be finite again.
-    Raises ConfigError, OSError (a full disk) and KeyboardInterrupt, which concern all runs."""
+    A lost worker, a lack of memory or an unexpected error costs one of `retries`; a loss that is not finite would not
+    be finite again, nor a damaged file whole. Raises ConfigError, OSError (a full disk), KeyboardInterrupt and
+    Terminated, which concern all runs."""
     failed: dict[Path, BaseException] = {}
     tries: Counter[Path] = Counter()
-    left = [job for job in jobs if not _done(job)]
+
+    def fail(job: Job, error: BaseException) -> None:
+        failed[job.folder] = error
+        _keep(job, error)
+        watch.done(job.folder)
+
+    def unfinished(several: Sequence[Job], seen: Callable[[Path], None]) -> list[Job]:
+        """Those of the jobs that are still to do; `seen` is told which others were done meanwhile."""
+        left = []
+        for job in several:
+            try:
+                if _done(job):
+                    seen(job.folder)
+                else:
+                    left.append(job)
+            except DamagedError as error:
+                fail(job, error)
+        return left
+
+    left = unfinished(jobs, lambda _: None)
     while left:
-        ready = [job for job in left if not (job.folder.exists() and Run(job.folder, job.config).busy)]
-        again = [job for job in left if job not in ready]
+        again = [job for job in left if job.folder.exists() and Run(job.folder, job.config).busy]
+        ready = [job for job in left if job not in again]
         for i, told in launcher.map(train_job, [(job,) for job in ready], watch):
             job = ready[i]
-            if isinstance(told, RunBusyError):
-                again.append(job)
-                continue
-            if isinstance(told, (KeyboardInterrupt, OSError, ConfigError)):
-                raise told
-            if isinstance(told, BaseException):
-                tries[job.folder] += 1
-                if tries[job.folder] <= retries and not isinstance(told, TrainingError):
-                    say(f"{job.folder.name}: {told}; it goes on from its last checkpoint")
-                    again.append(job)
-                    continue
-                failed[job.folder] = told
-                _keep(job.folder, told)
-            watch.done(job.folder)
-        left = []
-        for job in again:
-            if _done(job):
+            if not isinstance(told, BaseException):
                 watch.done(job.folder)
+            elif isinstance(told, RunBusyError):
+                again.append(job)
+            elif _of_all(told):
+                raise told
+            elif tries[job.folder] < retries and not isinstance(told, (TrainingError, DamagedError)):
+                tries[job.folder] += 1
+                say(f"{job.folder.name}: {told}; it goes on from its last checkpoint")
+                again.append(job)
             else:
-                left.append(job)
+                fail(job, told)
+        left = unfinished(again, watch.done)
         if left and not ready:
             watch()
             time.sleep(0.5)
@@ -65,11 +79,22 @@ def train_all(
 
 
 def _done(job: Job) -> bool:
-    return job.folder.exists() and Run(job.folder, job.config).result is not None
+    """Is the run finished, and as it was then? Raises DamagedError."""
+    if not job.folder.exists() or (run := Run(job.folder, job.config)).result is None:
+        return False
+    run.check()
+    return True
 
 
-def _keep(folder: Path, error: BaseException) -> None:
-    """Leave the error and where it came from in the run's folder, if the run came so far as to have one."""
-    if folder.exists():
-        notes = getattr(error, "__notes__", [])
-        write_atomic(folder / ERROR, "\n\n".join([str(error) or type(error).__name__, *notes]) + "\n")
+def _of_all(error: BaseException) -> bool:
+    """Does what ended one run concern every other as well?"""
+    alone = isinstance(error, (DamagedError, OutOfMemoryError))
+    return not alone and isinstance(error, (*STOPS, OSError, ConfigError))
+
+
+def _keep(job: Job, error: BaseException) -> None:
+    """Leave the error and where it came from in the run's folder, which is made where the run did not come so far."""
+    if not (job.folder / "config.yaml").is_file():
+        Run(job.folder, job.config)
+    notes = getattr(error, "__notes__", [])
+    write_atomic(job.folder / ERROR, "\n\n".join([str(error) or type(error).__name__, *notes]) + "\n")

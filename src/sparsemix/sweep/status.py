@@ -1,26 +1,31 @@
 """Where the runs of a folder stand, read from the folder alone, without torch."""
 
 import json
+import os
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from rich.table import Table
 from rich.text import Text
 
 from sparsemix.config import ConfigError
 from sparsemix.inputs import trusted
-from sparsemix.report.records import arm_of, plan_cells
-from sparsemix.run import LOCK, Run
+from sparsemix.report.records import arm_of
+from sparsemix.run import LOCK, Run, read_plan
 from sparsemix.sweep.jobs import ERROR
+from sparsemix.sweep.phase import phase_of
 
 State = Literal["running", "failed", "damaged", "stopped", "waiting", "done"]
 # Locks do not reach across every file system: a run that wrote this lately is taken to run.
 STALE_S = 60.0
+# What of a logged line is shown.
+SHOWN = ("step", "loss", "flops", "tokens_per_s", "wall_s")
+_BLOCK = 1 << 16
 STYLES: dict[State, str] = {
     "running": "cyan",
     "failed": "red",
@@ -57,40 +62,45 @@ class RunStatus:
 def cells_of(out: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, cell) of every run: a study's, by its plan; a comparison's or another folder's; or the run itself.
     Raises ConfigError where there is none."""
-    cells = plan_cells(out)
-    if cells is not None:
+    if (cells := read_plan(out).get("cells")) is not None:
         return list({out / "runs" / cell["run"]: cell for cell in reversed(cells)}.items())[::-1]
-    folders = [out] if (out / "config.yaml").is_file() else sorted(p.parent for p in out.glob("*/config.yaml"))
-    if not folders and not (out / "plan.yaml").is_file():
+    folders = [out] if has_settings(out) else sorted(p.parent for p in out.glob("*/config.yaml"))
+    if not folders and not (out / "plan.yaml").exists() and phase_of(out) is None:
         raise ConfigError(f"{out} holds no runs; name the folder of a study, a comparison or a run")
     return [(folder, {}) for folder in folders]
 
 
+def has_settings(folder: Path) -> bool:
+    """Did a run begin in this folder?"""
+    return (folder / "config.yaml").exists()
+
+
 def look(folder: Path, cell: dict[str, Any]) -> RunStatus:
-    """Where a run stands; `cell` is what its study's plan says of it. A damaged one says so, the others go on."""
+    """Where a run stands; `cell` is what its study's plan says of it. One whose files are damaged is that,
+    whatever else it did, and says why."""
+    planned = {"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell)
+    if not has_settings(folder):
+        return RunStatus(folder, **planned)
     try:
         with trusted(folder):
             return _look(folder, cell)
     except ConfigError as error:
-        known = {"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell)
-        return RunStatus(folder, **known, state="damaged", said=str(error))
+        return RunStatus(folder, **planned, state="damaged", said=str(error))
 
 
 def _look(folder: Path, cell: dict[str, Any]) -> RunStatus:
-    if not (folder / "config.yaml").exists():
-        return RunStatus(folder, **{"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell))
     run, line, known = Run(folder), last_line(folder), _about(folder) | _planned(cell)
     if line is not None:
         known |= {name: float(line[name]) for name in ("loss", "tokens_per_s")}
         known |= {"share": _share(line, known["budget"])}
-        known |= {"flops_per_s": line["flops"] / line["wall_s"]}
+        known |= {"flops_per_s": line["flops"] / line["wall_s"] if line["wall_s"] else None}
     if (result := run.result) is not None:
         return RunStatus(folder, **known | {"state": "done", "share": 1.0, "said": f"{result['bpb']:.4f} bits/byte"})
     if run.busy:
         said = "evaluating" if known.get("share") == 1.0 else ""
         return RunStatus(folder, **known, state="running", said=said)
     if (folder / ERROR).is_file():
-        why = (folder / ERROR).read_text(encoding="utf-8").partition("\n")[0]
+        why = (folder / ERROR).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         return RunStatus(folder, **known, state="failed", said=why)
     if line is None:
         return RunStatus(folder, **known)
@@ -123,15 +133,26 @@ def _share(line: dict[str, Any], budget: float) -> float:
 
 
 def last_line(folder: Path) -> dict[str, Any] | None:
-    """The newest whole line of a run's log, read from the end of its file."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
+    """The newest whole line of a run's log, however long, read from the end of its file; None while there is none, or
+    where what stands there is no such line (a disk tore it)."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            line = json.loads(_last(file))
+    except (OSError, ValueError, RecursionError):
         return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
-        lines = file.read().split(b"\n")
-    # What follows the last newline is still being written.
-    return json.loads(lines[-2]) if len(lines) > 1 else None
+    whole = isinstance(line, dict) and all(isinstance(line.get(name), (int, float)) for name in SHOWN)
+    return line if whole and line["step"] > 0 else None
+
+
+def _last(file: BinaryIO) -> bytes:
+    """What stands between the last two newlines; what follows the last is still being written."""
+    at, tail = file.seek(0, os.SEEK_END), b""
+    while at > 0 and tail.count(b"\n") < 2:
+        # Twice as much each time, so that a line of any length is read in linear time.
+        size = min(at, max(_BLOCK, len(tail)))
+        at = file.seek(at - size)
+        tail = file.read(size) + tail
+    return tail.rpartition(b"\n")[0].rpartition(b"\n")[2]
 
 
 class Board:
@@ -148,8 +169,9 @@ class Board:
         return found
 
 
-def totals(runs: Sequence[RunStatus]) -> str:
-    """How many runs are in which state, and when all will be done at the present rate."""
+def totals(runs: Sequence[RunStatus], phase: str | None = None) -> str:
+    """How many runs are in which state, and when all will be done at the present rate; `phase` is what their
+    comparison or study does just now (`phase_of`)."""
     counts = {state: sum(run.state == state for run in runs) for state in ("done", *STYLES)}
     said = [f"{counts['done']} of {len(runs)} runs done"]
     said += [f"{count} {state}" for state, count in counts.items() if count and state != "done"]
@@ -157,6 +179,8 @@ def totals(runs: Sequence[RunStatus]) -> str:
     if rate:
         left = sum((1 - run.share) * run.budget for run in runs if run.state in ("running", "waiting", "stopped"))
         said.append(f"about {duration(left / rate)} of training left")
+    if phase is not None:
+        said.append(f"at work: {phase}")
     return ", ".join(said)
 
 

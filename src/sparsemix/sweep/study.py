@@ -4,17 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from sparsemix.config import Config, ConfigError, config_hash
 from sparsemix.data import DataConfig, Shards, prepare
-from sparsemix.durable import write_atomic
-from sparsemix.inputs import load_yaml
-from sparsemix.report.records import Record, plan_cells, read_run
-from sparsemix.run import locked
+from sparsemix.report.records import Record, read_run
+from sparsemix.run import locked, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.jobs import Job
 from sparsemix.sweep.launch import Launcher
+from sparsemix.sweep.phase import working
 from sparsemix.sweep.rounds import train_all
 from sparsemix.sweep.watch import StudyWatch
 
@@ -46,7 +43,9 @@ class Study:
 
     def prepare(self, data: DataConfig, progress: Progress | None = None) -> Shards:
         """The text, read once; `self.data` names it by its fingerprint from here on. Raises ConfigError."""
-        self.shards = prepare(data, self.out / "data", progress)
+        with working(self.out) as phase:
+            phase("preparing the text")
+            self.shards = prepare(data, self.out / "data", progress)
         self.data = data.replace(fingerprint=self.shards.manifest["fingerprint"])
         return self.shards
 
@@ -60,13 +59,14 @@ class Study:
         self._note(cells)
         jobs = {self.folder(cell): Job(cell.config, self.folder(cell), self.out / "data") for cell in cells}
         planned = {self.folder(cell): _planned(cell) for cell in cells}
-        with StudyWatch(list(planned.items()), title, self.say) as watch:
+        with working(self.out) as phase, StudyWatch(list(planned.items()), title, self.say) as watch:
+            phase(title)
             failed = train_all(list(jobs.values()), launcher, watch, self.say, retries)
         for folder, error in failed.items():
             self.failed[folder.name] = str(error) or type(error).__name__
             self.say(f"{title}: {planned[folder]['arm']} ({folder.name}) failed: {self.failed[folder.name]}")
         return [
-            read_run(self.folder(cell), cell.arm, cell.role) if self.folder(cell).exists() else None for cell in cells
+            None if self.folder(cell) in failed else read_run(self.folder(cell), cell.arm, cell.role) for cell in cells
         ]
 
     def _note(self, cells: Sequence[Cell]) -> None:
@@ -80,7 +80,7 @@ class Study:
             added = [entry for key, entry in reversed(new.items()) if key not in known]
             if added or not (self.out / "plan.yaml").is_file():
                 self.plan["cells"] += added
-                write_atomic(self.out / "plan.yaml", yaml.safe_dump(self.plan, sort_keys=False))
+                write_plan(self.out, self.plan)
 
 
 def _planned(cell: Cell) -> dict[str, Any]:
@@ -104,9 +104,8 @@ def open_plan(out: Path, settings: Config) -> dict[str, Any]:
         if out.exists() and (not out.is_dir() or any(p.name != "data" and p.name[0] != "." for p in out.iterdir())):
             raise ConfigError(f"out={out} is not empty and holds no study; choose another folder")
         return {"settings": now, "cells": []}
-    plan = load_yaml(path)
-    _ = plan_cells(out)
-    there = plan.get("settings") or {}
+    plan = read_plan(out)
+    there = plan.get("settings", {})
     differ = [f"{k}={there.get(k)} there, {now[k]} asked" for k in now if there.get(k) != now[k]]
     if differ or "cells" not in plan:
         differ = differ or ["it holds a comparison of other kind"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.data import Shards
+from sparsemix.data import Shards, read_line
 from sparsemix.evaluate.estimate import Units, effective
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
@@ -20,10 +20,10 @@ from sparsemix.report.stats import (
     smallest_visible,
     verdict,
 )
-from sparsemix.run import CONVENTION, Run, hardware, versions
+from sparsemix.run import CONVENTION, Run, hardware, joined, versions
 from sparsemix.settings import RunConfig
+from sparsemix.sweep.arms import split_kind
 from sparsemix.sweep.compare import Comparison, settings_text
-from sparsemix.sweep.sizing import split_kind
 
 Runs = dict[str, list[tuple[RunConfig, Path]]]
 
@@ -49,6 +49,7 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
     baselines, launcher = _baselines(shards, dense_config), comparison.launcher
     corpus = _corpus(shards, dense_config)
     tokens = max(row["tokens"] for row in rows)
+    results = [result for several in runs.values() for _, folder in several if (result := Run(folder).result)]
     result = {
         "command": command,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -63,7 +64,8 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         "lr_sweep": comparison.lr_sweep,
         "corpus": corpus,
         "epochs": tokens / corpus["splits"]["train"]["tokens"],
-        "versions": versions(),
+        "versions": joined(*(result["versions"] for result in results), versions()),
+        "kernels": joined(*(result["kernels"] for result in results)),
         "hardware": f"{hardware()}; {launcher.workers} runs at a time, {launcher.threads} thread(s) each",
     }
     result["limits"] = _limits(losses["dense"], differences, settings.seeds, corpus)
@@ -179,6 +181,10 @@ def _corpus(shards: Shards, config: RunConfig) -> dict[str, Any]:
         "documents": sum(manifest["documents"].values()),
         "fingerprint": manifest["fingerprint"],
         "duplicates_dropped": manifest["duplicates_dropped"],
+        "contamination": manifest.get("contamination"),
+        "split": manifest["settings"].get("split", "hash"),
+        "warnings": manifest.get("warnings", []),
+        "read": read_line(manifest),
         "vocab_size": manifest["vocab_size"],
         "tokenizer": manifest["tokenizer"],
         "splits": {s: {m: manifest[m][s] for m in measures} for s in ("train", "validation", "test")},
@@ -260,7 +266,7 @@ def _words(settings: dict[str, Any]) -> str:
 def _warnings(result: dict[str, Any], seeds: int) -> list[str]:
     dense = next(row for row in result["rows"] if row["kind"] == "dense")
     bigram = result["baselines"]["bigram_bpb"]
-    warnings = []
+    warnings = list(result["corpus"]["warnings"])
     if dense["bpb"] > bigram:
         warnings.append(
             f"dense ({dense['bpb']:.3f} bits per byte) has not reached a bigram count model ({bigram:.3f}): these "

@@ -1,12 +1,13 @@
 """The text that runs are compared on: its settings, prepared once, checked and described."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsemix.config import ConfigError, parse
-from sparsemix.data import DataConfig, Shards
+from sparsemix.config import parse
+from sparsemix.data import DataConfig, Shards, read_line
 from sparsemix.recipes import settings_of
+from sparsemix.report.held_out import found_in_train
+from sparsemix.run import refusal_leaves_nothing
 from sparsemix.settings import RunConfig
 
 
@@ -20,15 +21,19 @@ def data_config(recipe: str, overrides: tuple[str, ...], text: tuple[str, ...]) 
 def prepared(out: Path, prepare: Callable[[], Shards], config: RunConfig) -> Shards:
     """The shards that `prepare` writes below `out`; a text too short for `config` leaves no folder that was not there.
     Raises ConfigError."""
-    existed = out.exists()
-    shards = prepare()
-    try:
+    with refusal_leaves_nothing(out):
+        shards = prepare()
         shards.num_windows(config.model.seq_len)
-    except ConfigError:
-        if not existed:
-            shutil.rmtree(out)
-        raise
-    return shards
+        return shards
+
+
+def tell(shards: Shards, text: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """Say what was read, how it was split, and what to beware of."""
+    say(read_line(shards.manifest))
+    say(described(shards, text))
+    say(f"text: {found_in_train(shards.manifest.get('contamination'))}")
+    for line in shards.manifest.get("warnings", ()):
+        say(f"warning: {line}")
 
 
 def described(shards: Shards, text: tuple[str, ...]) -> str:

@@ -128,7 +128,7 @@ def best_rows(layer, x, ctx):
     }
     for at, query in normal_queries(layer.query_norm, queries, ctx.causal).items():
         for h in range(c.num_heads):
-            keys = layer.keys if c.share_keys else layer.keys[h]
+            keys = layer.sub_keys if c.share_keys else layer.sub_keys[h]
             scores = torch.stack(
                 [query[h, :half] @ keys[0, i] + query[h, half:] @ keys[1, j] for i in range(c.n) for j in range(c.n)]
             )
@@ -140,7 +140,7 @@ def pkm(layer, x, ctx):
     rows = {}
     for at, scores, best in best_rows(layer, x, ctx):
         for g, e in zip(scores.exp() / scores.exp().sum(), best, strict=True):
-            rows[at] = rows.get(at, 0) + g * layer.values[e]
+            rows[at] = rows.get(at, 0) + g * layer.value_vectors[e]
     return assemble(x, rows), {}
 
 

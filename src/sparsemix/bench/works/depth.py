@@ -11,9 +11,9 @@ from sparsemix.bench.agreement import trained
 from sparsemix.bench.training import our_optimizer
 from sparsemix.bench.work import OURS, Case, Contender, Number, Unavailable, Work
 from sparsemix.config import parse
+from sparsemix.layers.sizing import mod_wrap
 from sparsemix.model import LM, ModelConfig, token_nats
 from sparsemix.step import block_runner
-from sparsemix.sweep.sizing import mod_wrap
 
 D, NUM_HEADS, D_FF, VOCAB = 256, 4, 684, 1024
 DENSE = "dense, compiled"

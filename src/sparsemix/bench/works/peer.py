@@ -14,7 +14,8 @@ from sparsemix.bench.training import Training, our_optimizer, twin_input
 from sparsemix.bench.work import ABSENT, OURS, Case, Contender, Number, Unavailable, Work, free_gib, number_row
 from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.layers import Layer
-from sparsemix.layers.product_keys import look_up
+from sparsemix.layers.peer import PEER as PEERLayer
+from sparsemix.layers.product_keys import Found, look_up
 from sparsemix.ops.peer_experts import peer_experts
 from sparsemix.optim import Moment
 
@@ -107,7 +108,7 @@ def forward_cases(quick: bool) -> Iterator[Case]:
 
     @torch.no_grad()
     def find() -> None:
-        look_up(layer, x[0], None, False)  # type: ignore[arg-type]
+        found(layer, x)
 
     picks, gates = ids.view(num_tokens, -1), torch.full((num_tokens, HEADS * K), 1 / K)
 
@@ -148,7 +149,12 @@ def forward_cases(quick: bool) -> Iterator[Case]:
 @torch.no_grad()
 def picked_ids(layer: Layer, x: Tensor) -> Tensor:
     """The rows that the layer looks up for x, token by token."""
-    return look_up(layer, x[0], None, False).ids.flatten()  # type: ignore[arg-type]
+    return found(layer, x).ids.flatten()
+
+
+def found(layer: Layer, x: Tensor) -> Found:
+    assert isinstance(layer, PEERLayer)
+    return look_up(layer.config, layer.query, layer.query_norm, layer.sub_keys, x[0], None, False)
 
 
 @dataclass(frozen=True)

@@ -59,20 +59,20 @@ def pkm_cases(quick: bool) -> Iterator[Case]:
 
 
 class Mix(Layer):
-    """y_n = sum_r coef_r values[ids_nr]: a table and nothing else, so that its optimizer is what is measured."""
+    """y_n = sum_r coef_r rows[ids_nr]: a table and nothing else, so that its optimizer is what is measured."""
 
-    tables = ("values",)
+    tables = ("rows",)
 
     def __init__(self, num_rows: int, d_model: int) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.empty(num_rows, d_model))
+        self.rows = nn.Parameter(torch.empty(num_rows, d_model))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.values)
+        nn.init.normal_(self.rows)
 
     def mix(self, coef: Float[Tensor, "N R"], ids: Int[Tensor, "N R"]) -> Float[Tensor, "N D"]:
-        return row_mix(coef, ids, self.values, self.row_grads)
+        return row_mix(coef, ids, self.rows, self.row_grads)
 
 
 Stepping = tuple[Mix, Callable[[], None]]
@@ -96,7 +96,7 @@ def optimizer_cases(quick: bool) -> Iterator[Case]:
             if bag is None:
                 y = layer.mix(coef, ids)
             else:
-                table = layer.values
+                table = layer.rows
                 y = F.embedding_bag(ids, table, mode="sum", per_sample_weights=coef, sparse=bag == "sparse")
             y.backward(direction(y))
             optimizer.step()
@@ -105,7 +105,7 @@ def optimizer_cases(quick: bool) -> Iterator[Case]:
 
     def moved(made: Stepping) -> dict[str, Tensor]:
         layer, step = made
-        return movement({"values": layer.values}, step)
+        return movement({"values": layer.rows}, step)
 
     def ours(catch_up: bool) -> Contender:
         # Compared with catch-up on: without it rows that a step leaves out move less, by design.

@@ -32,6 +32,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except SafetensorError as error:
             raise ConfigError(f"{path} is damaged ({error}); copy it anew") from None
+    saved.check_finite(tensors, folder)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ConfigError(

@@ -1,7 +1,6 @@
 """A language model in the layout of transformers' own classes, experts packed as those classes hold them."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -9,8 +8,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from sparsemix.checkpoint import system_errors
 from sparsemix.config import ConfigError, nearest
 from sparsemix.data.tokenizer import end_of_text, num_ids
+from sparsemix.durable import scratch, sync
 from sparsemix.interop.families.folder import WEIGHTS
 from sparsemix.interop.families.layouts import ACTIVATIONS, LAYOUTS, misfits
 from sparsemix.interop.families.names import llama_name
@@ -41,11 +42,13 @@ def write_decoder(model: LM, folder: Path, family: str, tokenizer: Tokenizer | N
     config = theirs(model.config, family, ending)
     config.dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
-        _write(model, Path(aside), config, tokenizer)
+    with scratch(folder) as aside, system_errors(folder):
+        aside.mkdir()
+        _write(model, aside, config, tokenizer)
+        sync(aside)
         folder.mkdir(exist_ok=True)
         # config.json comes last: with it the folder is a model.
-        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == "config.json"):
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)
 
 

@@ -9,6 +9,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.cross_entropy import reference
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
+from sparsemix.ops.precision import autocast
+from sparsemix.ops.transforms import transformed
 
 SOURCE = Path(__file__).with_name("native.c")
 KERNELS = Kernels("cross_entropy", source=SOURCE, triton=True)
@@ -27,10 +30,10 @@ def cross_entropy(
     pass forms it with each chunk of logits and backward only scales it, so nothing is computed twice: three products
     as in the plain form, and V D more numbers kept instead of 2 N V. Sources: arXiv:2410.10989 (gradients in the
     forward pass, chunks of tokens), arXiv:2411.09009 (logits that are never all in memory)."""
-    device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = torch.promote_types(*(x.dtype for x in autocast(hidden.detach()[:0], weight.detach()[:0])))
+    if transformed():
+        mean, nats = reference.cross_entropy(hidden.to(dtype), weight.to(dtype), targets)
+        return mean, nats.detach()
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     mean, nats, *_ = torch.ops.sparsemix.cross_entropy(hidden, weight, targets, dtype, learns, impl)
     return mean, nats.detach()
@@ -40,8 +43,11 @@ def cross_entropy(
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, learns: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Bytes are labels in PyTorch too.
+    targets = targets.long() if targets.dtype == torch.uint8 else targets
+    check_op("cross_entropy", hidden, weight, targets)
     rows, table = hidden.to(dtype), weight.to(dtype)
-    impl = KERNELS.pick(impl, rows)
+    impl = KERNELS.pick(impl, rows, table)
     exact = torch.promote_types(dtype, torch.float32)
     (N, D), V = rows.shape, len(table)
     if not rows.is_cuda:

@@ -7,10 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsemix.ops import native
-from sparsemix.ops.expert_mlp import plain
+from sparsemix.ops.expert_mlp import plain, reference
 from sparsemix.ops.grouped_mm import rows_run
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
+from sparsemix.ops.precision import autocast
+from sparsemix.ops.transforms import check_sizes, transformed
 
 KERNELS = Kernels("expert_mlp", source=Path(__file__).with_name("native.c"), triton=True)
 ACTS = ("relu", "silu", "gelu", "gelu_tanh")  # the number is the kernel's
@@ -32,9 +34,10 @@ def expert_mlp(
     Picks are sorted by expert and counts says how many each has; picks after the last expert's add nothing. The sum
     over picks has a fixed order. Backward keeps the rows of first_e x alone: with a_r = hidden_r,
     dL/dgates_r = <down_e^T dy_n, a_r> (arXiv:2512.14080). Under autocast tokens and weights take its dtype."""
-    if torch.is_autocast_enabled(tokens.device.type):
-        dtype = torch.get_autocast_dtype(tokens.device.type)
-        tokens, first, down = tokens.to(dtype), first.to(dtype), down.to(dtype)
+    tokens, first, down = autocast(tokens, first, down)
+    if transformed():
+        check_sizes(counts)
+        return reference.expert_mlp(tokens, token_ids, gates, counts, first, down, act)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, gates, first, down))
     return torch.ops.sparsemix.expert_mlp(tokens, token_ids, gates, counts, first, down, act, keep, impl)[0]
 
@@ -52,7 +55,10 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and if `keep` the rows of first_e x, (R, M)."""
-    picked = KERNELS.pick(impl, tokens)
+    check_op("expert_mlp", tokens, token_ids, gates, counts, first, down)
+    _check_act(act, first, down)
+    token_ids, counts = token_ids.long().contiguous(), counts.long().contiguous()
+    picked = KERNELS.pick(impl, tokens, gates, first, down)
     if picked == "triton":
         from sparsemix.ops.expert_mlp import triton
 
@@ -61,11 +67,10 @@ def _forward(
         return plain.forward(tokens, token_ids, gates, counts, first, down, act, keep, picked)
     N, R = len(tokens), len(token_ids)
     tokens, first, down = (x.contiguous() for x in (tokens, first, down))
-    ids, counts = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first))
     y, pre = torch.empty_like(tokens), tokens.new_empty(R if keep else 0, first.shape[1])
     # Picks of no expert have no row of their own and are never read.
     pre[int(counts.sum()) :] = 0
-    operands = tokens, ids, gates.float().contiguous(), counts, first, down
+    operands = tokens, token_ids, gates.float().contiguous(), counts, first, down
     KERNELS.call("forward", y, pre if keep else None, *operands, N, *_settings(first, down, act))
     return y, pre
 
@@ -85,7 +90,10 @@ def _grads(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of tokens, gates, first and down; empty ones where `needs` says no."""
-    picked = KERNELS.pick(impl, tokens)
+    check_op("expert_mlp_backward", dy, pre, tokens, token_ids, gates, counts, first, down)
+    _check_act(act, first, down)
+    token_ids, counts = token_ids.long().contiguous(), counts.long().contiguous()
+    picked = KERNELS.pick(impl, tokens, gates, first, down)
     if picked == "triton":
         from sparsemix.ops.expert_mlp import triton
 
@@ -94,13 +102,20 @@ def _grads(
         return plain.backward(dy, pre, tokens, token_ids, gates, counts, first, down, act, needs, picked)
     N, R = len(tokens), len(token_ids)
     dy, pre, tokens, first, down = (x.contiguous() for x in (dy, pre, tokens, first, down))
-    ids, counts = native.row_ids(token_ids, N), native.row_counts(counts, R, len(first))
-    d_gates = torch.zeros(R)
+    d_gates = torch.zeros(R, dtype=torch.float32)
     found = [torch.empty_like(x) if need else None for x, need in zip((tokens, first, down), needs, strict=True)]
-    operands = dy, pre, tokens, ids, gates.float().contiguous(), counts, first, down
+    operands = dy, pre, tokens, token_ids, gates.float().contiguous(), counts, first, down
     KERNELS.call("backward", found[0], d_gates, *found[1:], *operands, N, *_settings(first, down, act))
     d_tokens, d_first, d_down = (tokens.new_empty(0) if x is None else x for x in found)
     return d_tokens, d_gates.to(gates.dtype), d_first, d_down
+
+
+def _check_act(act: str, first: Tensor, down: Tensor) -> None:
+    M, F = first.shape[1], down.shape[2]
+    if act not in ACTS:
+        raise ValueError(f"expert_mlp: act={act} is none of {', '.join(ACTS)}")
+    if M not in (F, 2 * F):
+        raise RuntimeError(f"expert_mlp: first of M={M} rows an expert must have F={F} or, gated, 2 F={2 * F}")
 
 
 def _settings(first: Tensor, down: Tensor, act: str) -> tuple[int, ...]:

@@ -110,7 +110,8 @@ def _combine(rows, order, starts, used, out, D, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     while i < last:
         r = tl.load(order + i)
-        total += tl.load(rows + r * D + d, mask=(d < D) & (r < num_rows), other=0.0).to(tl.float32)
+        # One comparison: the interpreter of Triton 3.9 takes no mask that was joined with a single number's.
+        total += tl.load(rows + r * D + d, mask=d < tl.where(r < num_rows, D, 0), other=0.0).to(tl.float32)
         i += 1
     tl.store(out + n * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
@@ -125,7 +126,7 @@ class ByToken(NamedTuple):
 
 def by_token(token_ids: Tensor, counts: Tensor, num_tokens: int) -> ByToken:
     tokens, order = token_ids.sort(stable=True)
-    starts = torch.searchsorted(tokens, torch.arange(num_tokens + 1, device=tokens.device))
+    starts = torch.searchsorted(tokens, torch.arange(num_tokens + 1, dtype=torch.long, device=tokens.device))
     return ByToken(order, starts, counts.sum())
 
 

@@ -9,9 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsemix.ops import native
 from sparsemix.ops.grouped_mm import reference as by_expert
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
+from sparsemix.ops.precision import autocast
+from sparsemix.ops.transforms import check_sizes, transformed
 
 KERNELS = Kernels("grouped_mm", source=Path(__file__).with_name("native.c"), triton=True)
 
@@ -24,17 +26,18 @@ def grouped_mm(
     more than R rows raise ValueError.
 
     Under autocast rows and weight take the autocast dtype. Differentiable in rows and weight."""
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
+    rows, weight = autocast(rows, weight)
+    if transformed():
+        check_sizes(counts)
+        return by_expert.grouped_mm(rows, weight, counts)
     return torch.ops.sparsemix.grouped_mm(rows, weight, counts, impl)
 
 
 @torch.library.custom_op("sparsemix::grouped_mm", mutates_args=())
 def _forward(rows: Tensor, weight: Tensor, counts: Tensor, impl: str = "auto") -> Tensor:
-    if rows.is_cpu:  # a GPU would have to be waited for
-        counts = native.row_counts(counts, len(rows), len(weight))
-    match KERNELS.pick(impl, rows):
+    check_op("grouped_mm", rows, weight, counts)
+    counts = counts.long().contiguous()
+    match KERNELS.pick(impl, rows, weight):
         case "reference":
             return by_expert.grouped_mm(rows, weight, counts)
         case "native":
@@ -49,9 +52,9 @@ def _forward(rows: Tensor, weight: Tensor, counts: Tensor, impl: str = "auto") -
 @torch.library.custom_op("sparsemix::grouped_mm_weight_grad", mutates_args=())
 def _weight_grad(grad: Tensor, rows: Tensor, counts: Tensor, impl: str = "auto") -> Tensor:
     """dW_e = sum over the rows of expert e of grad_r row_r^T."""
-    if rows.is_cpu:
-        counts = native.row_counts(counts, min(len(rows), len(grad)), len(counts))
-    match KERNELS.pick(impl, rows):
+    check_op("grouped_mm_weight_grad", grad, rows, counts)
+    counts = counts.long().contiguous()
+    match KERNELS.pick(impl, rows, grad):
         case "reference":
             return by_expert.weight_grad(grad, rows, counts)
         case "native":
@@ -82,7 +85,9 @@ def _torch(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         out = F.grouped_mm(rows, weight.mT, offs=offsets)
         # torch leaves what lies after the last expert's rows unwritten; a GPU must not be asked where that is.
         if rows.is_cuda:
-            return out.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= offsets[-1], 0)
+            return out.masked_fill_(
+                torch.arange(len(rows), dtype=torch.long, device=rows.device)[:, None] >= offsets[-1], 0
+            )
         out[int(offsets[-1]) :] = 0
         return out
     out = rows.new_empty(rows.shape[0], weight.shape[1])

@@ -9,10 +9,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
 from sparsemix.ops.peer_experts import reference
 from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_grad import rows_gradient
 from sparsemix.ops.row_mix import row_mix
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("peer_experts", Path(__file__).with_name("native.c"), triton=True)
 # Activation -> gradient towards z from the one towards act(z). Their order is that of native.c.
@@ -37,15 +39,26 @@ def peer_experts(
 
     Differentiable in x, gates and both tables. x and y have the tables' dtype; gates and what is made of them stay in
     at least fp32. With `record` the tables' gradients are left as factors (ops/row_grad), their `grad` stays None."""
-    assert w_in.dtype == w_out.dtype
     gates = gates.to(torch.promote_types(w_in.dtype, torch.float32))
+    if transformed():
+        return reference.peer_experts(x.to(w_in.dtype), ids, gates, w_in, w_out, activation).to(w_in.dtype)
     y, _ = torch.ops.sparsemix.peer_experts(x.to(w_in.dtype), ids, gates, w_in, w_out, activation, record, impl)
     return y
 
 
-def _pick(impl: str, *tables: Tensor) -> str:
-    whole = all(table.is_contiguous() for table in tables)
-    return KERNELS.pick(impl, *tables, refused=None if whole else "a table is not contiguous")
+def _pick(impl: str, w_in: Tensor, w_out: Tensor, gates: Tensor) -> str:
+    refused = None
+    if not (w_in.is_contiguous() and w_out.is_contiguous()):
+        refused = "a table is not contiguous"
+    elif gates.dtype != torch.promote_types(w_in.dtype, torch.float32):
+        refused = f"gates are kept in at least fp32, not {gates.dtype}"
+    return KERNELS.pick(impl, w_in, w_out, refused=refused)
+
+
+def _kind(activation: str) -> int:
+    if activation not in GRADIENTS:
+        raise ValueError(f"peer_experts: activation={activation} is none of {', '.join(GRADIENTS)}")
+    return list(GRADIENTS).index(activation)
 
 
 def _call(name: str, table: Tensor, *args: Tensor | int) -> None:
@@ -57,11 +70,12 @@ def _forward(
     x: Tensor, ids: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, activation: str, record: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """y and the products z = <x, w_in[ids]>."""
-    picked = _pick(impl, w_in, w_out)
+    check_op("peer_experts", x, ids, gates, w_in, w_out)
+    kind, ids = _kind(activation), ids.long().contiguous()
+    picked = _pick(impl, w_in, w_out, gates)
     if picked == "native":
         y, z, coef = torch.empty_like(x, memory_format=torch.contiguous_format), *_like(gates, 2)
-        kind, rows = list(GRADIENTS).index(activation), native.row_ids(ids, len(w_in))
-        tensors = x.contiguous(), rows, gates.contiguous(), w_in, w_out, y, z, coef
+        tensors = x.contiguous(), ids, gates.contiguous(), w_in, w_out, y, z, coef
         _call("forward", w_in, *tensors, *ids.shape, x.shape[1], kind)
         return y, z
     if picked == "triton":
@@ -88,12 +102,24 @@ def _gradients(
     d_y: Tensor, ids: Tensor, gates: Tensor, z: Tensor, w_in: Tensor, w_out: Tensor, activation: str, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_gates, d_z, and the coefficients gates * act(z) again, which w_out's gradient takes."""
-    picked = _pick(impl, w_in, w_out)
+    check_op("peer_experts_backward", d_y, ids, gates, z, w_in, w_out)
+    kind, ids = _kind(activation), ids.long().contiguous()
+    picked = _pick(impl, w_in, w_out, gates)
     if picked == "native":
         d_x = torch.empty_like(d_y, memory_format=torch.contiguous_format)
         d_gates, d_z, coef = _like(gates, 3)
-        kind, rows = list(GRADIENTS).index(activation), ids.long().contiguous()
-        tensors = d_y.contiguous(), rows, gates.contiguous(), z, w_in, w_out, d_x, d_gates, d_z, coef
+        tensors = (
+            d_y.contiguous(),
+            ids.contiguous(),
+            gates.contiguous(),
+            z.contiguous(),
+            w_in,
+            w_out,
+            d_x,
+            d_gates,
+            d_z,
+            coef,
+        )
         _call("backward", w_in, *tensors, *ids.shape, d_y.shape[1], kind)
         return d_x, d_gates, d_z, coef
     if picked == "triton":

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
 from sparsemix.ops.product_key_topk import reference, selection
 from sparsemix.ops.product_key_topk.selection import candidate_ranks
 from sparsemix.ops.row_grad import table_grad
 from sparsemix.ops.row_mix import row_mix
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("product_key_topk", source=Path(__file__).with_name("native.c"), triton=True, dtypes=(torch.float32,))
 # The longest lists of the Triton kernels, which hold them in registers.
@@ -31,32 +33,54 @@ def product_key_topk(
     it costs 8 K C a head and token, the scores cost 4 n C. Source: arXiv:2407.04153, section 2; pruning is ours."""
     exact = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        return torch.ops.sparsemix.product_key_topk(query.to(exact), keys.to(exact), k, impl)
+        query, keys = query.to(exact), keys.to(exact)
+        return _plain(query, keys, k) if transformed() else torch.ops.sparsemix.product_key_topk(query, keys, k, impl)
 
 
 def best_pairs(
     left: Float[Tensor, "*B n"], right: Float[Tensor, "*B n"], k: int, impl: str = "auto"
 ) -> tuple[Int[Tensor, "*B k"], Int[Tensor, "*B k"]]:
     """(i, j) of the k largest left_i + right_j, largest first, from scores that are there already; k <= n * n."""
+    # Called without torch's dispatcher, which would have turned the sign of a negated view.
+    left, right, n = left.resolve_neg(), right.resolve_neg(), left.shape[-1]
+    check_op("best_pairs", *(side.reshape(side.shape[:-1].numel(), side.shape[-1]) for side in (left, right)))
+    _check_k("best_pairs", k, n)
     refused = "Triton kernels take queries, not scores" if impl == "triton" or left.is_cuda else None
-    picked = KERNELS.pick(impl, left, refused=refused)
+    picked = KERNELS.pick(impl, left, right, refused=refused)
     if picked != "native":
         return (reference if picked == "reference" else selection).best_pairs(left, right, k)
     i, j = (torch.empty(*left.shape[:-1], k, dtype=torch.long) for _ in range(2))
-    n = left.shape[-1]
     a, b = candidate_ranks(k, min(k, n))
-    rows, P = left.numel() // n, a.numel()
+    rows, P = left.shape[:-1].numel(), a.numel()
     KERNELS.call("best_pairs", left.contiguous(), right.contiguous(), rows, n, k, a, b, P, i, j)
     return i, j
+
+
+def _plain(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In PyTorch's own operations, with the scores of all keys."""
+    equation = "nhpc,pmc->pnhm" if keys.ndim == 3 else "nhpc,hpmc->pnhm"
+    left, right = torch.einsum(equation, query, keys)  # (N, H, n) each
+    # No pair of the k best is made of anything but the k best of each side.
+    ranks = [scores.detach().argsort(dim=-1, descending=True, stable=True)[..., :k] for scores in (left, right)]
+    best = reference.best_pairs(left.detach().gather(-1, ranks[0]), right.detach().gather(-1, ranks[1]), k)
+    i, j = (rank.gather(-1, picked) for rank, picked in zip(ranks, best, strict=True))
+    return left.gather(-1, i), right.gather(-1, j), i, j
 
 
 @torch.library.custom_op("sparsemix::product_key_topk", mutates_args=())
 def _forward(query: Tensor, keys: Tensor, k: int, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     too_many = k > MAX_TRITON_K and (impl == "triton" or query.is_cuda)
-    picked = KERNELS.pick(impl, query, refused=f"k={k} exceeds {MAX_TRITON_K}" if too_many else None)
+    check_op("product_key_topk" if keys.ndim == 3 else "product_key_topk_by_head", query, keys)
+    _check_k("product_key_topk", k, keys.shape[-2])
+    picked = KERNELS.pick(impl, query, keys, refused=f"k={k} exceeds {MAX_TRITON_K}" if too_many else None)
     if picked == "reference":
         return reference.product_key_topk(query, keys, k)
     return {"native": _native, "triton": _triton, "torch": _torch}[picked](query, keys, k)
+
+
+def _check_k(op: str, k: int, n: int) -> None:
+    if not 1 <= k <= n * n:
+        raise RuntimeError(f"{op}: k={k} must lie in [1, n * n={n * n}], the number of pairs")
 
 
 def _outputs(query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,14 +135,16 @@ def _backward(ctx, d_left: Tensor, d_right: Tensor, *_):
     query, keys, i, j = ctx.saved_tensors
     C = query.shape[3]
     # Both sides (and heads) of the keys as one table, whose blocks of n rows begin at `first`.
-    table = keys.reshape(-1, C)
-    first = torch.arange(0, table.shape[0], keys.shape[-2], device=i.device).view(*keys.shape[:-2], 1)
+    table = keys.reshape(keys.shape[:-1].numel(), C)
+    first = torch.arange(0, table.shape[0], keys.shape[-2], dtype=torch.long, device=i.device).view(*keys.shape[:-2], 1)
     rows = (torch.stack([i, j], dim=2) + first).flatten(0, 2)  # (N H 2, K)
     d_scores = torch.stack([d_left, d_right], dim=2).flatten(0, 2)
     d_query = row_mix(d_scores, rows, table, False, ctx.impl).view_as(query) if ctx.needs_input_grad[0] else None
     d_keys = None
     if ctx.needs_input_grad[1]:
-        d_keys = table_grad(d_scores, rows, query.reshape(-1, C), table.shape[0], ctx.impl).view_as(keys)
+        d_keys = table_grad(
+            d_scores, rows, query.reshape(query.shape[:-1].numel(), C), table.shape[0], ctx.impl
+        ).view_as(keys)
     return d_query, d_keys, None, None
 
 

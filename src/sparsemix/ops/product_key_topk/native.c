@@ -154,6 +154,9 @@ static void find_bar(const Scratch *s, vf bar[2]) {
     }
 }
 
+// The highest bit of a word; with it the count of zeros below the first one is defined.
+#define END ((uint64_t)1 << 63)
+
 // Places in `scores` of what is not below its query's bar -> hits; returns how many.
 static int64_t find_hits(const Scratch *s, const vf bar[2]) {
     int32_t *to = s->hits;
@@ -165,10 +168,11 @@ static int64_t find_hits(const Scratch *s, const vf bar[2]) {
         }
         bits = ~bits;
         if (s->n - at < WORD) bits &= ((uint64_t)1 << ((s->n - at) * COLS)) - 1;
-        // Four at a time whether there are or not: few words have more, and a loop would be mispredicted.
+        // Four at a time whether there are or not: few words have more, and a loop would be mispredicted. END gives what
+        // is thrown away a place, and no other.
         int32_t *end = to + __builtin_popcountll(bits);
         for (; to < end; to += 4)
-            for (int i = 0; i < 4; i++, bits &= bits - 1) to[i] = at * COLS + __builtin_ctzll(bits);
+            for (int i = 0; i < 4; i++, bits &= bits - 1) to[i] = at * COLS + __builtin_ctzll(bits | END);
         to = end;
     }
     return to - s->hits;

@@ -29,7 +29,7 @@ def best_pairs(
 def candidate_ranks(k: int, side: int) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
     """Rank pairs (a, b), ranks from 0 and below `side`, with (a + 1)(b + 1) <= k, in lexicographic order."""
     pairs = [(a, b) for a in range(side) for b in range(min(side, k // (a + 1)))]
-    a, b = torch.tensor(pairs).T
+    a, b = torch.tensor(pairs, dtype=torch.long).T
     return a.contiguous(), b.contiguous()
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
 from sparsemix.ops.row_adam import reference
 from sparsemix.ops.row_grad import Order, RowGrad, summed
 
@@ -106,7 +107,8 @@ def _some(
 ) -> None:
     moments, order = Moments(first, second), Order(rows, starts, picks)
     rates = Rates(lr, (betas[0], betas[1]), eps, step)
-    picked = KERNELS.pick(impl, table, refused=_refused(table, moments))
+    _check(table, moments, decayed, None, order, coef, vec)
+    picked = KERNELS.pick(impl, table, refused=_refused(table, moments, decayed))
     if picked in ("reference", "torch"):
         keep = 1.0 if decayed is None else (decay - decayed[rows]).exp().to(first.dtype)[:, None]
         w, m, v = (tensor[rows] for tensor in (table, *moments))
@@ -121,7 +123,7 @@ def _some(
         triton.some_rows_(table, moments, order, coef, vec, rates, decayed, decay)
     else:
         sizes = (len(rows), coef.shape[1], table.shape[1], int(moments.by_row))
-        _call("some_rows", table, *moments, decayed, *order, *_flat(coef, vec), *sizes, *_numbers(rates), decay)
+        _call("some_rows", table, *moments, decayed, *_flat(order, coef, vec), *sizes, *_numbers(rates), decay)
 
 
 @torch.library.custom_op("sparsemix::row_adam_all", mutates_args=("table", "first", "second"))
@@ -144,10 +146,11 @@ def _all(
 ) -> None:
     moments, order = Moments(first, second), Order(rows, starts, picks)
     rates = Rates(lr, (betas[0], betas[1]), eps, step)
-    picked = KERNELS.pick(impl, table, refused=_refused(table, moments))
+    _check(table, moments, None, seen, order, coef, vec)
+    picked = KERNELS.pick(impl, table, refused=_refused(table, moments, seen))
     if picked == "native":
         sizes = (len(rows), *table.shape[:1], coef.shape[1], table.shape[1], int(moments.by_row))
-        _call("all_rows", table, *moments, seen, *order, *_flat(coef, vec), *sizes, *_numbers(rates), keep)
+        _call("all_rows", table, *moments, seen, *_flat(order, coef, vec), *sizes, *_numbers(rates), keep)
     elif picked == "triton":
         from sparsemix.ops.row_adam import triton
 
@@ -159,10 +162,30 @@ def _all(
             tensor.copy_(new)
 
 
-def _refused(table: Tensor, moments: Moments) -> str | None:
+def _check(
+    table: Tensor,
+    moments: Moments,
+    decayed: Tensor | None,
+    seen: Tensor | None,
+    order: Order,
+    coef: Tensor,
+    vec: Tensor,
+) -> None:
+    op = "row_adam_by_row" if moments.by_row else "row_adam"
+    check_op(op, table, *moments, decayed, seen, coef, vec, *order)
+    for name, state in (("table", table), ("first", moments.first), ("second", moments.second), ("decayed", decayed)):
+        # Rows that share memory would be written twice.
+        if state is not None and any(
+            step == 0 < size - 1 for step, size in zip(state.stride(), state.shape, strict=True)
+        ):
+            raise RuntimeError(f"{op}: {name} is expanded, its rows share memory; .contiguous() gives each its own")
+
+
+def _refused(table: Tensor, moments: Moments, by_row: Tensor | None) -> str | None:
     if moments.first.dtype != torch.float32 or moments.second.dtype != torch.float32:
         return "the kernels keep moments in fp32"
-    return None if table.is_contiguous() else "the table is not contiguous"
+    whole = all(x.is_contiguous() for x in (table, *moments, by_row) if x is not None)
+    return None if whole else "the table is not contiguous"
 
 
 def _refuse_autograd(*operands: Tensor) -> None:
@@ -170,8 +193,8 @@ def _refuse_autograd(*operands: Tensor) -> None:
         raise RuntimeError("a step of an optimizer has no gradient; take it under torch.no_grad()")
 
 
-def _flat(coef: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
-    return coef.float().contiguous(), vec.float().contiguous()
+def _flat(order: Order, coef: Tensor, vec: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in (*order, coef.float(), vec.float()))
 
 
 def _plain(rates: Rates) -> tuple[float, list[float], float, int]:

@@ -79,8 +79,8 @@ def all_rows_(
     keep: float,
     seen: Tensor | None,
 ) -> None:
-    place = torch.full((table.shape[0],), -1, device=table.device)
-    place[order.rows] = torch.arange(len(order.rows), device=table.device)
+    place = torch.full((table.shape[0],), -1, dtype=torch.long, device=table.device)
+    place[order.rows] = torch.arange(len(order.rows), dtype=torch.long, device=table.device)
     _launch(table.shape[0], table, moments, order, coef, vec, rates, keep=keep, seen=seen, place=place)
 
 

@@ -9,8 +9,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
 from sparsemix.ops.row_dot import reference
 from sparsemix.ops.row_grad import rows_gradient
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("row_dot", Path(__file__).with_name("native.c"), triton=True)
 
@@ -25,12 +27,16 @@ def row_dot(
     """z_nr = <x_n, table[ids_nr]>. Differentiable in x and table; x takes the table's dtype.
 
     With `record` the table's gradient is left as factors (ops/row_grad) and `table.grad` stays None."""
+    if transformed():
+        return reference.row_dot(x.to(table.dtype), ids, table)
     return torch.ops.sparsemix.row_dot(x.to(table.dtype), ids, table, record, impl)
 
 
 @torch.library.custom_op("sparsemix::row_dot", mutates_args=())
 def _forward(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
-    picked = KERNELS.pick(impl, table, refused=None if table.is_contiguous() else "the table is not contiguous")
+    check_op("row_dot", x, ids, table)
+    ids = ids.long().contiguous()
+    picked = KERNELS.pick(impl, x, table, refused=None if table.is_contiguous() else "the table is not contiguous")
     if picked == "reference":
         return reference.row_dot(x, ids, table)
     if picked == "triton":
@@ -39,13 +45,12 @@ def _forward(x: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> 
         return triton.row_dot(x, ids, table)
     if picked == "native":
         dots = x.new_empty(ids.shape, dtype=torch.float32)
-        rows = native.row_ids(ids, len(table))
-        KERNELS.call(native.typed("row_dot", table), x.contiguous(), rows, table, dots, *ids.shape, x.shape[1])
+        KERNELS.call(native.typed("row_dot", table), x.contiguous(), ids, table, dots, *ids.shape, x.shape[1])
         return dots.to(x.dtype)
     # An embedding bag's gradient towards its per-sample weights is exactly this product.
     N, R = ids.shape
-    bag = torch.arange(N, device=ids.device).repeat_interleave(R)
-    offsets = torch.arange(0, N * R, R, device=ids.device)
+    bag = torch.arange(N, dtype=torch.long, device=ids.device).repeat_interleave(R)
+    offsets = torch.arange(0, N * R, R, dtype=torch.long, device=ids.device)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), table, ids.reshape(-1), offsets, bag, 0
     )

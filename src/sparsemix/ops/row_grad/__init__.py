@@ -11,6 +11,7 @@ from torch._library.effects import EffectType
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import INTEGERS, check_ids, check_op
 from sparsemix.ops.row_grad import reference
 
 KERNELS = Kernels("row_grad", Path(__file__).with_name("native.c"), triton=True)
@@ -32,21 +33,42 @@ class Order(NamedTuple):
     picks: Int[Tensor, " P"]
 
 
-# What backward passes left for the optimizer, by the address of the table. The one global that the design permits.
-_records: dict[int, list[RowGrad]] = {}
-
-
 def take_rows(table: Tensor) -> list[RowGrad]:
     """What was recorded for `table` since the last call, one entry a look-up, in the order of the backward passes."""
-    return _records.pop(table.data_ptr(), [])
+    from sparsemix.ops.row_grad.factored import FactoredGrad
+
+    grad = table.grad
+    if not isinstance(grad, FactoredGrad):
+        return []
+    table.grad = None
+    return grad.parts
 
 
 @torch.library.custom_op("sparsemix::record_rows", mutates_args=())
 def record_rows(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
-    """Leave one look-up's share of the table's gradient to whoever calls `take_rows`."""
-    # Copies: a compiled backward pass reuses its buffers, and `vec` may be the caller's own input, which the next
-    # micro-batch overwrites. They cost 1 % of the step that they are for.
-    _records.setdefault(table.data_ptr(), []).append(RowGrad(ids.clone(), coef.clone(), vec.clone()))
+    """Leave one look-up's share of the gradient of a lent table (factored.py) in its `grad`."""
+    from sparsemix.ops.row_grad import factored
+
+    lent = factored.lent_table(table)
+    if lent is None:
+        raise RuntimeError("the optimizer that takes a table's gradients is gone since the forward pass: run it again")
+    place = factored.gradient_goes(lent)
+    if place == "caller":
+        raise RuntimeError("torch.autograd.grad of a table through a compiled block: call its optimizer's release()")
+    if place == "grad":
+        # Copies: a compiled backward pass reuses its buffers, and `vec` may be the caller's own input, which the next
+        # micro-batch overwrites. They cost 1 % of the step that they are for.
+        factored.leave(lent, RowGrad(ids.clone(), coef.clone(), vec.clone()))
+
+
+@torch.library.custom_op("sparsemix::note_picks", mutates_args=())
+def note_picks(table: Tensor, ids: Tensor) -> None:
+    """Say which rows of a lent table have a gradient, where that is formed whole."""
+    from sparsemix.ops.row_grad import factored
+
+    lent = factored.lent_table(table)
+    if lent is not None and factored.gradient_goes(lent) == "grad":
+        factored.note_picks(lent, ids)
 
 
 @record_rows.register_fake
@@ -54,8 +76,14 @@ def _(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
     return None
 
 
+@note_picks.register_fake
+def _(table: Tensor, ids: Tensor) -> None:
+    return None
+
+
 # Without an effect torch.compile deletes a call that returns nothing.
 record_rows.register_effect(EffectType.ORDERED)
+note_picks.register_effect(EffectType.ORDERED)
 
 
 def rows_gradient(
@@ -66,10 +94,21 @@ def rows_gradient(
     record: bool,
     impl: str = "auto",
 ) -> Float[Tensor, "M D"] | None:
-    """The table's gradient, dense; None where it was recorded instead."""
-    if record:
+    """The table's gradient, dense; None where it was recorded instead.
+
+    Recorded is what `record` asks for of a lent table (factored.py): not of a tensor that stands in for it, such as
+    functional_call's, nor for a caller of torch.autograd.grad. Several ranks average dense gradients, and only note the
+    rows that they picked."""
+    from sparsemix.ops.row_grad import factored
+
+    if record and not torch.compiler.is_compiling():
+        lent = factored.lent_table(table)
+        record = lent is not None and factored.gradient_goes(lent) != "caller"
+    if record and not factored.several_ranks():
         record_rows(table, ids, coef, vec)
         return None
+    if record:
+        note_picks(table, ids)
     return table_grad(coef, ids, vec, table.shape[0], impl)
 
 
@@ -91,11 +130,12 @@ def sort_rows(ids: Int[Tensor, "N R"], num_rows: int, impl: str = "auto") -> Ord
 
 @torch.library.custom_op("sparsemix::sort_rows", mutates_args=())
 def _sorted(ids: Tensor, num_rows: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    if ids.dtype not in INTEGERS:
+        raise RuntimeError(f"sort_rows: ids must be integers, not {ids.dtype}; cast them with .long()")
     flat = ids.reshape(-1)
     picked = KERNELS.pick(impl, ids.new_empty(0, dtype=torch.float32))
-    if picked != "native" or flat.numel() >= 2**32:
-        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < num_rows:
-            raise IndexError(f"a row id lies outside of the table's {num_rows} rows")
+    if picked != "native" or max(flat.numel(), num_rows) >= 2**32:
+        check_ids("sort_rows: ids", flat, num_rows)
         by_row, picks = flat.long().sort(stable=True)
         rows, counts = by_row.unique_consecutive(return_counts=True)
         return rows, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), picks
@@ -105,8 +145,12 @@ def _sorted(ids: Tensor, num_rows: int, impl: str) -> tuple[Tensor, Tensor, Tens
     KERNELS.call("sort_rows", flat, flat.numel(), num_rows, rows, starts, picks, found)
     U = int(found)
     if U < 0:
-        raise IndexError(f"a row id lies outside of the table's {num_rows} rows")
+        check_ids("sort_rows: ids", flat, num_rows)
     return rows[:U], starts[: U + 1], picks[:-1]
+
+
+def _dense(order: Order) -> Order:
+    return Order(*(part.contiguous() for part in order))
 
 
 @_sorted.register_fake
@@ -124,12 +168,13 @@ def row_norm(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"]
 
 @torch.library.custom_op("sparsemix::row_norm", mutates_args=())
 def _norm(rows: Tensor, starts: Tensor, picks: Tensor, coef: Tensor, vec: Tensor, impl: str) -> Tensor:
-    order, picked = Order(rows, starts, picks), KERNELS.pick(impl, vec)
+    check_op("row_norm", coef, vec, rows, starts, picks)
+    order, picked = Order(rows, starts, picks), KERNELS.pick(impl, vec, coef)
     if picked == "native":
         out = torch.empty((), dtype=torch.float64)
         (N, R), D = coef.shape, vec.shape[1]
         flat = (coef.float().contiguous(), vec.float().contiguous())
-        KERNELS.call("row_norm_sq", *order, *flat, len(rows), N, R, D, out)
+        KERNELS.call("row_norm_sq", *_dense(order), *flat, len(rows), N, R, D, out)
         return out.sqrt().float()
     if picked == "triton":
         from sparsemix.ops.row_grad import triton
@@ -149,7 +194,9 @@ def summed(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"]) 
     out = vec.new_zeros(len(order.rows), vec.shape[1], dtype=exact)
     place = torch.repeat_interleave(order.starts.diff())
     # 2^22 numbers at a time: the vectors of all picks, (P, D), may be larger than the table.
-    for part in torch.arange(len(place), device=vec.device).split(max(1, 2**22 // max(1, vec.shape[1]))):
+    for part in torch.arange(len(place), dtype=torch.long, device=vec.device).split(
+        max(1, 2**22 // max(1, vec.shape[1]))
+    ):
         picks = order.picks[part]
         out.index_add_(0, place[part], coef.reshape(-1)[picks, None].to(exact) * vec[picks // coef.shape[1]].to(exact))
     return out
@@ -158,7 +205,8 @@ def summed(order: Order, coef: Float[Tensor, "N R"], vec: Float[Tensor, "N D"]) 
 @torch.library.custom_op("sparsemix::row_table_grad", mutates_args=())
 def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int, impl: str = "auto") -> Tensor:
     """G[m] = sum over picks (n, r) with ids_nr = m of coef_nr * vec_n, dense (num_rows, D)."""
-    picked = KERNELS.pick(impl, vec)
+    check_op("row_table_grad", coef, ids, vec)
+    picked, ids = KERNELS.pick(impl, vec, coef), ids.long()
     if picked == "reference":
         return reference.table_grad(coef, ids, vec, num_rows)
     if picked == "native":
@@ -166,14 +214,15 @@ def table_grad(coef: Tensor, ids: Tensor, vec: Tensor, num_rows: int, impl: str 
         (R, D), out = (ids.shape[1], vec.shape[1]), vec.new_zeros(num_rows, vec.shape[1])
         name = "table_grad_bf16" if vec.dtype == torch.bfloat16 else "table_grad_float"
         flat = (coef.float().contiguous(), vec.float().contiguous())
-        KERNELS.call(name, *order, *flat, len(order.rows), R, D, out)
+        KERNELS.call(name, *_dense(order), *flat, len(order.rows), R, D, out)
         return out
     if picked == "triton":
         from sparsemix.ops.row_grad import triton
 
         return triton.table_grad(sort_rows(ids, num_rows, picked), coef, vec, num_rows)
+    check_ids("row_table_grad: ids", ids, num_rows)
     N, R = ids.shape
-    bag = torch.arange(N, device=ids.device).repeat_interleave(R)
+    bag = torch.arange(N, dtype=torch.long, device=ids.device).repeat_interleave(R)
     weights = coef.reshape(-1).contiguous()
     empty = ids.new_empty(0)
     return torch.ops.aten._embedding_bag_dense_backward(

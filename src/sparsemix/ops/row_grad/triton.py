@@ -106,7 +106,7 @@ def factors(order: Order, coef: Tensor, vec: Tensor) -> tuple[tuple[Tensor, ...]
     lengths = order.starts.diff()
     counts = torch.where(lengths > PIECE, (lengths + PIECE - 1) // PIECE, 0)
     first, D = counts.cumsum(0) - counts, vec.shape[1]
-    place = torch.arange(len(lengths), device=vec.device).repeat_interleave(counts)
+    place = torch.arange(len(lengths), dtype=torch.long, device=vec.device).repeat_interleave(counts)
     sums = torch.empty(len(place), D, dtype=torch.float32, device=vec.device)
     if len(place):
         block, warps = block_of(D)

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops import native
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
 from sparsemix.ops.row_grad import rows_gradient
 from sparsemix.ops.row_mix import reference
+from sparsemix.ops.transforms import transformed
 
 KERNELS = Kernels("row_mix", Path(__file__).with_name("native.c"), triton=True)
 
@@ -26,12 +28,16 @@ def row_mix(
     """y_n = sum_r coef_nr table[ids_nr]. Differentiable in coef and table; coef takes the table's dtype.
 
     With `record` the table's gradient is left as factors (ops/row_grad) and `table.grad` stays None."""
+    if transformed():
+        return reference.row_mix(coef.to(table.dtype), ids, table)
     return torch.ops.sparsemix.row_mix(coef.to(table.dtype), ids, table, record, impl)
 
 
 @torch.library.custom_op("sparsemix::row_mix", mutates_args=())
 def _forward(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) -> Tensor:
-    picked = KERNELS.pick(impl, table, refused=None if table.is_contiguous() else "the table is not contiguous")
+    check_op("row_mix", coef, ids, table)
+    ids = ids.long().contiguous()
+    picked = KERNELS.pick(impl, coef, table, refused=None if table.is_contiguous() else "the table is not contiguous")
     if picked == "reference":
         return reference.row_mix(coef, ids, table)
     if picked == "triton":
@@ -40,8 +46,8 @@ def _forward(coef: Tensor, ids: Tensor, table: Tensor, record: bool, impl: str) 
         return triton.row_mix(coef, ids, table)
     if picked == "native":
         sums = table.new_empty(ids.shape[0], table.shape[1])
-        coef, rows = coef.float().contiguous(), native.row_ids(ids, len(table))
-        KERNELS.call(native.typed("row_mix", table), coef, rows, table, sums, *ids.shape, table.shape[1])
+        coef = coef.float().contiguous()
+        KERNELS.call(native.typed("row_mix", table), coef, ids, table, sums, *ids.shape, table.shape[1])
         return sums
     return F.embedding_bag(ids, table, per_sample_weights=coef.contiguous(), mode="sum")
 

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsemix.ops import native
 from sparsemix.ops.grouped_mm import rows_run
 from sparsemix.ops.impl import Kernels
+from sparsemix.ops.operands import check_op
 from sparsemix.ops.ternary_mm import reference
 from sparsemix.ops.ternary_mm.pack import unpack_rows
 from sparsemix.ops.ternary_mm.quantise import int8_row_values, int8_rows, ternary, ternary_values
@@ -80,11 +80,16 @@ torch.library.define(
 
 def _sums(row_codes: Tensor, packed: Tensor, counts: Tensor | None, impl: str) -> Tensor:
     _check(row_codes, packed)
+    if counts is None:
+        check_op("ternary_mm", row_codes, packed)
+    else:
+        check_op("ternary_grouped_mm", row_codes, packed, counts)
+        counts = counts.long().contiguous()
     picked = KERNELS.pick(impl, row_codes)
     if picked == "native":
         out = row_codes.new_empty(row_codes.shape[0], packed.shape[-2], dtype=torch.int32)
         rows, weight, sizes = row_codes.contiguous(), packed.contiguous(), _sizes(row_codes, packed)
-        KERNELS.call("ternary_sums", rows, weight, _counts(counts, sizes), _scratch(rows), out, *sizes)
+        KERNELS.call("ternary_sums", rows, weight, counts, _scratch(rows), out, *sizes)
         return out
     if picked == "triton":
         from sparsemix.ops.ternary_mm import triton
@@ -100,12 +105,18 @@ def _sums(row_codes: Tensor, packed: Tensor, counts: Tensor | None, impl: str) -
 
 def _values(x: Tensor, packed: Tensor, scale: Tensor, counts: Tensor | None, impl: str) -> Tensor:
     _check(x, packed)
+    if counts is None:
+        check_op("quantised_mm", x, packed, scale)
+    else:
+        check_op("quantised_grouped_mm", x, packed, scale, counts)
+        counts = counts.long().contiguous()
+    _check_matrices(packed, scale)
     picked = KERNELS.pick(impl, x, refused="the scale is float64" if scale.dtype == torch.float64 else None)
     if picked == "native":
         out = x.new_empty(x.shape[0], packed.shape[-2])
         name = "ternary_values_bf16" if x.dtype == torch.bfloat16 else "ternary_values_f32"
         rows, weight, sizes = x.contiguous(), packed.contiguous(), (*_sizes(x, packed), scale.shape[-1])
-        KERNELS.call(name, rows, weight, scale.float().contiguous(), _counts(counts, sizes), _scratch(x), out, *sizes)
+        KERNELS.call(name, rows, weight, scale.float().contiguous(), counts, _scratch(x), out, *sizes)
         return out
     codes, row_scale = int8_rows(x.detach())
     sums = _sums(codes, packed, counts, impl)
@@ -114,7 +125,7 @@ def _values(x: Tensor, packed: Tensor, scale: Tensor, counts: Tensor | None, imp
         return _times(sums, row_scale * scale.repeat_interleave(width // scale.shape[-1]), x.dtype)
     values = _times(sums, row_scale * spread(scale, counts, len(x), width), x.dtype)
     # A row of no expert gives 0, whatever it holds.
-    return values.masked_fill_(torch.arange(len(x), device=x.device)[:, None] >= counts.sum(), 0)
+    return values.masked_fill_(torch.arange(len(x), dtype=torch.long, device=x.device)[:, None] >= counts.sum(), 0)
 
 
 torch.library.impl("sparsemix::ternary_mm", "CompositeExplicitAutograd", _sums)
@@ -123,7 +134,7 @@ torch.library.impl("sparsemix::quantised_mm", "CompositeExplicitAutograd", _valu
 
 def _check(rows: Tensor, packed: Tensor) -> None:
     """A kernel would read beyond a matrix of another width."""
-    if packed.shape[-1] != -(-rows.shape[1] // 4):
+    if rows.ndim == 2 and packed.ndim > 1 and packed.shape[-1] != -(-rows.shape[1] // 4):
         raise ValueError(f"{packed.shape[-1]} bytes a row do not hold D={rows.shape[1]} weights: pack with pack_rows")
 
 
@@ -131,9 +142,10 @@ def _times(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (sums.to(scale.dtype) * scale).to(dtype)
 
 
-def _counts(counts: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
-    N, _, _, E, *_ = sizes
-    return None if counts is None else native.row_counts(counts, N, E)
+def _check_matrices(packed: Tensor, scale: Tensor) -> None:
+    F, M = packed.shape[-2], scale.shape[-1]
+    if not M or F % M:
+        raise RuntimeError(f"quantised_mm: scale of M={M} matrices, which must divide F={F} rows")
 
 
 def _scratch(rows: Tensor) -> Tensor:
@@ -154,7 +166,7 @@ def spread(scale: Float[Tensor, "E M"], counts: Int[Tensor, " E"], num_rows: int
 
 def experts_of(counts: Int[Tensor, " E"], num_rows: int) -> Int[Tensor, " R"]:
     """The expert of every row, rows sorted by expert; rows past the last one's get the last one."""
-    rows = torch.arange(num_rows, device=counts.device)
+    rows = torch.arange(num_rows, dtype=torch.long, device=counts.device)
     return torch.searchsorted(counts.cumsum(0), rows, right=True).clamp(max=len(counts) - 1)
 
 

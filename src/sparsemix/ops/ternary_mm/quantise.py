@@ -27,7 +27,9 @@ def int8_row_values(x: Float[Tensor, "*B D"]) -> tuple[Float[Tensor, "*B D"], Fl
     """codes = round(x 127 / m) as floats, scale = m / 127, where m = max(max |x|, 1e-5) of the row. Symmetric, so
     -128 never occurs."""
     x = at_least_fp32(x)
-    largest = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST)
+    # A row of no numbers has no largest one.
+    largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    largest = largest.clamp_min(SMALLEST)
     # An infinite row would divide by infinity and look like zeros.
     largest = torch.where(largest.isfinite(), largest, torch.nan)
     return (x * (LARGEST / largest)).round().clamp(-LARGEST, LARGEST), largest / LARGEST

@@ -18,7 +18,7 @@ def int8_rows(x: Float[Tensor, "N D"]) -> tuple[Int8[Tensor, "N D"], list[float]
     codes, scales = torch.empty(x.shape, dtype=torch.int8), []
     for n, row in enumerate(x.tolist()):
         m = max(*map(abs, row), 1e-5)
-        codes[n] = torch.tensor([round(v * (127 / m)) for v in row])
+        codes[n] = torch.tensor([round(v * (127 / m)) for v in row], dtype=codes.dtype)
         scales.append(m / 127)
     return codes, scales
 

@@ -59,7 +59,7 @@ def _tiles(counts: Int[Tensor, " E"], num_rows: int, size: int) -> tuple[Tensor,
     counts = counts.long()
     tiles, row_ends = (counts + size - 1) // size, counts.cumsum(0)
     tile_ends = tiles.cumsum(0)
-    tile = torch.arange(min(num_rows, num_rows // size + len(counts)), device=counts.device)
+    tile = torch.arange(min(num_rows, num_rows // size + len(counts)), dtype=torch.long, device=counts.device)
     needed = tile < tile_ends[-1]
     expert = torch.searchsorted(tile_ends, tile, right=True).clamp_max(len(counts) - 1)
     before = (tile - (tile_ends - tiles)[expert]) * size

@@ -33,7 +33,7 @@ def int8_mm(row_codes: Int8[Tensor, "N D"], weight_codes: Int8[Tensor, "F D"]) -
     """row_codes weight_codes^T, by the kernel that is exact here, and fast where there is a choice."""
     if row_codes.numel() and weight_codes.numel() and _int_mm_serves(row_codes, weight_codes):
         # The weight stays (F, D): a single row against a contiguous (D, F) is several times slower on CPU.
-        return int_mm(row_codes, weight_codes.mT)
+        return int_mm(_dense(row_codes), _dense(weight_codes).mT)
     return float_product(row_codes, weight_codes)
 
 
@@ -45,7 +45,16 @@ def float_product(row_codes: Tensor, weight_codes: Tensor, most: int = EXACT_IN_
     return total
 
 
+def _dense(codes: Tensor) -> Tensor:
+    """The codes with the strides of their sizes: torch's product misreads others, as of a single row of an expanded
+    tensor, which counts as contiguous."""
+    return codes.contiguous().flatten().view(codes.shape)
+
+
 def _int_mm_serves(row_codes: Tensor, weight_codes: Tensor) -> bool:
+    # torch's product (2.13) leaves most of its result unwritten where the depth is one.
+    if row_codes.shape[1] == 1:
+        return False
     if row_codes.device.type == "cuda":
         # What cuBLAS takes.
         return row_codes.shape[0] > 16 and row_codes.shape[1] % 8 == 0 and weight_codes.shape[0] % 8 == 0

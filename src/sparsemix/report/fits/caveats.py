@@ -6,6 +6,7 @@ import numpy as np
 
 from sparsemix.report.fits.curves import Curve
 from sparsemix.report.fits.quadratic import FAR, WANTED
+from sparsemix.report.optimum import size_of
 from sparsemix.report.records import Record
 
 WIDE = 1.3
@@ -67,6 +68,13 @@ def _of_curve(curve: Curve) -> list[str]:
         said.append(f"{name}: sizes scatter about the curve more than seeds do; the scatter is taken for the error")
     if len(curve.seeded) == 1:
         said.append(f"{name}: one seed, nothing is known of others")
+    sizes = [size_of(point[0]) for point in curve.points]
+    nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - fit.vertex))
+    if abs(curve.points.index(curve.seeded) - nearest) > 1:
+        said.append(
+            f"{name}: its seeds are at {_sizes([size_of(curve.seeded[0])])}, not next to the optimum at "
+            f"{_sizes([fit.vertex])}; what is compared is the loss there"
+        )
     return said
 
 
@@ -78,7 +86,7 @@ def _duplicates(records: Sequence[Record]) -> list[str]:
     seen: dict[tuple, Record] = {}
     said = []
     for record in records:
-        first = seen.setdefault((record.arm, record.budget, record.params, record.seed), record)
+        first = seen.setdefault((record.arm, record.budget, record.forward_flops, record.params, record.seed), record)
         if first.folder != record.folder:
             said.append(
                 f"{record.arm} at {record.budget:.3g} FLOPs: {first.folder.name} and {record.folder.name} have equal "

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparsemix.report.fits.quadratic import Quadratic, Sized, fit_quadratic
+from sparsemix.report.optimum import Runs, by_size, size_of, standing
 from sparsemix.report.records import Record
 
 
@@ -18,7 +19,7 @@ class Curve:
 
     arm: str
     budget: float
-    points: tuple[tuple[Record, ...], ...]
+    points: tuple[Runs, ...]
     bpb: float
 
     @cached_property
@@ -53,15 +54,9 @@ class Curve:
         return self.optimum is not None and self.optimum.bracketed
 
     @cached_property
-    def seeded(self) -> tuple[Record, ...]:
-        """Runs of the size that has the most seeds; of equals the one nearest to the optimum, or of the least loss."""
-        vertex = self.optimum.vertex if self.optimum else None
-
-        def rank(point: tuple[Record, ...]) -> tuple[int, float]:
-            away = np.mean([r.nats for r in point]) if vertex is None else abs(size_of(point[0]) - vertex)
-            return len(point), -float(away)
-
-        return max(self.points, key=rank)
+    def seeded(self) -> Runs:
+        """The runs that stand for the arm at this budget (`report/optimum.py`)."""
+        return standing(self.points, self.optimum.vertex if self.optimum else None)
 
     @cached_property
     def clock(self) -> tuple[float, int]:
@@ -88,6 +83,7 @@ class Curve:
             "quadratic": None if fit is None else dict(zip("abc", map(float, fit.coef), strict=True)),
             "centre": None if fit is None else fit.centre,
             "optimum": self._optimum(),
+            "standing": _point(self.seeded),
             "bracketed": self.bracketed,
             "said": self.said,
         }
@@ -106,22 +102,19 @@ class Curve:
 
 
 def curves_of(records: Sequence[Record], arms: Sequence[str], bpb: float) -> list[Curve]:
-    """Every arm's curves, budgets ascending; records of another learning rate than the arm's are not among them."""
-    cells: dict[tuple[int, float], dict[int, dict[int, Record]]] = {}
+    """Every arm's curves, budgets ascending; runs that tried a learning rate are in none."""
+    cells: dict[tuple[int, float], list[Record]] = {}
     for record in records:
-        sizes = cells.setdefault((arms.index(record.arm), record.budget), {})
-        # A run may be both a size of the grid and a seed of the optimum: it counts once.
-        sizes.setdefault(record.params, {}).setdefault(record.seed, record)
-    return [
-        Curve(arms[arm], budget, tuple(sorted(map(_by_seed, sizes.values()), key=lambda p: size_of(p[0]))), bpb)
-        for (arm, budget), sizes in sorted(cells.items())
-    ]
+        cells.setdefault((arms.index(record.arm), record.budget), []).append(record)
+    sized = {key: by_size(found) for key, found in sorted(cells.items())}
+    return [Curve(arms[arm], budget, sizes, bpb) for (arm, budget), sizes in sized.items() if sizes]
 
 
-def size_of(record: Record) -> float:
-    """log10 of the forward FLOPs per token. They split a budget into size and text, whatever the kind; parameters do
-    not, for a table's rows cost a token nothing, and need not grow with them."""
-    return float(np.log10(record.forward_flops))
+def standing_runs(records: Sequence[Record]) -> dict[tuple[str, float], Runs]:
+    """(arm, budget) -> the runs that stand for it, by the rule and the fit of the analysis. Arms as they come first,
+    budgets ascending."""
+    curves = curves_of(records, list(dict.fromkeys(r.arm for r in records)), 1.0)
+    return {(curve.arm, curve.budget): curve.seeded for curve in curves}
 
 
 def between(x: float | np.ndarray, points: Sequence[tuple[float, float]]) -> Any:
@@ -136,15 +129,11 @@ def between(x: float | np.ndarray, points: Sequence[tuple[float, float]]) -> Any
     return ys[i] + (ys[i + 1] - ys[i]) / (known[i + 1] - known[i]) * (x - known[i])
 
 
-def _by_seed(seeds: dict[int, Record]) -> tuple[Record, ...]:
-    return tuple(seeds[seed] for seed in sorted(seeds))
-
-
-def _sized(point: tuple[Record, ...]) -> Sized:
+def _sized(point: Runs) -> Sized:
     return Sized(size_of(point[0]), tuple(r.seed for r in point), tuple(r.nats for r in point))
 
 
-def _point(point: tuple[Record, ...]) -> dict[str, Any]:
+def _point(point: Runs) -> dict[str, Any]:
     first = point[0]
     return {
         "params": first.params,
@@ -154,5 +143,6 @@ def _point(point: tuple[Record, ...]) -> dict[str, Any]:
         "nats": float(np.mean([r.nats for r in point])),
         "bpb": float(np.mean([r.bpb for r in point])),
         "seeds": [r.nats for r in point],
+        "folders": [r.folder.name for r in point],
         "wall_s": float(np.mean([r.wall_s for r in point])),
     }

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sparsemix.report.fits.curves import Curve, size_of
+from sparsemix.report.fits.curves import Curve
 from sparsemix.report.fits.gaps import Gap
+from sparsemix.report.optimum import size_of
 from sparsemix.report.records import Record
 from sparsemix.report.stats import Interval
 

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
+from sparsemix.report.optimum import rank
+
 LEVEL = 0.05
 # Sizes this many nats above the best are left out: within it a quadratic misplaces the loss of the law's curve by less
 # than 0.0005 nats and its optimum by less than 4 % (docs/fits.md); five sizes stay in any case.
@@ -125,7 +127,7 @@ def fit_quadratic(sizes: Sequence[Sized]) -> Quadratic | str:
     variance, df, scatter = _error(near, y - design @ coef)
     coef, cov = _with_skew(design, u, y, coef, variance)
     vertex = centre - coef[1] / (2 * coef[2]) if coef[2] > 0 else centre
-    seeded = max(near, key=lambda s: (len(s.nats), -abs(s.x - vertex)))
+    seeded = max(near, key=lambda s: rank(len(s.nats), abs(s.x - vertex)))
     at, level = None, (0.0, 0.0, 1)
     if (m := len(seeded.nats)) >= SEEDS_FOR_LEVEL:
         sd = float(np.std(seeded.nats, ddof=1))

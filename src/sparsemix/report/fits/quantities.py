@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemix.report.fits.curves import Curve, size_of
+from sparsemix.report.fits.curves import Curve
 from sparsemix.report.fits.equal_loss import (
     FAR_BUDGET,
     Line,
@@ -19,6 +19,7 @@ from sparsemix.report.fits.equal_loss import (
     vertex_gap,
 )
 from sparsemix.report.fits.gaps import Gap, gap_between
+from sparsemix.report.optimum import size_of
 from sparsemix.report.stats import holm, smallest_visible, verdict
 
 NOTHING = dict.fromkeys((

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsemix.config import ConfigError, apply_overrides, nearest, parse
-from sparsemix.sweep.launch.base import LaunchConfig, Launcher, WorkerLostError
+from sparsemix.sweep.jobs import WorkerLostError
+from sparsemix.sweep.launch.base import LaunchConfig, Launcher
 from sparsemix.sweep.launch.local import LocalConfig, LocalLauncher
 from sparsemix.sweep.launch.ray import RayConfig, RayLauncher
 from sparsemix.sweep.launch.slurm import SlurmConfig, SlurmLauncher

@@ -36,7 +36,3 @@ class LaunchConfig(Config):
     family: ClassVar[dict[str, type[Config]] | None] = {}
     workers: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
-
-
-class WorkerLostError(RuntimeError):
-    """A worker ended before its work did: it was killed, or its machine went."""

@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 
 from sparsemix.machine import usable_processors
-from sparsemix.sweep.jobs import begin, outcome
-from sparsemix.sweep.launch.base import LaunchConfig, WorkerLostError
-from sparsemix.sweep.memory import available_bytes, needed_bytes
+from sparsemix.memory import available_bytes
+from sparsemix.sweep.jobs import WorkerLostError, begin, outcome
+from sparsemix.sweep.launch.base import LaunchConfig
+from sparsemix.sweep.memory import needed_bytes
 
 
 class LocalConfig(LaunchConfig):

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from sparsemix.config import ConfigError
-from sparsemix.sweep.launch.base import LaunchConfig, WorkerLostError
+from sparsemix.sweep.jobs import WorkerLostError
+from sparsemix.sweep.launch.base import LaunchConfig
 from sparsemix.sweep.launch.stop_file import new_stop_file, work_until
 
 

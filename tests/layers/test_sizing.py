@@ -4,7 +4,8 @@ import pytest
 
 from sparsemix.config import ConfigError
 from sparsemix.layers import DenseConfig, LayerConfig
-from sparsemix.sweep.sizing import MAX_TABLE_PARAMS, SIZES, TOLERANCE, example, mod_wrap, sized_ffn, split_kind
+from sparsemix.layers.sizing import MAX_TABLE_PARAMS, SIZES, TOLERANCE, example, mod_wrap, sized_ffn
+from sparsemix.sweep.arms import split_kind
 
 WIDTHS = [32, 64, 96, 128, 192, 256, 512]
 
@@ -114,7 +115,7 @@ def test_a_model_too_narrow_to_be_matched_is_refused(kind, d_model, d_ff):
 
 
 def test_heads_that_cannot_split_the_width_are_refused():
-    with pytest.raises(ConfigError, match="kinds=mh_moe needs an even d_model, not 33"):
+    with pytest.raises(ConfigError, match="kind=mh_moe needs an even d_model, not 33"):
         sized_ffn("mh_moe", DenseConfig(d_ff=88), 33, 128)
 
 

@@ -1,4 +1,4 @@
-"""Feed-forward kinds sized to the FLOPs of the dense layer they replace."""
+"""Sizes of layers, for everybody who has to choose some: comparisons, reproductions, conversions and recipes."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from sparsemix.config import ConfigError, nearest
 from sparsemix.layers import DenseConfig, LayerConfig
 from sparsemix.layers.linear import num_matrices
-from sparsemix.layers.ternary import PRECISIONS
+from sparsemix.layers.parity import inner_width, num_experts_at_parity
 
 # Settings below this share of the dense layer's cost, or above its inverse, are no fair comparison.
 TOLERANCE = 0.10
@@ -17,11 +17,22 @@ MAX_TABLE_PARAMS = 128_000_000
 MIN_KEY = 16
 
 
+def key_width(d_model: int) -> int:
+    """d_key of a product-key layer: d_model / 4, which is the paper's 256 at its width of 1,024, even, and no less than
+    MIN_KEY."""
+    return max(MIN_KEY, d_model // 8 * 2)
+
+
+def predictor_width(d_model: int) -> int:
+    """Inner width of Mixture-of-Depths' predictor, which then costs about 2 % of a dense block."""
+    return max(8, d_model // 4)
+
+
 def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict[str, Any]:
     """Settings of a `kind` layer that costs what `dense` costs per token, within 10 %. Raises ConfigError."""
     refuse_unknown(kind)
     target = dense.cost(d_model, 1).flops
-    settings = {"kind": kind, **SIZES[kind](target, dense, d_model)}
+    settings = {"kind": kind, **nearest_sizes(kind, dense, d_model)}
     # Of a whole sequence: an expert that picks tokens takes at least one.
     spent = LayerConfig.model_validate(settings).cost(d_model, seq_len).flops / seq_len
     if abs(spent / target - 1) > TOLERANCE:
@@ -33,30 +44,20 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
 
 
 def refuse_unknown(kind: str) -> None:
-    """Raises ConfigError where a part of `kind`, as `compare` takes it, is no kind."""
-    feed = split_kind(kind)[1]
-    if feed not in ("dense", *SIZES):
+    """Raises ConfigError where `kind` is no feed-forward that can be sized."""
+    if kind not in SIZES:
         known = ["dense", "mod", *SIZES]
-        raise ConfigError(f"kinds={feed} is none of {', '.join(known)}{nearest(feed, known)}")
+        raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
 
 
-def split_kind(kind: str) -> tuple[bool, str, str | None]:
-    """(is there Mixture-of-Depths around blocks, feed-forward kind, precision) of `mod`, `KIND`, `mod+KIND` (staged
-    MoDE), each with or without `@precision`. Raises ConfigError."""
-    name, at, precision = kind.partition("@")
-    if at and precision not in PRECISIONS:
-        raise ConfigError(
-            f"kinds={kind}: {precision!r} is none of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
-        )
-    wrap, plus, feed = name.partition("+")
-    if plus and wrap != "mod":
-        raise ConfigError(f"kinds={kind}: only mod wraps blocks; write mod+{feed}")
-    return wrap == "mod", feed if plus else {"mod": "dense"}.get(name, name), precision or None
+def nearest_sizes(kind: str, dense: DenseConfig, d_model: int) -> dict[str, Any]:
+    """Settings of a `kind` of SIZES that come nearest to what `dense` costs per token, however near that is."""
+    return SIZES[kind](dense.cost(d_model, 1).flops, dense, d_model)
 
 
 def mod_wrap(d_model: int) -> dict[str, Any]:
-    """MoD around every other block, at the paper's 12.5 %; the predictor costs about 2 % of a dense block."""
-    return {"at": "every-2", "kind": "mod", "capacity": 0.125, "predictor_width": max(8, d_model // 4)}
+    """MoD around every other block, at the paper's 12.5 %."""
+    return {"at": "every-2", "kind": "mod", "capacity": 0.125, "predictor_width": predictor_width(d_model)}
 
 
 def _moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
@@ -84,13 +85,13 @@ def _mh_moe(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
     """2 heads, 2 experts a sub-token; the inner width pays for head and merge, the number of experts matches the
     parameters of `moe` (arXiv:2411.16205, eqs. 8 and 9)."""
     if d_model % 2:
-        raise ConfigError(f"kinds=mh_moe needs an even d_model, not {d_model}")
+        raise ConfigError(f"kind=mh_moe needs an even d_model, not {d_model}")
     H, K, m = 2, 2, num_matrices(dense.activation)
     moe = _moe(target, dense, d_model)
     E, d_ff = 8, 1
     for _ in range(4):  # E enters the router's cost, and so the width; it settles at once
-        d_ff = max(1, int((target - 4 * d_model**2 - 2 * d_model * E) / (2 * K * m * d_model)))
-        E = max(K, round(H * (moe["d_ff"] * moe["num_experts"] - 2 / m * d_model) / d_ff))
+        d_ff = max(1, int(inner_width(d_model, target / (2 * m * d_model), K, m, E)))
+        E = max(K, round(num_experts_at_parity(d_model, moe["d_ff"] * moe["num_experts"], H, d_ff, m)))
     inner = {"kind": "moe", "num_experts": E, "top_k": K, "d_ff": d_ff, "activation": dense.activation}
     return {"num_heads": H, "inner": inner}
 
@@ -108,12 +109,12 @@ def _pkm(target: float, dense: DenseConfig, d_model: int) -> dict[str, Any]:
 
 
 def _product_keys(target: float, d_model: int, K: int, rows: int) -> tuple[int, dict[str, Any]]:
-    """Sub-keys a side, and the settings of the look-up. d_key = d_model / 4, at least 16; a pick reads `rows` rows.
+    """Sub-keys a side, and the settings of the look-up. A pick reads `rows` rows.
 
     Below width 128 a head for 16 channels, the largest power of two up to 256 sub-keys that leaves K / 2 picks a head,
     and as many picks as the FLOPs allow: tables grow with the width, as in PEER's paper. From 128 on 8 heads of K picks
     (more where the tables are full) and as many sub-keys as the FLOPs allow, which meet the others there."""
-    d_key = max(MIN_KEY, d_model // 8 * 2)
+    d_key = key_width(d_model)
     largest = min(1024, int((MAX_TABLE_PARAMS / (rows * d_model)) ** 0.5))
     heads = min(8, max(1, round(d_model / 16)))
 
