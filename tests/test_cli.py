@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsemix import cli
-from sparsemix.cli.app import spread_text
+from sparsemix.cli.app import app, spread_text
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 SMALL = ["--set", "train.test_tokens=3000", "--set", "train.eval_tokens=1000", "--set", "train.evals=1"]
@@ -79,6 +79,15 @@ BLOCK = "model.blocks.1.ffn."
         (["compare", "--budget", "soon"], "budget=soon must be FLOPs"),
         (["compare", "--kinds", "dense,pear"], "did you mean 'peer'?"),
         (["compare", "--kinds", "moe"], "kinds=moe must hold dense"),
+        (["compare", "--kinds", "moo"], "kinds=moo is none of dense, mod, moe"),
+        (["compare", "--kinds", "moe,mod+moo"], "kinds=moo is none of dense, mod, moe"),
+        (["compare", "--budget", "inf"], "budget=inf must be FLOPs"),
+        (["compare", "--budget", "auto:3x"], "budget=auto:3x must be FLOPs"),
+        (["compare", "--lr", "inf"], "lr=inf must be a positive number"),
+        (["compare", "--set", "d_model=96"], "did you mean 'model.d_model'?"),
+        (["compare", "--set", "model.blocks.each=3"], "it has count=4, each=3"),
+        (["compare", "--set", "model.d_model=x"], "model.d_model=x input should be a valid integer"),
+        (["isoflop", "--budgets", "1e12", "--sizes", "9" * 5000], "must name at least 3"),
         (["compare", "--kinds", "dense,moe@ternery"], "kinds=moe@ternery: 'ternery' is none of float, ternary"),
         (["compare", "--kinds", "dense,moo@ternary"], "kinds=moo is none of dense, mod, moe"),
         (["train", "tiny", "model.precision=ternery"], "did you mean 'ternary'?"),
@@ -224,10 +233,36 @@ def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, caps
     assert result["corpus"]["fingerprint"] in said
 
 
+def test_a_dry_run_says_the_plan_and_keeps_the_text_alone(monkeypatch, capsys, tmp_path, corpus):
+    asked = ["compare", "--out", tmp_path / "out", "--text", corpus, "--kinds", "dense,moe", "--seeds", "2"]
+    code, out, err = call(monkeypatch, capsys, *asked, "--budget", "1e10", "--dry-run", *SMALL)
+    assert code == 0, err
+    assert not out
+    assert "4 runs (2 seeds a kind), 4e+10 training FLOPs" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]
+
+
+def test_a_run_is_named_by_its_rate_where_rates_are_tried(tmp_path):
+    from sparsemix.config import config_hash, parse
+    from sparsemix.sweep.compare import CompareConfig, Comparison, kind_config
+    from sparsemix.sweep.launch import make_launcher
+
+    for lr, name in (("sweep", "moe-lr0.005-1-"), ("rule", "moe-1-")):
+        settings = parse(CompareConfig, {"kinds": ("dense", "moe"), "lr": lr})
+        comparison = Comparison(settings, tmp_path, print, make_launcher("local", tmp_path, (), None, most=1))
+        config = kind_config(settings, "moe", comparison._data_config(), 1e12)
+        config = config.replace(seed=1, train=config.train.replace(lr=0.005))
+        plain = tmp_path / f"moe-1-{config_hash(config)}"
+        assert comparison._job("moe", config).folder.name == f"{name}{config_hash(config)}"
+        plain.mkdir()
+        assert comparison._job("moe", config).folder == plain, "folders of earlier versions keep their names"
+        plain.rmdir()
+
+
 def test_every_command_that_reads_text_reads_further_suffixes_when_asked():
     from typer.main import get_command
 
-    commands = get_command(cli.app).commands
+    commands = get_command(app).commands
     given = {name: {o for p in command.params for o in p.opts} for name, command in commands.items()}
     readers = {name for name, options in given.items() if "--text" in options}
     assert readers == {"compare", "convert", "inspect", "isoflop", "reproduce", "train"}

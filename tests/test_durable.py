@@ -99,3 +99,27 @@ def test_a_damaged_seal_is_damage(tmp_path, content):
     assert durable.damage(tmp_path) == "checksums.json cannot be read"
     (tmp_path / durable.SEAL).unlink()
     assert durable.damage(tmp_path) == "it has no checksums.json"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such modes there")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_the_umask_whoever_made_them(tmp_path, umask):
+    """safetensors and tempfile make files that their owner alone may read."""
+    before = os.umask(umask)
+    try:
+        with durable.aside(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / "private").touch(mode=0o600)
+            (temporary / "program").touch(mode=0o700)
+        with durable.aside(tmp_path / "file") as temporary:
+            temporary.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    usual = 0o666 & ~umask
+    assert modes == {"private": usual, "program": usual | 0o700, "file": usual}
+
+
+def test_half_a_letter_in_a_text_is_written_as_its_escape(tmp_path):
+    durable.write_atomic(tmp_path / "a.html", "caf\udce9")
+    assert (tmp_path / "a.html").read_bytes() == b"caf\\udce9"

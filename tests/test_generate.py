@@ -1,5 +1,6 @@
 """`sparsemix generate` as a user meets it."""
 
+import io
 import json
 import os
 import re
@@ -61,6 +62,13 @@ def test_a_saved_models_folder_and_a_prompt_file_give_the_same_text(run, generat
     assert text == wanted and "read: 1 file, 12 bytes, 1 document, " in err
 
 
+def test_a_prompt_may_come_from_a_pipe(run, generate, monkeypatch):
+    wanted = generate(run, "--prompt", PROMPT, *GREEDY)[1]
+    for words in ((), ("--prompt-file", "-")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
+        assert generate(run, *words, *GREEDY)[:2] == (0, wanted)
+
+
 def test_show_routing_numbers_the_tokens_in_a_pipe_and_writes_the_page(run, generate, tmp_path):
     plain = generate(run, "--prompt", PROMPT, *GREEDY)[1]
     code, out, err = generate(run, "--prompt", PROMPT, *GREEDY, "--show", "routing", "--html", tmp_path / "page.html")
@@ -96,7 +104,9 @@ def test_generation_ends_at_the_models_context_and_says_so(run, generate):
 
 BAD = [
     (("--prompt", ""), "the prompt is empty"),
-    ((), "give either --prompt or --prompt-file"),
+    ((), "the prompt is empty"),
+    (("--prompt", "a\udce9"), "prompt is not UTF-8 at byte 1"),
+    (("--prompt", "\ud800"), "prompt is not UTF-8 at byte 0"),
     (("--prompt", "a", "--prompt-file", "b"), "give either --prompt or --prompt-file"),
     (("--prompt-file", "nowhere.txt"), "prompt-file=nowhere.txt: no such file"),
     (("--prompt", "the red hat " * 99), f"must be shorter than the model's context, seq_len={T}"),
@@ -114,6 +124,7 @@ BAD = [
 @pytest.mark.parametrize(("args", "says"), BAD, ids=[says for _, says in BAD])
 def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_written(run, generate, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     code, out, err = generate(run, *args)
     assert code == 2 and out == "" and says in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [] and not (run / "generation.html").exists()

@@ -10,8 +10,10 @@ import sparsemix
 ROOT = Path(sparsemix.__file__).parent
 # From the ground up: a file imports only from the lines before its own, and from its own folder.
 LADDER = (
-    ("errors", "auto_classes", "commit", "signals", "screen", "durable"),
+    ("errors", "auto_classes", "commit", "signals", "durable", "terminal"),
+    ("inputs",),
     ("config",),
+    ("patterns",),
     ("run",),
     ("ops",),
     ("layers",),
@@ -83,7 +85,7 @@ def test_heavy_libraries_are_imported_on_the_top_floors_only(path):
 
 @each_file
 def test_reports_settings_and_run_folders_need_no_torch(path):
-    if place(path) in ("report", "config", "errors", "run"):
+    if place(path) in ("report", "config", "inputs", "errors", "run"):
         assert not [module for module, _ in imports(path) if module.partition(".")[0] == "torch"]
 
 

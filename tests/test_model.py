@@ -6,7 +6,8 @@ import torch
 from sparsemix.api import build_model
 from sparsemix.config import ConfigError, parse
 from sparsemix.layers import Cache, Ctx
-from sparsemix.model import ModelConfig, places, token_nats
+from sparsemix.model import ModelConfig, token_nats
+from sparsemix.patterns import places
 
 BLOCK = {
     "kind": "block",

@@ -3,10 +3,10 @@
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import load_yaml, read_yaml
 
 __all__ = [
     "Config",
@@ -80,9 +81,11 @@ class Config(BaseModel):
                 return cls.family[kind].model_validate(data)
             for name in data:
                 if name not in cls.model_fields:
-                    rule = f"is no setting here{nearest(name, cls.model_fields)} (known: {', '.join(cls.model_fields)})"
+                    rule = f"is no setting here{_meant(str(name), cls)} (known: {', '.join(cls.model_fields)})"
                     raise _bad(str(name), data[name], rule)
             for name, value in data.items():
+                if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                    raise _bad(name, value, "must lie between -2^63 and 2^63")
                 if isinstance(value, bool) and bool not in _leaf_types(cls.model_fields[name].annotation):
                     raise _bad(name, value, "must not be true or false")
         return handler(data)
@@ -95,6 +98,17 @@ class Config(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some settings changed."""
         return type(self).model_validate({**self.model_dump(), **changes})
+
+
+def _meant(name: str, cls: type[Config]) -> str:
+    """As `nearest`; a setting of that very name one level below goes first."""
+    below = [
+        f"{field}.{name}"
+        for field, about in cls.model_fields.items()
+        for leaf in _leaf_types(about.annotation)
+        if isinstance(leaf, type) and issubclass(leaf, Config) and name in leaf.model_fields
+    ]
+    return nearest(below[0], below) if below else nearest(name, cls.model_fields)
 
 
 def _leaf_types(annotation: Any) -> set[Any]:
@@ -112,6 +126,9 @@ def parse(cls: type[C], raw: Mapping[str, Any]) -> C:
     """Settings of type `cls` from plain data. Raises ConfigError, one line per wrong setting."""
     try:
         return cls.model_validate(raw)
+    except UnicodeEncodeError as error:
+        # What a message quotes: pydantic keeps messages in UTF-8.
+        raise ConfigError(f"{_short(error.object)} (a part of this is not UTF-8; write it so)") from None
     except ValidationError as error:
         errors = error.errors()
         # A list all of whose items are wrong also counts as too short.
@@ -122,6 +139,8 @@ def parse(cls: type[C], raw: Mapping[str, Any]) -> C:
 
 def _sentence(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"]) or "settings"
+    if error["type"] == "string_unicode":
+        return f"{path}={_short(error['input'])} is not UTF-8; rename it"
     if error["type"] == "missing":
         return f"{path} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -132,22 +151,19 @@ def _sentence(error: Any) -> str:
     if isinstance(value, (str, int, float, bool, type(None))):
         shown = value
     elif isinstance(value, (list, tuple)):
-        shown = ",".join(str(part) for part in value)
-    shown = " ".join(shown.split()) if isinstance(shown, str) else shown
-    return f"{path}={shown} {message[0].lower()}{message[1:]}"
+        shown = ",".join(_short(part) for part in value[:20])
+    return f"{path}={_short(shown)} {message[0].lower()}{message[1:]}"
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError if it is missing or not a mapping."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; `sparsemix recipes` lists the packaged recipes")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold settings (a mapping), not {type(raw).__name__}")
-    return raw
+def _short(value: object) -> str:
+    """A value as errors show it: on one line, its head where it is long."""
+    text = " ".join(_digits(value).split())
+    return text if len(text) <= 200 else f"{text[:100]}… ({len(text)} letters)"
+
+
+def _digits(value: object) -> str:
+    # Python writes no number of more than 4,300 digits out.
+    return hex(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else str(value)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -160,9 +176,11 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         if not sign or not path:
             raise ConfigError(f"override {override!r} must look like setting.name=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{path}={text} is not a YAML value; quote it") from None
+            value = read_yaml(text)
+        except (yaml.MarkedYAMLError, yaml.reader.ReaderError):
+            raise ConfigError(f"{path}={_short(text)} is not a YAML value; quote it") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}={_short(text)}: {error}") from None
         if isinstance(value, str) and (number := _as_number(value)) is not None:
             value = number
         node: Any = raw
@@ -197,7 +215,8 @@ def _step(node: Any, part: str, path: str) -> Any:
 
 
 def _index(node: list[Any], part: str, path: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    # Other scripts' digits and superscripts are digits too, and five thousand of them no number.
+    if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(node):
         raise ConfigError(f"{path}: {part!r} must be a list position from 0 to {len(node) - 1}")
     return int(part)
 

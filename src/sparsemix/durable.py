@@ -18,9 +18,10 @@ _CHUNK = 1 << 20
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none of it; text as UTF-8."""
+    """Write a whole file or none of it; text as UTF-8, with an escape for what has no UTF-8 (half a letter, as in the
+    name of a file that is not in UTF-8)."""
     with aside(path) as temporary, temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def aside(final: Path) -> Iterator[Path]:
     _refuse(final)
     with scratch(final) as temporary:
         yield temporary
+        _as_usual(temporary)
         sync(temporary)
         _refuse(final)
         if final.is_dir():
@@ -48,13 +50,18 @@ def scratch(final: Path) -> Iterator[Path]:
     left of `final` is deleted first."""
     clear(final)
     temporary = final.absolute().with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.partial")
-    guard = temporary.with_name(f"{temporary.name}.guard")
+    guard = _guard(temporary)
     try:
         with _held(guard):
             yield temporary
     finally:
         delete(temporary)
         guard.unlink(missing_ok=True)
+
+
+def _guard(temporary: Path) -> Path:
+    """The file whose lock says that the maker of `temporary` lives."""
+    return temporary.with_name(f"{temporary.name}.guard")
 
 
 def _refuse(final: Path) -> None:
@@ -116,6 +123,16 @@ def delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _as_usual(made: Path) -> None:
+    """Give files that a library made for their owner alone the mode that this process gives its files (umask)."""
+    if sys.platform == "win32":
+        return
+    mode = _guard(made).stat().st_mode & 0o666
+    for path in (made, *(made.rglob("*") if made.is_dir() else ())):
+        if path.is_file() and not path.is_symlink() and (has := path.stat().st_mode & 0o777) != has | mode:
+            path.chmod(has | mode)
 
 
 def size_of(path: Path) -> int:
@@ -199,7 +216,7 @@ def damage(folder: Path, names: Collection[str] | None = None) -> str | None:
                 return f"{name} {told}"
     except FileNotFoundError:
         return f"it has no {SEAL}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{SEAL} cannot be read"
     return None
 

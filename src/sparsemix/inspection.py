@@ -1,6 +1,5 @@
 """Routing statistics of a trained run on any text: what `sparsemix inspect` measures."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sparsemix.data.windows import Stream
 from sparsemix.evaluate.correlation import correlations
 from sparsemix.evaluate.perplexity import Losses, document_losses
 from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
+from sparsemix.inputs import load_json, trusted
 from sparsemix.layers import LayerConfig
 from sparsemix.run import Run
 from sparsemix.settings import RunConfig
@@ -49,8 +49,9 @@ def run_folders(folder: Path) -> list[Path]:
     result = folder / "result.json"
     if not result.is_file():
         raise ConfigError(f"{folder} holds an unfinished comparison; finish it, or name one of its runs' folders")
-    rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
-    return [folder / min(row["runs"], key=lambda run: run["seed"])["folder"] for row in rows]
+    with trusted(result):
+        rows = load_json(result)["rows"]
+        return [folder / min(row["runs"], key=lambda run: run["seed"])["folder"] for row in rows]
 
 
 def inspect_run(

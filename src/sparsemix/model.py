@@ -15,6 +15,7 @@ from sparsemix.layers import AttentionConfig, Aux, BesideConfig, BlockConfig, Co
 from sparsemix.layers.norm import RMS, NormConfig
 from sparsemix.layers.ternary import FLOAT, PrecisionConfig
 from sparsemix.ops.cross_entropy import NO_TARGET, cross_entropy
+from sparsemix.patterns import expand_blocks
 
 
 class ModelConfig(Config):
@@ -73,46 +74,6 @@ def _outside(config: LayerConfig, d_model: int, seq_len: int) -> float:
     if isinstance(config, (AttentionConfig, DenseConfig)):
         return config.cost(d_model, seq_len).flops
     return 0.0
-
-
-def places(at: Any, count: int) -> list[int]:
-    """Block positions: `every`, `every-N` (the last of each N: 1, 3, 5, ... for every-2), `middle` (count // 2), or
-    a list. Raises ConfigError."""
-    if at == "middle":
-        return [count // 2]
-    if at == "every":
-        return list(range(count))
-    if isinstance(at, str) and at.startswith("every-") and at[6:].isdigit() and int(at[6:]) > 0:
-        return list(range(int(at[6:]) - 1, count, int(at[6:])))
-    if isinstance(at, (list, tuple)) and all(isinstance(i, int) and 0 <= i < count for i in at):
-        return list(at)
-    raise ConfigError(f"at={at} must be every, every-N, middle, or a list of block positions from 0 to {count - 1}")
-
-
-def expand_blocks(raw: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a model with a block pattern written out as a list.
-
-    `blocks: {count: 4, each: {...}}` repeats a block; `ffn: {at: middle, kind: peer, ...}` replaces feed-forwards and
-    `wrap: {at: every-2, kind: mod, ...}` wraps blocks, each one line. Raises ConfigError."""
-    pattern = raw.get("blocks")
-    if not isinstance(pattern, dict):
-        return raw
-    if unknown := set(pattern) - {"count", "each", "ffn", "wrap"}:
-        raise ConfigError(f"blocks.{sorted(unknown)[0]} is no part of a pattern; known: count, each, ffn, wrap")
-    count = pattern.get("count")
-    if not isinstance(count, int) or count < 1 or not isinstance(pattern.get("each"), dict):
-        raise ConfigError("a pattern of blocks needs count (at least 1) and each (the block to repeat)")
-    blocks: list[dict[str, Any]] = [dict(pattern["each"]) for _ in range(count)]
-    for part in ("ffn", "wrap"):
-        if part in pattern:
-            if not isinstance(pattern[part], dict):
-                raise ConfigError(f"blocks.{part}={pattern[part]} must be settings (a mapping with a kind)")
-            settings = dict(pattern[part])
-            for place in places(settings.pop("at", "every"), count):
-                blocks[place] = (
-                    {**blocks[place], "ffn": settings} if part == "ffn" else {**settings, "inner": blocks[place]}
-                )
-    return {**raw, "blocks": blocks}
 
 
 class _Shorthands(Config):

@@ -7,7 +7,6 @@ import platform
 import socket
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
@@ -21,6 +20,7 @@ from sparsemix.commit import commit
 from sparsemix.config import Config, ConfigError, parse, to_yaml
 from sparsemix.durable import SEAL, damage, seal, undone, write_atomic
 from sparsemix.errors import DamagedError, RunBusyError
+from sparsemix.inputs import read_mapping, trusted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,7 +123,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The run's result, or None while it is unfinished. Raises DamagedError."""
         path = self.folder / "result.json"
-        return read_mapping(path) if path.is_file() else None
+        return read_mapping(path) if path.exists() else None
 
     def check(self) -> None:
         """Raises DamagedError where a file of a finished run is not what the run wrote; runs of earlier versions have
@@ -155,7 +155,7 @@ class Run:
             try:
                 if not isinstance(read := json.loads(line), dict):
                     raise ValueError
-            except ValueError:
+            except (ValueError, RecursionError):
                 # What follows the last newline was not written to its end.
                 if number == len(lines):
                     return
@@ -188,20 +188,6 @@ def refusal_leaves_nothing(folder: Path) -> AbstractContextManager[None]:
     return undone(folder, when)
 
 
-def read_mapping(path: Path, way_out: str = "copy it anew, or delete the run's folder") -> dict[str, Any]:
-    """The names and values that a .yaml or .json file holds. Raises DamagedError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        told = f"it cannot be read: {' '.join(str(error).split())[:120]}"
-    else:
-        if isinstance(found, dict):
-            return found
-        told = "it is empty" if found is None else f"it holds a {type(found).__name__}, not names and values"
-    raise DamagedError(f"{path} is damaged ({told}); {way_out}")
-
-
 PLAN_WAY_OUT = "copy it anew, or choose another folder and leave this one"
 
 
@@ -213,22 +199,38 @@ def write_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """What plan.yaml holds: `settings`, and the `cells` of a study. Raises DamagedError."""
+    """What plan.yaml holds: `settings`, and the `cells` of a study; {} where there is none. Raises DamagedError."""
     path = folder / "plan.yaml"
-    first, _, rest = path.read_bytes().decode(errors="replace").partition("\n")
+    if not path.exists():
+        return {}
+    first, _, rest = path.read_bytes().decode(errors="replace").partition("\n") if path.is_file() else ("", "", "")
     # Plans of earlier versions have no checksum.
     if first.startswith(_CHECKSUM) and first != _checksum(rest):
         raise DamagedError(f"{path} is damaged (it is not what was written); {PLAN_WAY_OUT}")
     plan = read_mapping(path, PLAN_WAY_OUT)
     cells = plan.get("cells", [])
-    names = ("run", "arm", "role")
-    if not isinstance(cells, list) or not all(isinstance(c, dict) and all(n in c for n in names) for c in cells):
-        raise DamagedError(f"{path} is damaged (`cells` are no list of runs); {PLAN_WAY_OUT}")
+    for cell in cells if isinstance(cells, list) else [cells]:
+        for name, kind in _CELL.items():
+            held = cell.get(name) if isinstance(cell, dict) else cell
+            if not isinstance(held, kind) and not (held is None and name in _AT_TIMES):
+                told = f"a run's {name} is {str(held)[:40]}"
+                raise DamagedError(f"{path} is damaged ({told}); {PLAN_WAY_OUT}")
     if not isinstance(plan.get("settings", {}), dict):
         raise DamagedError(f"{path} is damaged (`settings` are no names and values); {PLAN_WAY_OUT}")
     return plan
 
 
+# What a plan says of each run of a study; earlier versions said less.
+_CELL: dict[str, type | tuple[type, ...]] = {
+    "run": str,
+    "arm": str,
+    "role": str,
+    "budget": (int, float),
+    "width": int,
+    "seed": int,
+    "lr": (int, float),
+}
+_AT_TIMES = ("budget", "width", "seed", "lr")
 _CHECKSUM = "# SHA-256 of what follows: "
 
 
@@ -238,17 +240,12 @@ def _checksum(text: str) -> str:
 
 def by_document(path: Path) -> dict[str, "np.ndarray"]:
     """What a run's documents.npz holds of every test document, such as `nats` and `bytes`. Raises DamagedError, and
-    FileNotFoundError where there is none."""
+    OSError where it cannot be opened."""
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            return {name: held[name] for name in held.files}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        told = " ".join(str(error).split())[:120]
-        raise DamagedError(f"{path} is damaged ({told}); copy it anew, or delete the run's folder") from None
+    # Opened here: NumPy leaves a file open that is no archive.
+    with path.open("rb") as raw, trusted(path), np.load(raw, allow_pickle=False) as held:
+        return {name: held[name] for name in held.files}
 
 
 def versions() -> dict[str, str]:

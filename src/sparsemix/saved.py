@@ -18,6 +18,7 @@ from sparsemix.checkpoint import save_weights, system_errors
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
 from sparsemix.durable import SEAL, aside, damage, missing, seal, write_atomic
+from sparsemix.inputs import load_json, trusted
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 
@@ -162,13 +163,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or a model's")
     _check(path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); copy it anew") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold settings (a mapping), not {type(raw).__name__}")
-    return raw
+    return load_json(path)
 
 
 def load_weights(model: LM, folder: Path) -> None:
@@ -211,7 +206,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     names = [WEIGHTS]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        with trusted(index):
+            names = sorted({str(name) for name in load_json(index)["weight_map"].values()})
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} holds no trained model: {name} is missing; finish the run, or copy it whole")

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
+from sparsemix.terminal import say, show
 
 
 def compare(
@@ -29,8 +31,12 @@ def compare(
     launcher: LauncherName = "local",
     launch: Launch = None,
     track: Track = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; only the text is kept.")] = False,
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
+    overrides = (*(override or ()), *text_settings(text_as, split))
+    refuse(out, text, recipe, overrides, decided=True)
+
     from sparsemix.config import parse
     from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.compare import CompareConfig, Comparison
@@ -46,14 +52,15 @@ def compare(
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": (*(override or ()), *text_settings(text_as, split)),
+        "overrides": overrides,
     }
-    with refusal_leaves_nothing(out), interruptible(), tracking(track, out), Stages("data", say) as preparation:
+    with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))
-        comparison = Comparison(config, out, say, made, preparation)
-        runs = comparison.run()
-    _report(comparison, runs)
+        comparison = Comparison(config, out, say, made, Stages("data", say))
+        runs = comparison.run(dry_run)
+    if not dry_run:
+        _report(comparison, runs)
 
 
 def _report(comparison: Any, runs: Any) -> None:

@@ -5,9 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import trained_folder
 from sparsemix.cli.options import Text, TextAs
-from sparsemix.cli.output import interruptible, say
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import expanded, tried
+from sparsemix.terminal import say
 
 
 def convert(
@@ -30,6 +33,10 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of routers, noise and what is drawn anew.")] = 0,
 ) -> None:
     """Give a pre-trained decoder conditional layers, with a receipt of how far its logits moved."""
+    tried(to, "to", folder=True)
+    if not model.startswith("hf:"):
+        trained_folder(expanded(model))
+
     from sparsemix.config import parse
     from sparsemix.interop.conversion import convert_folder
     from sparsemix.interop.plan import ConvertConfig

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.early import trained_folder
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import tried
+from sparsemix.terminal import say, show
 
 
 def evaluate(
@@ -34,6 +37,8 @@ def evaluate(
 ) -> None:
     """Causal perplexity and bits per byte on the papers' corpora, or lm-evaluation-harness's tasks."""
     place = out or model / "eval.json"
+    trained_folder(model)
+    tried(place, "out")
     if tasks is None:
         _only_with("--tasks", include_path=include_path, num_fewshot=num_fewshot, limit=limit)
         settings = {"stride": stride, "context": context, "max_documents": max_documents, "max_tokens": tokens}

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sparsemix.cli.early import trained_folder
 from sparsemix.cli.output import interruptible
+from sparsemix.inputs import tried
 
 
 def export(
@@ -17,6 +19,9 @@ def export(
     ] = "sparsemix",
 ) -> None:
     """Write a trained model for Hugging Face's tools: weights, tokenizer, generation settings, model card."""
+    trained_folder(model)
+    tried(to, "to", folder=True)
+
     from transformers.utils.logging import disable_progress_bar
 
     from sparsemix.interop.export import export as write

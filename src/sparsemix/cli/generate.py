@@ -1,21 +1,22 @@
 """`sparsemix generate`: text from a trained model, token by token, and how each token was routed."""
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsemix.cli.output import interruptible, say
+from sparsemix.cli.early import trained_folder
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import tried
+from sparsemix.terminal import say
 
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a saved model's.")],
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text; - is standard input.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many new tokens.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the likeliest K tokens only.")] = None,
@@ -28,6 +29,13 @@ def generate(
     html: Annotated[Path | None, typer.Option(help="Where the page goes; default: MODEL/generation.html.")] = None,
 ) -> None:
     """Continue a text with a trained model, token by token."""
+    # Before torch is loaded: what is wrong with the words is said at once.
+    text = read_prompt(prompt, prompt_file)
+    page = html or (model / "generation.html" if show else None)
+    trained_folder(model)
+    if page is not None:
+        tried(page, "html")
+
     from sparsemix.config import parse
     from sparsemix.data import Tally
     from sparsemix.durable import write_atomic
@@ -35,21 +43,12 @@ def generate(
     from sparsemix.play import Play
     from sparsemix.report.generation_page import generation_page
 
-    text = read_prompt(prompt, prompt_file)
     if prompt_file is not None:
         say(Tally.of(text).line())
     sampling = parse(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed})
-    page = html or (model / "generation.html" if show else None)
     with interruptible("what was printed is all there is"):
         play = Play(model, text, max_tokens, sampling, page is not None)
-        if page is not None:
-            check_writable(page)
-        try:
-            _stream(play, show is not None)
-        except BrokenPipeError:
-            # The reader, such as `head`, has seen enough; Python must not flush the rest into the closed pipe.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
+        _stream(play, show is not None)
         say(play.summary())
         if page is not None:
             write_atomic(page, generation_page(play.record()))
@@ -57,32 +56,30 @@ def generate(
 
 
 def read_prompt(prompt: str | None, path: Path | None) -> str:
-    """The text of --prompt or --prompt-file. Raises ConfigError."""
-    if (prompt is None) == (path is None):
+    """The text of --prompt or --prompt-file, or of standard input if neither is given or the file is `-`. Raises
+    ConfigError."""
+    if prompt is not None and path is not None:
         raise ConfigError("give either --prompt or --prompt-file")
-    if path is None:
-        return prompt or ""
-    if not path.is_file():
+    if prompt is not None:
+        # Bytes that are not UTF-8 reach Python as halves of letters.
+        name, held = "prompt", prompt.encode("utf-8", "surrogateescape" if _from_bytes(prompt) else "surrogatepass")
+    elif path is None or str(path) == "-":
+        if sys.stdin is None or (path is None and sys.stdin.isatty()):
+            raise ConfigError("give --prompt or --prompt-file, or write the text into standard input: ... | sparsemix")
+        # The last line's end is the pipe's, as in $(...).
+        name, held = "standard input", sys.stdin.buffer.read().removesuffix(b"\n")
+    elif not path.is_file():
         raise ConfigError(f"prompt-file={path}: no such file")
+    else:
+        name, held = f"prompt-file={path}", path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8")
+        return held.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"prompt-file={path} is not UTF-8 at byte {error.start}; convert it") from None
+        raise ConfigError(f"{name} is not UTF-8 at byte {error.start}; convert it") from None
 
 
-def check_writable(page: Path) -> None:
-    """Raises ConfigError before any work is done for a page that could not be written."""
-    if page.is_dir():
-        raise ConfigError(f"html={page} is a folder; name a file")
-    if not page.parent.is_dir():
-        raise ConfigError(f"html={page}: there is no folder {page.parent}; make it or choose another place")
-    try:
-        # Only trying tells: rights, read-only disks and folders of the system.
-        with tempfile.TemporaryFile(dir=page.parent):
-            pass
-    except OSError as error:
-        where = f"html={page}: the folder {page.parent} cannot be written ({error.strerror})"
-        raise ConfigError(f"{where}; choose another place with --html") from None
+def _from_bytes(text: str) -> bool:
+    return all(not "\ud800" <= letter <= "\udfff" or "\udc80" <= letter <= "\udcff" for letter in text)
 
 
 def _stream(play: Any, coloured: bool) -> None:

@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from sparsemix.cli.options import Text, TextAs
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
+from sparsemix.errors import ConfigError
+from sparsemix.inputs import tried
+from sparsemix.terminal import say, show
 
 
 def inspect(
@@ -20,12 +23,16 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print inspect.json in place of the tables.")] = False,
 ) -> None:
     """Measure how a trained run routes: on --text, or on its own test split."""
+    place = out or run / "inspect"
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder; name a run's or a comparison's")
+    tried(place, "out", folder=True)
+
     from sparsemix.inspection import inspect_folder
     from sparsemix.report.inspect_page import write_inspection
     from sparsemix.report.inspect_tables import console_tables
     from sparsemix.sweep.watch import Stages
 
-    place = out or run / "inspect"
     with interruptible("no file is half-written; the same command starts anew"), Stages("inspect", say) as stages:
         result = inspect_folder(run, text or [], tokens, data, stages, text_as or ())
         write_inspection(result, place)

@@ -1,5 +1,6 @@
 """`sparsemix isoflop`. Heavy imports are inside: the command line answers at once."""
 
+import re
 import shlex
 import sys
 from math import inf
@@ -8,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import say, show
 
 
 def isoflop(
@@ -44,6 +47,10 @@ def isoflop(
     ] = False,
 ) -> None:
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
+    numbers = tuple(_number(word) for word in _words(budgets))
+    overrides = (*(override or ()), *text_settings(text_as, split))
+    refuse(out, text, recipe, overrides, decided=True)
+
     from sparsemix.config import parse
     from sparsemix.run import refusal_leaves_nothing
     from sparsemix.sweep.estimate import table
@@ -53,16 +60,18 @@ def isoflop(
     from sparsemix.track import tracking
 
     settings = {
-        "budgets": tuple(_number(word) for word in _words(budgets)),
+        "budgets": numbers,
         "text": tuple(text or ("stdlib",)),
         "kinds": _words(kinds),
-        "sizes": None if sizes == "auto" else tuple(int(w) if w.isdecimal() else w for w in _words(sizes)),
+        "sizes": None
+        if sizes == "auto"
+        else tuple(int(w) if re.fullmatch("[0-9]{1,9}", w) else w for w in _words(sizes)),
         "seeds": seeds,
         "size_seeds": size_seeds,
         "lr": lr,
         "placement": placement,
         "recipe": recipe,
-        "overrides": (*(override or ()), *text_settings(text_as, split)),
+        "overrides": overrides,
     }
     with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
@@ -102,7 +111,7 @@ def _report(out: Path, allow_repeats: bool) -> None:
     from sparsemix.report.study_tables import console
 
     # All that the folder holds, as `sparsemix report` reads it.
-    records = read_runs([out])
+    records = read_runs([out], say)
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
     folders = {id(run): record.folder for run, record in zip(analysis["runs"], records, strict=True)}
     _inspect([folders[id(run)] for run in largest_optima(analysis).values() if routes(run)])

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.output import show
+from sparsemix.terminal import show
 
 
 def recipes() -> None:

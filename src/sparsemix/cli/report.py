@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.output import say, show
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import read_mapping, tried, trusted
+from sparsemix.terminal import say, show
 
 
 def report(
@@ -22,11 +23,14 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
 ) -> None:
     """Write report.html anew from the folders of finished runs."""
+    if out is not None or len(folders) == 1:
+        tried(out or folders[0], "out", folder=True)
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; name a comparison's, a study's or a run's")
     if len(folders) == 1 and (comparison := _comparison(folders[0])) is not None:
-        page = _compared(comparison, folders[0], out or folders[0], markdown)
+        with trusted(folders[0] / "result.json"):
+            page = _compared(comparison, folders[0], out or folders[0], markdown)
     else:
         page = _studied(folders, out, baseline, allow_repeats, markdown)
     print(f"report: {page}", file=sys.stderr if markdown else sys.stdout)
@@ -34,10 +38,8 @@ def report(
 
 def _comparison(folder: Path) -> dict[str, Any] | None:
     """A finished comparison's result, or None if the folder holds none."""
-    from sparsemix.run import read_mapping
-
     path = folder / "result.json"
-    result = read_mapping(path) if path.is_file() else {}
+    result = read_mapping(path) if path.exists() else {}
     return result if "rows" in result else None
 
 
@@ -77,9 +79,7 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 
 def _command(place: Path, said: str) -> str:
     """The command that made the study, which an earlier report or the study itself may know, or this one."""
-    from sparsemix.run import read_mapping
-
     for path in (place / "analysis.json", place / "result.json"):
-        if path.is_file() and (known := read_mapping(path).get("command")):
+        if path.is_file() and isinstance(known := read_mapping(path, "copy it anew, or delete it").get("command"), str):
             return known
     return said

@@ -1,6 +1,5 @@
 """`sparsemix reproduce`. Heavy imports are inside: the command line answers at once."""
 
-import json
 import shlex
 import sys
 from collections import Counter
@@ -9,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
-from sparsemix.cli.output import interruptible, say, show
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.inputs import load_json, trusted
+from sparsemix.terminal import say, show
 
 
 def reproduce(
@@ -46,6 +48,8 @@ def reproduce(
         return
     if name is None:
         raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
+    refuse(out, text, None, None)
+
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
     from sparsemix.run import refusal_leaves_nothing
@@ -129,5 +133,6 @@ def _outcomes(result: Path) -> str:
     """'2 reproduced, 1 not resolved at this scale', empty where nothing came out yet."""
     if not result.is_file():
         return ""
-    counts = Counter(trend["outcome"] for trend in json.loads(result.read_text(encoding="utf-8"))["trends"])
+    with trusted(result):
+        counts = Counter(str(trend["outcome"]) for trend in load_json(result)["trends"])
     return ", ".join(f"{number} {outcome}" for outcome, number in counts.most_common())

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.output import interruptible, say, show
-from sparsemix.screen import console
+from sparsemix.cli.output import interruptible
+from sparsemix.terminal import notes, say, show
 
 LOOK_EVERY_S = 2.0
 PLAIN_EVERY_S = 20.0
@@ -37,7 +37,7 @@ def _follow(folder: Path) -> None:
     from sparsemix.sweep.phase import phase_of
     from sparsemix.sweep.status import Board, cells_of, table, totals
 
-    screen = console()
+    screen = notes()
     said_at = float("-inf")
     board = Board(cells_of(folder))
     with Live(console=screen, transient=True, auto_refresh=False) as live:

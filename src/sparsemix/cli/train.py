@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Split, Text, TextAs, Track, text_settings
-from sparsemix.cli.output import interruptible, say
+from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
+from sparsemix.terminal import say
 
 
 def train(
@@ -27,6 +29,10 @@ def train(
     track: Track = None,
 ) -> None:
     """Train one model to its budget and evaluate it causally."""
+    named = recipe if recipe is None or init_from is None or "=" not in recipe else None
+    given = [*(overrides or ()), *text_settings(text_as, split)]
+    refuse(out, text, named, given if init_from is None else ())
+
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
     from sparsemix.machine import tune_cpu_allocator
@@ -39,7 +45,7 @@ def train(
 
     if keep_memory:
         tune_cpu_allocator()
-    raw = _settings(recipe, [*(overrides or ()), *text_settings(text_as, split)], init_from)
+    raw = _settings(recipe, given, init_from)
     if text:
         raw["data"]["text"] = tuple(text)
     config = parse(RunConfig, raw)
@@ -81,8 +87,9 @@ def _settings(recipe: str | None, overrides: list[str], init_from: Path | None) 
 def _source(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """The settings that come from a saved model, or from the one in a run's folder."""
     from sparsemix import saved
+    from sparsemix.inputs import expanded
 
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder).resolve()
     folder = folder / "model" if (folder / "config.yaml").is_file() else folder
     config, fingerprint = saved.read_settings(folder), saved.fingerprint(folder)
     if saved.read_tokenizer(folder, config.vocab_size) is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparsemix.config import ConfigError
 from sparsemix.data.tally import Tally
+from sparsemix.inputs import expanded
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (".txt", ".md", ".py", *LINES, ".parquet")
@@ -28,8 +29,8 @@ def find_files(source: str, text_as: Sequence[str] = (), tally: Tally | None = N
         # Its rule names what it leaves out, so that is not counted.
         look.tally = Tally()
         return [p for p in _below(Path(sysconfig.get_path("stdlib")), look, _STDLIB_LEFT_OUT) if p.suffix == ".py"]
+    path = expanded(source)
     try:
-        path = Path(source).expanduser()
         if _is_there(path):
             return _below(path, look, {"__pycache__"}) if stat.S_ISDIR(path.stat().st_mode) else [path]
         parts = path.parts[1:] if path.anchor else path.parts
@@ -51,7 +52,7 @@ def match(folder: Path, pattern: str, tally: Tally) -> list[Path]:
 
 def check_found(source: str, found: Sequence[Path], text_as: Sequence[str] = (), tally: Tally | None = None) -> None:
     """Raises ConfigError if a source stands for no file, or names one that is not to be read."""
-    known, name, path = ", ".join(SUFFIXES), shown(source), Path(source).expanduser()
+    known, name, path = ", ".join(SUFFIXES), shown(source), expanded(source)
     there = f" ({tally.skips()})" if tally is not None and tally.skipped else ""
     if not found:
         if source == "stdlib" or path.is_dir():

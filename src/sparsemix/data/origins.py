@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float64, Int64
 from sparsemix.config import ConfigError
 from sparsemix.data.corpus import SPLITS
 from sparsemix.data.documents import Document
+from sparsemix.inputs import expanded
 
 
 class Origins:
@@ -18,7 +19,7 @@ class Origins:
 
     def __init__(self, rule: str, sources: Sequence[str]) -> None:
         self.rule = rule
-        self._roots = [path for source in sources if (path := Path(source).expanduser()).is_dir()]
+        self._roots = [path for source in sources if (path := expanded(source)).is_dir()]
         self._known: dict[str, int] = {}
         self._values, self._numbers, self._last = array("d"), array("q"), ""
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sparsemix.config import ConfigError
+from sparsemix.inputs import expanded
 
 EOT = "<|endoftext|>"
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<eot>", "<|eot_id|>", "<|im_end|>")
@@ -52,7 +52,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json (its path, or that of its folder), or by that name on the Hugging Face Hub.
 
     Raises ConfigError if it cannot be read or has no end-of-text token."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     local = path.is_file() or path.suffix == ".json"
     # tokenizers reports every failure as a bare Exception.

@@ -20,6 +20,7 @@ from sparsemix.durable import write_atomic
 from sparsemix.evaluate.corpora import CorpusConfig, Found, Passage, find, passages
 from sparsemix.evaluate.estimate import Estimate, exponential, ratio, share
 from sparsemix.evaluate.sliding import Scores, score
+from sparsemix.inputs import load_json
 from sparsemix.model import LM
 from sparsemix.run import hardware, versions
 
@@ -263,11 +264,8 @@ def opened(out: Path, model: str) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}; make it, or name another file")
     if out.is_file():
-        try:
-            held = json.loads(out.read_text(encoding="utf-8"))
-        except ValueError:
-            held = None
-        if not isinstance(held, dict) or not {"model_sha256", "corpora"} <= held.keys():
+        held = load_json(out)
+        if not {"model_sha256", "corpora"} <= held.keys():
             raise ConfigError(f"{out} is no result of an evaluation; name another file with --out")
         if held["model_sha256"] == model:
             return held

@@ -1,5 +1,6 @@
 """What every block of a decoder becomes: settings alone, no weights."""
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +10,8 @@ from sparsemix.config import Config, ConfigError, nearest, parse
 from sparsemix.interop.copies import differs, refuses
 from sparsemix.layers import BesideConfig, BlockConfig, DenseConfig, LayerConfig, MoDConfig
 from sparsemix.layers.sizing import nearest_sizes, predictor_width
-from sparsemix.model import ModelConfig, places
+from sparsemix.model import ModelConfig
+from sparsemix.patterns import places
 
 FEEDS = ("dense", "moe", "mode", "expert_choice", "mh_moe", "peer", "pkm")
 How = Literal["copied", "kept", "fresh"]
@@ -82,7 +84,7 @@ def plan(model: ModelConfig, settings: ConvertConfig) -> Plan:
 
 
 def _places(layers: str | tuple[int, ...], count: int) -> list[int]:
-    if isinstance(layers, str) and layers.replace(",", "").isdigit():
+    if isinstance(layers, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*,?", layers):
         layers = tuple(int(part) for part in layers.split(",") if part)
     try:
         found = sorted(set(places(layers, count)))

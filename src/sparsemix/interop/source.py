@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from sparsemix import saved, trained
 from sparsemix.config import ConfigError
+from sparsemix.inputs import expanded
 from sparsemix.model import LM
 
 # What Hugging Face's tokenizers read besides tokenizer.json.
@@ -25,7 +26,7 @@ def read_source(name: str) -> Source:
     """The model of a run's folder, of a saved model's, of a Hugging Face decoder's, or `hf:ORG/NAME` from the Hub.
 
     Raises ConfigError; nothing is ever unpickled."""
-    folder = _from_hub(name) if name.startswith("hf:") else Path(name).expanduser()
+    folder = _from_hub(name) if name.startswith("hf:") else expanded(name)
     if not folder.is_dir():
         raise ConfigError(f"{name}: no such folder; name a model's, a run's, or hf:ORG/NAME")
     if (

@@ -30,9 +30,7 @@ def predictor_width(d_model: int) -> int:
 
 def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict[str, Any]:
     """Settings of a `kind` layer that costs what `dense` costs per token, within 10 %. Raises ConfigError."""
-    if kind not in SIZES:
-        known = ["dense", "mod", *SIZES]
-        raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
+    refuse_unknown(kind)
     target = dense.cost(d_model, 1).flops
     settings = {"kind": kind, **nearest_sizes(kind, dense, d_model)}
     # Of a whole sequence: an expert that picks tokens takes at least one.
@@ -43,6 +41,13 @@ def sized_ffn(kind: str, dense: DenseConfig, d_model: int, seq_len: int) -> dict
             "widen the model or its d_ff"
         )
     return settings
+
+
+def refuse_unknown(kind: str) -> None:
+    """Raises ConfigError where `kind` is no feed-forward that can be sized."""
+    if kind not in SIZES:
+        known = ["dense", "mod", *SIZES]
+        raise ConfigError(f"kinds={kind} is none of {', '.join(known)}{nearest(kind, known)}")
 
 
 def nearest_sizes(kind: str, dense: DenseConfig, d_model: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 The dictionary that `analyse` gives is what the page, the console and the tables are made from; null means that the
 runs cannot tell. Methods and sources: docs/fits.md."""
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsemix.config import ConfigError
+from sparsemix.inputs import load_json
 from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, tuned_arms, warnings_of
 from sparsemix.report.fits.curves import curves_of
 from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
@@ -99,7 +99,7 @@ def manifest_of(records: Sequence[Record]) -> dict[str, Any]:
         for above in (record.folder.parent, record.folder.parent.parent):
             path = above / "data" / "manifest.json"
             if path.is_file():
-                manifest = json.loads(path.read_text(encoding="utf-8"))
+                manifest = load_json(path)
                 if manifest.get("fingerprint") == record.settings["data"].get("fingerprint"):
                     return manifest
     return {}

@@ -4,8 +4,8 @@ import json
 import struct
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import log, prod
+from dataclasses import dataclass, fields
+from math import isfinite, log, prod
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sparsemix.config import ConfigError
-from sparsemix.errors import DamagedError
 from sparsemix.evaluate.estimate import Units, units
+from sparsemix.inputs import trusted
 from sparsemix.run import CONVENTION, Run, by_document, read_plan
 
 
@@ -74,21 +74,18 @@ def document_units(folders: Sequence[Path]) -> Units:
 
 def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record | None:
     """The run in a folder, called `arm` or by what its settings are; None if it is unfinished. Raises ConfigError."""
-    try:
-        return _read_run(folder, arm, role)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DamagedError(f"{folder} holds no whole run ({told}); copy it anew, or delete the folder") from None
-
-
-def _read_run(folder: Path, arm: str | None, role: str) -> Record | None:
     run = Run(folder)
     result = run.result
     if result is None:
         return None
     run.check()
+    with trusted(folder):
+        record = _record(folder, run, result, arm, role)
+        _checked(record)
+    return record
+
+
+def _record(folder: Path, run: Run, result: dict[str, Any], arm: str | None, role: str) -> Record:
     settings = run.settings
     cost = result.get("cost") or _cost_of_old(folder, result)
     curve = tuple((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)
@@ -104,8 +101,9 @@ def _read_run(folder: Path, arm: str | None, role: str) -> Record | None:
         curve=curve,
         settings=settings,
         result=result,
-        **{name: result[name] for name in ("flops", "seed", "lr", "tokens", "bpb", "validation_bpb", "lookahead_bpb")},
-        **{name: result[name] for name in ("wall_s", "tokens_per_s", "peak_memory_bytes")},
+        lookahead_bpb=None if (looked := result["lookahead_bpb"]) is None else float(looked),
+        **{name: float(result[name]) for name in ("flops", "lr", "bpb", "validation_bpb", "wall_s", "tokens_per_s")},
+        **{name: int(result[name]) for name in ("seed", "tokens", "peak_memory_bytes")},
     )
 
 
@@ -114,27 +112,54 @@ def read_runs(folders: Sequence[Path], say: Callable[[str], None] = warnings.war
     folder of runs, or a run's own. A damaged one is said and left out. Raises ConfigError where there is none."""
     named: list[tuple[Path, str | None, str]] = []
     for folder in folders:
-        cells = read_plan(folder).get("cells") if (folder / "plan.yaml").is_file() else None
-        if cells is not None:
+        if (cells := read_plan(folder).get("cells")) is not None:
             named += [(folder / "runs" / cell["run"], cell["arm"], cell["role"]) for cell in cells]
-        elif (folder / "config.yaml").is_file():
+        elif (folder / "config.yaml").exists():
             named.append((folder, None, "grid"))
         elif folder.is_dir():
             named += [(path.parent, None, "grid") for path in sorted(folder.glob("*/config.yaml"))]
-    records, damaged = [], {}
+    records, lost = [], {}
     for folder, arm, role in named:
         try:
-            record = read_run(folder, arm, role) if (folder / "config.yaml").is_file() else None
-        except DamagedError as error:
-            damaged[folder] = str(error)
+            record = read_run(folder, arm, role) if (folder / "config.yaml").exists() else None
+        except ConfigError as error:
+            lost[folder] = str(error)
             continue
         if record is not None:
             records.append(record)
-    for told in damaged.values():
+    for told in lost.values():
         say(f"left out: {told}")
     if not records:
-        raise ConfigError(f"{', '.join(map(str, folders))} hold no finished run; name a study's or a run's folder")
+        rest = f"; {len(lost)} damaged" if lost else ""
+        raise ConfigError(
+            f"{', '.join(map(str, folders))} hold no finished run{rest}; name a study's or a run's folder"
+        )
     return records
+
+
+def _checked(record: Record) -> None:
+    """Raises ValueError where something that reports calculate with is no finite number, or documents are missing."""
+    named = {field.name: getattr(record, field.name) for field in fields(record)}
+    for name, value in named.items():
+        if isinstance(value, (str, dict, tuple, Path)) or (
+            value is None and name in ("lookahead_bpb", "active_params")
+        ):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise ValueError(f"{name}={str(value)[:40]} is no number")
+    if not all(isfinite(value) for point in record.curve for value in point):
+        raise ValueError("the learning curve holds what is no number")
+    model, data = record.settings["model"], record.settings["data"]
+    if not all(isinstance(model[name], int) for name in ("d_model", "vocab_size", "seq_len")) or not isinstance(
+        data, dict
+    ):
+        raise TypeError("config.yaml holds other types of settings")
+    for name, kind in (("routing", dict), ("versions", dict), ("hardware", str), ("convention", str), ("steps", int)):
+        if not isinstance(record.result.get(name), (kind, type(None))):
+            raise TypeError(f"{name} is a {type(record.result[name]).__name__}")
+    # Runs of the first version hold no losses by document.
+    if (record.folder / "documents.npz").exists():
+        record.documents()
 
 
 def arm_of(settings: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """What a study's page says beyond its analysis, read from the runs' settings and results."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsemix.inputs import load_json, trusted
 from sparsemix.report.numbers import fixed
 from sparsemix.report.records import Record
 from sparsemix.run import joined
@@ -38,7 +38,8 @@ def _inspections(records: Sequence[Record], links: Sequence[str]) -> Iterator[tu
     for record, link in zip(records, links, strict=True):
         path = record.folder / INSPECTION
         if path.is_file():
-            runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            with trusted(path):
+                runs = load_json(path)["runs"]
             if len(runs) == 1:
                 yield link, runs[0]
 

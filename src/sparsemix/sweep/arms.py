@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sparsemix.config import ConfigError, apply_overrides, nearest, parse
+from sparsemix.config import Config, ConfigError, apply_overrides, nearest, parse
 from sparsemix.data import DataConfig
-from sparsemix.layers import DenseConfig
+from sparsemix.layers import AttentionConfig, BlockConfig, DenseConfig
 from sparsemix.layers.sizing import mod_wrap, sized_ffn
 from sparsemix.layers.ternary import PRECISIONS
+from sparsemix.model import ModelConfig
 from sparsemix.recipes import settings_of
 from sparsemix.settings import RunConfig
 
@@ -66,6 +67,10 @@ def rate_by_rule(d_model: int) -> float:
     return 0.01 * min(1.0, 64 / d_model) ** 1.5
 
 
+class _Backbone(Config):
+    model: ModelConfig
+
+
 def backbone(recipe: str, overrides: tuple[str, ...] = (), width: int | None = None) -> dict[str, Any]:
     """Raw settings of a dense recipe, at another width if one is given: depth, heads and feed-forward keep their
     proportion to it, everything else stays. Raises ConfigError."""
@@ -74,20 +79,27 @@ def backbone(recipe: str, overrides: tuple[str, ...] = (), width: int | None = N
     pattern = model.get("blocks")
     if not isinstance(pattern, dict) or {"ffn", "wrap"} & set(pattern):
         raise ConfigError(f"recipe={recipe} must give blocks as count and each, with nothing replaced")
-    each = pattern.get("each", {})
-    if (kind := each.get("ffn", {}).get("kind")) != "dense":
+    each = pattern.get("each")
+    ffn = each.get("ffn") if isinstance(each, dict) else None
+    if (kind := ffn.get("kind") if isinstance(ffn, dict) else None) != "dense":
         raise ConfigError(f"recipe={recipe} must have a dense feed-forward to replace, not {kind}")
-    if width is None or width == model["d_model"]:
+    settings = parse(_Backbone, {"model": model}).model
+    model |= {"d_model": settings.d_model, "seq_len": settings.seq_len}
+    if width is None or width == settings.d_model:
         return raw
-    was, heads = model["d_model"], each["mixer"]["num_heads"]
+    block = settings.blocks[0]
+    if not (isinstance(block, BlockConfig) and isinstance(block.mixer, AttentionConfig)):
+        raise ConfigError(f"recipe={recipe} must have attention in its blocks")
+    assert isinstance(each, dict) and isinstance(block.ffn, DenseConfig)
+    was, heads = settings.d_model, block.mixer.num_heads
     # Rotary positions turn pairs of channels, so a head's width is even.
     possible = [h for h in range(1, width + 1) if width % h == 0 and (width // h) % 2 == 0]
     if width < 8 or not possible:
         raise ConfigError(f"sizes={width} must be an even width of at least 8")
     model["d_model"] = width
-    pattern["count"] = max(2, round(pattern["count"] * width / was))
+    pattern["count"] = max(2, round(len(settings.blocks) * width / was))
     each["mixer"]["num_heads"] = min(possible, key=lambda h: (abs(h - heads * width / was), h))
-    each["ffn"]["d_ff"] = max(4, 4 * round(each["ffn"]["d_ff"] * width / was / 4))
+    each["ffn"]["d_ff"] = max(4, 4 * round(block.ffn.d_ff * width / was / 4))
     return raw
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,11 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.errors import TrainingError
+from sparsemix.layers.sizing import refuse_unknown
 from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
-from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config
+from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config, split_kind
 from sparsemix.sweep.jobs import Job, measured, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.phase import working
@@ -43,13 +45,15 @@ class CompareConfig(Config):
     @model_validator(mode="after")
     def _rules(self) -> "CompareConfig":
         self.rule(len(set(self.kinds)) == len(self.kinds) > 0, "kinds", "must name each kind once")
+        for kind in self.kinds:
+            if (feed := split_kind(kind)[1]) != "dense":
+                refuse_unknown(feed)
         self.rule("dense" in self.kinds, "kinds", "must hold dense, which the others are compared with")
         if self.lr not in ("rule", "sweep"):
-            self.rule(_number(self.lr) > 0, "lr", "must be a positive number, rule, or sweep")
+            self.rule(0 < _number(self.lr) < inf, "lr", "must be a positive number, rule, or sweep")
         if self.seconds is None:
-            self.rule(
-                _number(self.budget) > 0, "budget", "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)"
-            )
+            known = 0 < _number(self.budget) < inf
+            self.rule(known, "budget", "must be FLOPs (such as 1e13) or auto:TIME (such as auto:6min)")
         elif not self.seconds > 0:
             self.rule(False, "budget", "must give a time above 0 (such as auto:6min)")
         refuse_decided(self.overrides, DECIDED)
@@ -58,8 +62,8 @@ class CompareConfig(Config):
     @property
     def seconds(self) -> float | None:
         """The time that an automatic budget has to fit, or None for a budget in FLOPs."""
-        found = re.fullmatch(r"auto:(\d+(?:\.\d+)?)(s|min|h)", self.budget)
-        return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else None
+        found = re.fullmatch(r"auto:([0-9]{1,9}(?:\.[0-9]{1,9})?)(s|m|min|h)", self.budget)
+        return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]] if found else None
 
 
 def _number(text: str) -> float:
@@ -87,14 +91,16 @@ class Comparison:
         out: Path,
         say: Callable[[str], None],
         launcher: Launcher,
-        progress: Callable[[str, int, int | None], None] | None = None,
+        progress: AbstractContextManager[Callable[[str, int, int | None], None]] | None = None,
     ) -> None:
-        """`say` gets lines to print, `progress` the stages of data preparation; the launcher trains the runs."""
+        """`say` gets lines to print, `progress`, entered meanwhile, the stages of data preparation; the launcher trains
+        the runs."""
         self.settings, self.out, self.say, self.progress, self.launcher = settings, out, say, progress, launcher
         self.began = time.monotonic()
 
-    def run(self) -> dict[str, list[tuple[RunConfig, Path]]]:
-        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed.
+    def run(self, dry: bool = False) -> dict[str, list[tuple[RunConfig, Path]]]:
+        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed. A `dry` one
+        says its plan and ends with the text prepared: no runs, and a folder for any comparison of it.
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
         with working(self.out) as self.phase:
@@ -111,10 +117,13 @@ class Comparison:
             if "budget_flops" not in plan:
                 budget = self._fit_budget() if self.settings.seconds else budget
                 plan = {"settings": self.settings.model_dump(mode="json"), "budget_flops": budget}
-                write_plan(self.out, plan)
+                if not dry:
+                    write_plan(self.out, plan)
             self.budget = plan["budget_flops"]
             configs = {kind: kind_config(self.settings, kind, self.data, self.budget) for kind in self.settings.kinds}
             self._describe(configs)
+            if dry:
+                return {}
             self.lr_sweep = self._sweep(configs) if self.settings.lr == "sweep" else {}
             jobs = {
                 kind: [self._job(kind, config.replace(seed=seed)) for seed in range(self.settings.seeds)]
@@ -138,6 +147,8 @@ class Comparison:
                 raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
             return {}
         plan = read_plan(self.out)
+        if not isinstance(plan.get("budget_flops"), (int, float)):
+            raise ConfigError(f"{path} holds no comparison's plan; choose another folder, or delete it to begin anew")
         now, there = self.settings.model_dump(mode="json"), plan.get("settings", {})
         differ = [f"{name}={there.get(name)} there, {now[name]} asked" for name in now if there.get(name) != now[name]]
         if differ:
@@ -146,7 +157,9 @@ class Comparison:
 
     def _prepare(self) -> Shards:
         dense = kind_config(self.settings, "dense", self._data_config(), 1e30)
-        shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", self.progress), dense)
+        # Its bar ends here: training has bars of its own.
+        with self.progress or nullcontext() as told:
+            shards = prepared(self.out, lambda: prepare(dense.data, self.out / "data", told), dense)
         tell(shards, self.settings.text, self.say)
         return shards
 
@@ -160,9 +173,16 @@ class Comparison:
                 f"per token, {config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens"
             )
         self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.launcher.workers} runs at a time")
+        runs = len(configs) * self.settings.seeds
+        more = " and those that try learning rates" if self.settings.lr == "sweep" else ""
+        self.say(f"{runs} runs ({self.settings.seeds} seeds a kind), {runs * self.budget:.3g} training FLOPs{more}")
 
     def _job(self, kind: str, config: RunConfig) -> Job:
-        return Job(config, self.out / f"{kind}-{config.seed}-{config_hash(config)}", self.out / "data")
+        # Where rates are tried, the name says which one this run has; folders of earlier versions keep theirs.
+        rate = f"-lr{config.train.lr:.3g}" if self.settings.lr == "sweep" else ""
+        seed, name = config.seed, config_hash(config)
+        plain = self.out / f"{kind}-{seed}-{name}"
+        return Job(config, plain if plain.exists() else self.out / f"{kind}{rate}-{seed}-{name}", self.out / "data")
 
     def _train(self, jobs: Sequence[Job], title: str) -> dict[Path, BaseException]:
         """Run the unfinished jobs; the folders whose losses stopped being finite, with the error. Raises TrainingError

@@ -11,20 +11,29 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from sparsemix.config import ConfigError
+from sparsemix.inputs import trusted
 from sparsemix.report.records import arm_of
 from sparsemix.run import LOCK, Run, read_plan
 from sparsemix.sweep.jobs import ERROR
 from sparsemix.sweep.phase import phase_of
 
-State = Literal["running", "failed", "stopped", "waiting", "done"]
+State = Literal["running", "failed", "damaged", "stopped", "waiting", "done"]
 # Locks do not reach across every file system: a run that wrote this lately is taken to run.
 STALE_S = 60.0
 # What of a logged line is shown.
 SHOWN = ("step", "loss", "flops", "tokens_per_s", "wall_s")
 _BLOCK = 1 << 16
-STYLES: dict[State, str] = {"running": "cyan", "failed": "red", "stopped": "yellow", "waiting": "dim", "done": "green"}
+STYLES: dict[State, str] = {
+    "running": "cyan",
+    "failed": "red",
+    "damaged": "red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "done": "green",
+}
 
 
 @dataclass(frozen=True)
@@ -53,40 +62,37 @@ class RunStatus:
 def cells_of(out: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, cell) of every run: a study's, by its plan; a comparison's or another folder's; or the run itself.
     Raises ConfigError where there is none."""
-    plan = out / "plan.yaml"
-    cells = read_plan(out).get("cells") if plan.is_file() else None
-    if cells is not None:
+    if (cells := read_plan(out).get("cells")) is not None:
         return list({out / "runs" / cell["run"]: cell for cell in reversed(cells)}.items())[::-1]
-    folders = [out] if (out / "config.yaml").is_file() else sorted(p.parent for p in out.glob("*/config.yaml"))
-    if not folders and not plan.is_file() and phase_of(out) is None:
+    folders = [out] if has_settings(out) else sorted(p.parent for p in out.glob("*/config.yaml"))
+    if not folders and not (out / "plan.yaml").exists() and phase_of(out) is None:
         raise ConfigError(f"{out} holds no runs; name the folder of a study, a comparison or a run")
     return [(folder, {}) for folder in folders]
 
 
 def has_settings(folder: Path) -> bool:
     """Did a run begin in this folder?"""
-    return (folder / "config.yaml").is_file()
+    return (folder / "config.yaml").exists()
 
 
 def look(folder: Path, cell: dict[str, Any]) -> RunStatus:
-    """Where a run stands; `cell` is what its study's plan says of it. One whose files are damaged has failed of that,
-    whatever else it did."""
+    """Where a run stands; `cell` is what its study's plan says of it. One whose files are damaged is that,
+    whatever else it did, and says why."""
     planned = {"arm": "", "budget": 0.0, "width": 0, "seed": 0} | _planned(cell)
     if not has_settings(folder):
         return RunStatus(folder, **planned)
     try:
-        return _look(folder, cell)
+        with trusted(folder):
+            return _look(folder, cell)
     except ConfigError as error:
-        return RunStatus(folder, **planned, state="failed", said=str(error))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"{folder} holds no run of ours ({type(error).__name__}: {error}); name another folder, or delete it"
-        return RunStatus(folder, **planned, state="failed", said=said)
+        return RunStatus(folder, **planned, state="damaged", said=str(error))
 
 
 def _look(folder: Path, cell: dict[str, Any]) -> RunStatus:
     run, line, known = Run(folder), last_line(folder), _about(folder) | _planned(cell)
     if line is not None:
-        known |= {"loss": line["loss"], "tokens_per_s": line["tokens_per_s"], "share": _share(line, known["budget"])}
+        known |= {name: float(line[name]) for name in ("loss", "tokens_per_s")}
+        known |= {"share": _share(line, known["budget"])}
         known |= {"flops_per_s": line["flops"] / line["wall_s"] if line["wall_s"] else None}
     if (result := run.result) is not None:
         return RunStatus(folder, **known | {"state": "done", "share": 1.0, "said": f"{result['bpb']:.4f} bits/byte"})
@@ -114,9 +120,9 @@ def _about(folder: Path) -> dict[str, Any]:
     return {
         "arm": arm_of(settings),
         "budget": float(settings["train"]["budget_flops"]),
-        "width": settings["model"]["d_model"],
-        "seed": settings["seed"],
-        "lr": settings["train"]["lr"],
+        "width": int(settings["model"]["d_model"]),
+        "seed": int(settings["seed"]),
+        "lr": float(settings["train"]["lr"]),
     }
 
 
@@ -204,13 +210,13 @@ def table(runs: Sequence[RunStatus], rows: int | None = None) -> Table:
             str(run.width),
             str(run.seed),
             "" if run.lr is None else f"{run.lr:.3g}",
-            f"[{STYLES[run.state]}]{run.state}[/]",
+            Text(run.state, style=STYLES[run.state]),
             f"{run.share:.0%}" if run.share else "",
             f"{run.loss:.3f}" if run.loss is not None else "",
             f"{run.tokens_per_s:,.0f}" if run.tokens_per_s else "",
             duration(run.left_s) if run.state == "running" and run.left_s else "",
             run.folder.name,
-            run.said.replace("[", r"\["),
+            run.said,
         )
     if len(shown) < len(runs):
         made.caption = f"and {len(runs) - len(shown)} more"

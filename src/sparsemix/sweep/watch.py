@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from sparsemix.report.numbers import si
 from sparsemix.run import Run
-from sparsemix.screen import console, only_shows
 from sparsemix.sweep.status import Board, has_settings, last_line, table, totals
+from sparsemix.terminal import notes, only_shows
 
 PLAIN_EVERY_S = 20.0
 # Work that counts small things calls often, and drawing takes longer than counting.
@@ -28,13 +28,13 @@ class Watch:
         self.said_at = time.monotonic()
         self.tasks: dict[Path, TaskID] = {}
         self.budgets: dict[Path, float] = {}
-        screen = console()
+        screen = notes()
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=screen,
             refresh_per_second=2,
             disable=not screen.is_terminal,
@@ -62,7 +62,7 @@ class Watch:
 
     @only_shows
     def __call__(self) -> None:
-        notes = []
+        going = []
         for folder in self.folders:
             if folder in self.finished or not (line := last_line(folder)):
                 continue
@@ -79,10 +79,10 @@ class Watch:
             if folder not in self.tasks:
                 self.tasks[folder] = self.bars.add_task(f"  {folder.name}", total=1.0, note=note)
             self.bars.update(self.tasks[folder], completed=share, note=note)
-            notes.append(f"{folder.name} {share:.0%} ({note})")
-        if self.bars.disable and notes and time.monotonic() - self.said_at > PLAIN_EVERY_S:
+            going.append(f"{folder.name} {share:.0%} ({note})")
+        if self.bars.disable and going and time.monotonic() - self.said_at > PLAIN_EVERY_S:
             self.said_at = time.monotonic()
-            self.say("; ".join(notes))
+            self.say("; ".join(going))
 
 
 class StudyWatch:
@@ -90,7 +90,7 @@ class StudyWatch:
 
     def __init__(self, cells: Sequence[tuple[Path, dict[str, Any]]], title: str, say: Callable[[str], None]) -> None:
         self.board, self.title, self.say = Board(cells), title, say
-        self.console = console()
+        self.console = notes()
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
         self.said_at = time.monotonic()
 
@@ -134,9 +134,9 @@ class Stages:
         self.title, self.say = title, say
 
     def __enter__(self) -> Self:
-        screen = console()
+        screen = notes()
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[far]}", markup=False),
             console=screen,

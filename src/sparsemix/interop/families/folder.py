@@ -1,6 +1,5 @@
 """What a Hugging Face model folder holds: its settings and its tensors. Nothing in it is ever unpickled."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from sparsemix import saved
 from sparsemix.config import ConfigError
+from sparsemix.inputs import load_json, trusted
 
 WEIGHTS = "model.safetensors"
 
@@ -44,10 +44,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _files(folder: Path) -> list[str]:
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} names no files; copy it anew") from None
+        with trusted(index):
+            return sorted(set(load_json(index)["weight_map"].values()))
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if pickles := sorted(path.name for path in folder.glob("*.bin*")):

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 
-from sparsemix.cli.output import say
 from sparsemix.run import Run
-from sparsemix.screen import only_shows
 from sparsemix.sweep.watch import Stages, Watch
+from sparsemix.terminal import only_shows, say
 from tiny import run_config, write_corpus
 
 

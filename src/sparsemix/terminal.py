@@ -1,11 +1,13 @@
-"""Standard error as the place where progress is shown: its reader may go and its disk may fill, the work goes on."""
+"""How commands speak: results on standard output, all else on standard error, through one console each. Lines that are
+printed while a bar moves then stand above it, and no name is taken for markup, whatever brackets it has. What shows
+progress ends no work: the reader of standard error may go and its disk may fill."""
 
 import contextlib
 import io
 import sys
 from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,12 +15,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
-class Screen(io.TextIOBase):
-    """What `sys.stderr` is now. What cannot be written there (a closed terminal, a full disk) goes nowhere."""
+class _StandardError(io.TextIOBase):
+    """What `sys.stderr` is at the time. What cannot be written there (a closed terminal, a full disk) goes nowhere."""
 
-    def __init__(self) -> None:
-        # Rich puts a proxy of its own into sys.stderr while bars are shown, which writes here.
-        self._to = sys.stderr
+    @property
+    def _to(self) -> TextIO | None:
+        # While bars are shown, Rich has a proxy in its place that prints through the console, and so writes here.
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):
@@ -41,12 +44,27 @@ class Screen(io.TextIOBase):
         return getattr(self._to, "encoding", None) or "utf-8"
 
 
-def console(**settings: Any) -> "Console":
-    """Rich's console on standard error, to which writing never fails."""
+@lru_cache(maxsize=1)
+def notes() -> "Console":
+    """Standard error, to which writing never fails: bars, lines on the way, warnings."""
     from rich.console import Console
 
     # Rich takes any text stream; its own type asks for all that a file can do.
-    return Console(file=Screen(), stderr=True, **settings)  # pyright: ignore[reportArgumentType]
+    file: Any = _StandardError()
+    return Console(file=file, stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    notes().print(message, soft_wrap=True)
+
+
+def show(tables: Any) -> None:
+    """Tables on standard output. A pipe or a file has no width of its own; a table must not be cut there."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False)
+    (console if console.is_terminal else Console(markup=False, emoji=False, width=160)).print(tables)
 
 
 class Display(Protocol):

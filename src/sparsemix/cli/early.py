@@ -1,0 +1,52 @@
+"""What is refused before torch is loaded, so that a slip of the finger is answered at once."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sparsemix.errors import ConfigError
+from sparsemix.inputs import expanded, tried
+
+
+def refuse(
+    out: Path,
+    text: Sequence[str] | None,
+    recipe: str | None,
+    overrides: Sequence[str] | None,
+    decided: bool = False,
+) -> None:
+    """Raises ConfigError for a recipe that is not there, settings that are none or break a rule, a text that is
+    missing, and a folder that cannot be written. `decided`: rate, budget, seed and text are not the recipe's to say."""
+    if recipe is not None:
+        _refuse_settings(recipe, tuple(overrides or ()), decided)
+    for source in text or ():
+        elsewhere = source == "stdlib" or source.startswith("hf:") or any(c in source for c in "*?[")
+        if not elsewhere and not os.path.lexists(expanded(source)):
+            raise ConfigError(f"{source}: no such file or folder; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
+    tried(out, "out", folder=True)
+
+
+def _refuse_settings(recipe: str, overrides: tuple[str, ...], decided: bool) -> None:
+    from sparsemix.cli.outline import run_config
+    from sparsemix.config import parse
+    from sparsemix.recipes import settings_of
+
+    raw = settings_of(recipe, overrides)
+    raw["data"] = {"vocab_size": raw.get("model", {}).get("vocab_size", 1024), **raw.get("data", {})}
+    if decided:
+        raw["train"] = {**raw.get("train", {}), "lr": 1.0, "budget_flops": 1.0}
+        raw |= {"seed": 0, "data": {**raw["data"], "text": ["stdlib"]}}
+    if (outline := run_config()) is not None:
+        # A rule that asks what torch computes finds no such name; the settings themselves ask it later.
+        with suppress(NameError):
+            parse(outline, raw)
+
+
+def trained_folder(model: Path) -> None:
+    """Raises ConfigError where no trained model can be."""
+    if not model.is_dir():
+        what = "is a file" if model.exists() else "no such folder"
+        raise ConfigError(f"{model}: {what}; name a run's folder, or a saved or exported model's")
+    if not any((model / name).exists() for name in ("config.json", "config.yaml", "plan.yaml")):
+        raise ConfigError(f"{model} is no model: it has no config.json; name a run's folder or a model's")

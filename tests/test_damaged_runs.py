@@ -1,0 +1,112 @@
+"""One damaged run never stops `status` or `report` for the rest, and is one line itself."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsemix import cli
+from sparsemix.sweep.status import RunStatus, table
+from sparsemix.terminal import show
+from tiny import prepared, result_of, run_config, unchecked_shapes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    with unchecked_shapes():
+        data, shards = prepared(place)
+        for seed in (0, 1):
+            result_of(run_config(data, steps=2, seed=seed), place / "runs" / f"dense-{seed}", shards)
+    return place / "runs"
+
+
+@pytest.fixture
+def runs(whole, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    # The figures are drawn as SVG; making pictures of them takes most of a report's time.
+    monkeypatch.setattr("sparsemix.report.pictures.png", lambda shape: b"")
+    shutil.copytree(whole, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["sparsemix", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err  # type: ignore[return-value]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def other(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def no_model(path: Path) -> None:
+    path.write_text("train: {budget_flops: 1.0, lr: 0.1}\nseed: 0\nmodel: [1]\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("config.yaml", cut),
+        ("config.yaml", no_model),
+        ("config.yaml", lambda path: path.write_bytes(b"\xff")),
+        ("config.yaml", lambda path: path.write_text("&a [*a]")),
+        ("result.json", cut),
+        ("result.json", lambda path: path.write_text("[1]")),
+        ("result.json", lambda path: other(path, bpb="x")),
+        ("result.json", lambda path: (path.unlink(), path.mkdir())),
+    ],
+)
+def test_status_and_report_go_on_beside_a_damaged_run(runs, monkeypatch, capsys, name, spoil):
+    spoil(runs / "dense-1" / name)
+    code, out, err = call(monkeypatch, capsys, "status", runs)
+    assert (code, err) == (0, "")
+    assert "dense-0" in out and "1 of 2 runs done, 1 damaged" in out.replace("\n", " ")
+    code, out, err = call(monkeypatch, capsys, "report", runs)
+    assert code == 0, err
+    assert (runs / "report.html").is_file()
+    assert err.count("left out: ") == 1 and "dense-1" in err
+    assert call(monkeypatch, capsys, "status", runs / "dense-1")[0] == 0
+    code, _, err = call(monkeypatch, capsys, "report", runs / "dense-1")
+    assert code == 2 and err.splitlines()[-1].startswith("sparsemix: ")
+
+
+def test_documents_that_are_damaged_are_found_before_they_are_used(runs, monkeypatch, capsys):
+    (runs / "dense-0" / "documents.npz").write_bytes(b"PK\x03\x04")
+    code, _, err = call(monkeypatch, capsys, "report", runs)
+    assert code == 0 and "left out: " in err and "dense-0" in err
+    (runs / "dense-0" / "documents.npz").unlink()
+    assert "left out" not in call(monkeypatch, capsys, "report", runs)[2], "runs of the first version hold none"
+
+
+PLANS = ["cells: 3", "cells: [3]", "cells: [{run: 3}]", "cells: [{run: a, width: x}]", "x", "{"]
+
+
+@pytest.mark.parametrize("text", PLANS)
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_damaged_plan_is_one_line(runs, monkeypatch, capsys, text, command):
+    (runs / "plan.yaml").write_text(text)
+    code, out, err = call(monkeypatch, capsys, command, runs)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "plan.yaml" in err
+
+
+def test_a_damaged_comparison_is_one_line(runs, monkeypatch, capsys):
+    for held in ('{"rows": 3}', '{"rows": [{"runs": [{"folder": 3}]}]}', "[", "[1]"):
+        (runs / "result.json").write_text(held)
+        code, _, err = call(monkeypatch, capsys, "report", runs)
+        assert (code, err.count("\n")) == (2, 1) and "result.json" in err, held
+
+
+def test_a_name_is_no_markup(capsys):
+    names = ["[/x]", "[bold]", "a[red]b", ":smile:"]
+    show(table([RunStatus(Path("run"), name, 1.0, 8, 0, said=name) for name in names]))
+    out = capsys.readouterr().out
+    assert all(out.count(name) == 2 for name in names)

@@ -1,0 +1,156 @@
+"""Whatever escapes a command is one line and an exit code; what can be refused at once loads no torch."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from sparsemix import __version__
+from sparsemix.cli import ending
+from sparsemix.cli.app import spread_text
+from sparsemix.config import ConfigError
+from sparsemix.errors import TrainingError
+
+
+def end(capsys, error: BaseException) -> tuple[int, str]:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        ending.ended(command)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == (1 if said.err else 0)
+    return ended.value.code, said.err  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ConfigError("a=1 must be 2"), 2, "sparsemix: a=1 must be 2\n"),
+        (ConfigError("a\nb\n  c"), 2, "sparsemix: a b c\n"),
+        (TrainingError("no"), 1, "sparsemix: no\n"),
+        (typer.BadParameter("Must be x."), 2, "sparsemix: invalid value: Must be x; `sparsemix --help`"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 2, "/a/b: No space left on device; free space"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/a\xe9"), 2, "choose another place"),
+        (OSError("odd"), 2, "sparsemix: odd\n"),
+        (MemoryError(), 2, "out of memory"),
+        (typer.Exit(3), 3, ""),
+        (ConfigError("x" * 9000), 2, "…\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_is_one_line_and_an_exit_code(capsys, error, code, says):
+    ended, said = end(capsys, error)
+    assert ended == code
+    assert says in said
+    assert len(said) < 5000
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a\nb"), RecursionError(), AssertionError()])
+def test_a_fault_of_ours_is_one_line_that_names_the_file_with_its_traceback(capsys, tmp_path, monkeypatch, error):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, said = end(capsys, error)
+    assert code == 1
+    assert "a fault of sparsemix, not of yours; please report it" in said
+    path = Path(re.findall(r"the traceback in (\S+)", said)[0])
+    assert path.parent == tmp_path
+    assert type(error).__name__ in path.read_text()
+    assert "def command" not in said
+    assert "in command" in path.read_text()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert "this traceback: " in end(capsys, error)[1]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | environment, check=False)
+
+
+def test_refusals_load_no_torch(tmp_path):
+    calls = [
+        ([], 0, ""),
+        (["--version"], 0, ""),
+        (["foo"], 2, "no such command 'foo'"),
+        (["train", "--foo"], 2, "no such option"),
+        (["train", "tinny"], 2, "did you mean 'tiny'"),
+        (["train", "tiny", "train.lr"], 2, "must look like setting.name=value"),
+        (["train", "tiny", "data=3"], 2, "data must hold settings"),
+        (["train", "tiny", "--out", "/proc/x"], 2, "cannot be written"),
+        (["train", "tiny", "--text", "none.txt"], 2, "none.txt: no such file"),
+        (["compare", "--out", "out", "--recipe", "tinny"], 2, "did you mean 'tiny'"),
+        (["compare", "--out", "out", "--set", "a"], 2, "must look like"),
+        (["compare", "--out", "/proc/x"], 2, "cannot be written"),
+        (["isoflop", "--out", "out", "--budgets", "x"], 2, "must be FLOPs"),
+        (["isoflop", "--out", "out", "--budgets", "1e9", "--recipe", "tinny"], 2, "did you mean 'tiny'"),
+        (["reproduce"], 2, "name a table or figure"),
+        (["status", "none"], 2, "holds no runs"),
+        (["report", "none"], 2, "no such folder"),
+        (["generate", "none", "--prompt", "x"], 2, "no such folder"),
+        (["generate", ".", "--prompt", "x"], 2, "is no model"),
+        (["eval", "none"], 2, "no such folder"),
+        (["inspect", "none"], 2, "no such folder"),
+        (["export", "none", "--to", "out"], 2, "no such folder"),
+        (["convert", "none", "--to", "out"], 2, "no such folder"),
+    ]
+    code = (
+        "import io, sys\nfrom contextlib import redirect_stderr, redirect_stdout\nfrom sparsemix import cli\n"
+        f"for words, code, says in {calls!r}:\n"
+        "    sys.argv, told = ['sparsemix', *words], io.StringIO()\n"
+        "    try:\n"
+        "        with redirect_stderr(told), redirect_stdout(io.StringIO()): cli.main()\n"
+        "    except SystemExit as end: assert end.code == code, (words, end.code, told.getvalue())\n"
+        "    told = told.getvalue()\n"
+        "    assert says in told and told.count('\\n') == (code > 0), (words, told)\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr.decode()[-600:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_and_python_m():
+    said = subprocess.run([sys.executable, "-m", "sparsemix", "--version"], capture_output=True, check=True).stdout
+    assert said.decode() == f"sparsemix {__version__}\n"
+
+
+def test_a_terminal_without_letters_gets_escapes():
+    said = run(
+        "from sparsemix.cli import ending; ending.ended(lambda: print('\\u4e2d', '\\udce9'))", PYTHONIOENCODING="ascii"
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"\\u4e2d \\udce9\n", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_standard_output_is_one_line_too():
+    code = "from sparsemix.cli import ending; ending.ended(lambda: print('x' * 99999))"
+    with Path("/dev/full").open("wb") as full:
+        said = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert said.returncode == 2
+    assert said.stderr == b"sparsemix: No space left on device; free space or choose another folder\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
+    script = "from sparsemix.cli import ending; ending.ended(lambda: [print(i) for i in range(99999)])"
+    said = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; {sys.executable} -c "{script}" | head -1'], capture_output=True, check=False
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"0\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train tiny --text a b train.lr=1", "train tiny --text a --text b train.lr=1"),
+        ("train tiny --text a b seed=1 c", "train tiny --text a --text b seed=1 --text c"),
+        ("compare --text a b model.d_model=96", "compare --text a --text b --set model.d_model=96"),
+        ("compare --text a b=c.txt", "compare --text a --text b=c.txt"),
+    ],
+)
+def test_settings_after_text_are_settings(typed, meant):
+    assert spread_text(typed.split()) == meant.split()
