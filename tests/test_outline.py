@@ -65,7 +65,7 @@ def test_the_outline_takes_every_packaged_recipe():
 @pytest.mark.parametrize("recipe", ["tiny", "tiny-mod", "tiny-peer"])
 def test_what_the_outline_refuses_the_settings_refuse_in_the_same_words(recipe):
     rng, refused, outline, whole = random.Random(recipe), 0, run_config(), settings_of(recipe)
-    for _ in range(150):
+    for _ in range(75):
         try:
             raw = apply_overrides(whole, [f"{rng.choice(PATHS)}={rng.choice(WORDS)}"])
         except ConfigError:
@@ -74,7 +74,7 @@ def test_what_the_outline_refuses_the_settings_refuse_in_the_same_words(recipe):
         refused += said is not None
         if said is not None:
             assert said == told(RunConfig, raw)
-    assert refused > 50
+    assert refused > 25
 
 
 def test_a_refused_setting_loads_no_torch(tmp_path):

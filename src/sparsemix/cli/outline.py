@@ -12,7 +12,18 @@ from sparsemix.config import Config
 
 ROOT = Path(sparsemix.__file__).parent
 # Where settings are defined, and what else their rules use.
-SOURCES = ("settings", "model", "machine", "data", "data/shards", "optim", "optim/groups", "optim/schedule", "layers")
+SOURCES = (
+    "settings",
+    "model",
+    "machine",
+    "data",
+    "data/shards",
+    "data/files",
+    "optim",
+    "optim/groups",
+    "optim/schedule",
+    "layers",
+)
 LIGHT = ("collections", "functools", "math", "pydantic", "re", "typing")
 LIGHT_OURS = ("sparsemix.config", "sparsemix.errors", "sparsemix.inputs", "sparsemix.patterns")
 

@@ -104,9 +104,9 @@ class Comparison:
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
         with working(self.out) as self.phase:
-            return self._run(plan)
+            return self._run(plan, dry)
 
-    def _run(self, plan: dict[str, Any]) -> dict[str, list[tuple[RunConfig, Path]]]:
+    def _run(self, plan: dict[str, Any], dry: bool) -> dict[str, list[tuple[RunConfig, Path]]]:
         budget = plan.get("budget_flops") or (1e30 if self.settings.seconds else float(self.settings.budget))
         for kind in self.settings.kinds:
             _ = kind_config(self.settings, kind, self._data_config(), budget).steps
