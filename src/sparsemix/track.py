@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from sparsemix.config import ConfigError, nearest
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import read_mapping
 from sparsemix.report.records import arm_of
 from sparsemix.run import Run
 
@@ -199,14 +200,11 @@ class Follower:
             self._ended.add(run.folder)
 
     def _given(self, run: Run) -> dict[str, Any]:
-        path = run.folder / TRACKED
-        return json.loads(path.read_text(encoding="utf-8")).get(self.name, {}) if path.is_file() else {}
+        return _tracked(run).get(self.name, {})
 
     def _give(self, run: Run, given: dict[str, Any]) -> None:
         """Noted before it is done: a tracker that is killed in between lacks a few steps, and has none twice."""
-        path = run.folder / TRACKED
-        others = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        write_atomic(path, json.dumps({**others, self.name: given}))
+        write_atomic(run.folder / TRACKED, json.dumps({**_tracked(run), self.name: given}))
 
     def _label(self, run: Run) -> str:
         if run.folder == self.out:
@@ -215,3 +213,9 @@ class Follower:
         settings = run.settings
         hashed = run.folder.parent.name == "runs"
         return f"{arm_of(settings)}-{settings['seed']}-{run.folder.name}" if hashed else run.folder.name
+
+
+def _tracked(run: Run) -> dict[str, Any]:
+    """What each tracker was given of a run."""
+    path = run.folder / TRACKED
+    return read_mapping(path, "delete it to have the run given from its start") if path.is_file() else {}

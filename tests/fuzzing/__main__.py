@@ -5,6 +5,7 @@ Prints each kind of fault once, as a line of JSON with its case, and ends with 1
 import argparse
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -15,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cases
 import torch
@@ -96,8 +97,11 @@ def main() -> int:
         cases.build(place := Path(folder) / "whole")
         while (asked.case is None and time.monotonic() - began < asked.seconds) or done == 0:
             number = done if asked.case is None else asked.case
-            copy = Path(folder) / "copy"
-            copy.mkdir()
+            # Names without a folder lead here.
+            for name in ("copy", "here"):
+                (Path(folder) / name).mkdir()
+            copy, here = Path(folder) / "copy", Path(folder) / "here"
+            os.chdir(here)
             words, what = cases.call(place, copy, random.Random(f"{asked.seed}/{number}"))
             asked_at = time.monotonic()
             ended = ask(words)
@@ -112,7 +116,8 @@ def main() -> int:
                 seen.add(wrong.partition(":")[0:1] + tuple(wrong.split()[2:3]))
                 short = [word[:80] for word in words]
                 print(json.dumps({"case": number, "what": what, "wrong": wrong, "words": short}), flush=True)
-            for path in (copy, copy.with_name("copy-out")):
+            os.chdir(folder)
+            for path in (copy, here, copy.with_name("copy-out")):
                 shutil.rmtree(path, ignore_errors=True)
     print(f"{done} cases, {len(seen)} kinds of fault, {time.monotonic() - began:.0f} s", file=sys.stderr)
     return 1 if seen else 0

@@ -15,6 +15,7 @@ from sparsemix.bench.floors import FLOORS
 from sparsemix.commit import commit
 from sparsemix.config import ConfigError, nearest
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import load_json
 from sparsemix.run import hardware, versions
 
 SCHEMA = 1
@@ -58,7 +59,7 @@ def continued(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     it holds something else, or what was measured elsewhere."""
     if not file.is_file():
         return result
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = load_json(file)
     for name in ("schema", "hardware", "threads", "quick"):
         if before.get(name) != result[name]:
             raise ConfigError(

@@ -1,6 +1,5 @@
 """docs/performance.md, written from a result of `sparsemix bench`; what is between its marks is kept."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from sparsemix.bench.harness import SCHEMA, numbers, unmeasured
 from sparsemix.bench.tables import amount, floor_of, time, verdict
 from sparsemix.config import ConfigError
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import load_json
 from sparsemix.report.numbers import DASH, percent, si
 
 BEGIN, END = "<!-- by hand: kept when the page is written anew -->", "<!-- end of what is kept -->"
@@ -25,7 +25,7 @@ the first table, one after the other, over the time that ours took. Every work r
 def write_page(result_file: Path, page: Path | None = None) -> Path:
     """Writes the page and its figures beside it; the page of this checkout unless named. Raises ConfigError."""
     page = page or Path("docs") / "performance.md"
-    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else {}
+    result = load_json(result_file) if result_file.is_file() else {}
     if result.get("schema") != SCHEMA:
         raise ConfigError(
             f"--page {result_file} is no result of `sparsemix bench`; run it with --out {result_file} first"

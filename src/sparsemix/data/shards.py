@@ -1,7 +1,6 @@
 """Memory-mapped token ids on disk -> batches in an order that resumes exactly."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from sparsemix.data.parts import Parts, scored_parts
 from sparsemix.data.tokenizer import id_dtype, load_tokenizer, token_bytes
 from sparsemix.data.windows import Batch, Stream
 from sparsemix.durable import SEAL, damage
+from sparsemix.inputs import load_json
 
 Documents = Int64[np.ndarray, "D"]
 
@@ -91,7 +91,7 @@ class Shards:
         try:
             wrong = _altered(folder)
             if wrong is None:
-                shards = cls(folder, json.loads(path.read_text(encoding="utf-8")))
+                shards = cls(folder, load_json(path))
                 wrong = shards._wrong()
                 if wrong is None:
                     return shards
@@ -195,7 +195,7 @@ def permute(i: Int64[np.ndarray, "B"], n: int, seed: int, epoch: Int64[np.ndarra
 
 def _altered(folder: Path) -> str | None:
     """What is not as it was written, by the checksums; shards of earlier versions have none."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = load_json(folder / "manifest.json")
     if not manifest.get("sealed") and not (folder / SEAL).is_file():
         return None
     stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))

@@ -12,6 +12,7 @@ from scipy.stats import t
 from sparsemix import __version__
 from sparsemix.config import config_hash, to_yaml
 from sparsemix.evaluate.estimate import effective, ratio, units
+from sparsemix.inputs import read_mapping, trusted
 from sparsemix.interop.causal_rules import causal_rules
 from sparsemix.layers import LayerConfig
 from sparsemix.model import LM, ModelConfig
@@ -207,8 +208,9 @@ def pm(estimate: Mapping[str, float | None]) -> str:
 def corpora(source: Path) -> list[dict[str, Any]]:
     """The total of every corpus that `sparsemix eval` measured beside the run."""
     path = source / "eval.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return [corpus["rows"][0] for corpus in held.get("corpora", {}).values() if corpus.get("rows")]
+    held = read_mapping(path, "delete it, or measure it again") if path.is_file() else {}
+    with trusted(path):
+        return [corpus["rows"][0] for corpus in held.get("corpora", {}).values() if corpus.get("rows")]
 
 
 def eval_results(result: Mapping[str, Any] | None, test: Test | None, source: Path) -> list[EvalResult] | None:

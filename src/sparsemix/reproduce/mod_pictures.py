@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import read_mapping
 from sparsemix.inspection import inspect_run
 from sparsemix.report.figures import Bars, HeatMap
 from sparsemix.report.inspect_plots import taken_map
@@ -81,7 +82,7 @@ def observed(lab: Lab, run: Record) -> dict[str, Any]:
     if not path.is_file():
         lab.say(f"routing of {run.arm}, seed {run.seed}")
         write_atomic(path, json.dumps(_observe(lab.data, run)))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_mapping(path, "delete it to have it measured again")
 
 
 def _observe(data: Path, run: Record) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sparsemix.checkpoint import TrainState
 from sparsemix.config import config_hash
 from sparsemix.data import Shards
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import read_mapping, trusted
 from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype, use_threads
 from sparsemix.optim import build_optimizer
 from sparsemix.reproduce.base import Lab
@@ -45,8 +46,11 @@ def step_times(lab: Lab, configs: Mapping[str, RunConfig]) -> Speed:
     """The steps of these models by turns, in an order that turns, kept in the study's folder."""
     names = "-".join(dict.fromkeys(map(config_hash, configs.values())))
     path = lab.out / "step-times" / f"{names}.json"
-    if path.is_file() and set(kept := json.loads(path.read_text(encoding="utf-8"))["seconds"]) == set(configs):
-        return Speed(kept, json.loads(path.read_text(encoding="utf-8"))["hardware"])
+    if path.is_file():
+        with trusted(path):
+            kept = Speed(**read_mapping(path, "delete it to have it measured again"))
+            if set(kept.seconds) == set(configs):
+                return kept
     lab.say(f"step times of {', '.join(configs)}, by turns")
     speed = Speed(_measured(lab, configs), hardware())
     path.parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import read_mapping
 from sparsemix.report.records import Record
 
 # Tokens of each source of a corpus; None: the corpora's own number of documents.
@@ -77,7 +78,7 @@ class Corpora:
         from sparsemix.evaluate.corpora import find
 
         path = record.folder / "corpora-lookahead.json"
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        held: dict[str, Any] = read_mapping(path, "delete it to have it measured again") if path.is_file() else {}
         for name, corpus in self.found.items():
             found = find(corpus, self.folder)
             asked = {"origin": found.origin, "options": self.options.model_dump(mode="json")}

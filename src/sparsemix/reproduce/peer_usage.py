@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import read_mapping
 from sparsemix.report.records import Record
 from sparsemix.reproduce.peer import layer
 
@@ -41,7 +42,7 @@ def usage(record: Record, data: Path, say: Callable[[str], None]) -> Usage:
 
 def _longer(record: Record, path: str, data: Path, needed: int, say: Callable[[str], None]) -> dict[str, Any]:
     kept = record.folder / "usage.json"
-    held = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    held = read_mapping(kept, "delete it to have it measured again") if kept.is_file() else {}
     if held.get("asked") != needed:
         say(f"{record.arm}, seed {record.seed}: use of experts over {needed} tokens")
         held = {"asked": needed, **_measure(record, path, data, needed)}

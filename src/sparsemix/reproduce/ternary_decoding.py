@@ -13,6 +13,7 @@ import torch
 from sparsemix import saved
 from sparsemix.durable import write_atomic
 from sparsemix.generation import Sampling, generate
+from sparsemix.inputs import read_mapping, trusted
 from sparsemix.layers.packed import TernaryWeight, pack_ternary
 from sparsemix.model import LM
 from sparsemix.report.records import Record
@@ -53,7 +54,8 @@ def decoding(
     """The measurements of one run of every arm; what `kept` holds of the same runs is not measured again."""
     runs = {arm: record.folder.name for arm, record in records.items()}
     if kept.is_file():
-        found = Decoding(**json.loads(kept.read_text(encoding="utf-8")))
+        with trusted(kept):
+            found = Decoding(**read_mapping(kept, "delete it to have it measured again"))
         if found.runs == runs:
             return found
     say(f"measuring bytes and speed of {', '.join(runs)}")
