@@ -135,8 +135,10 @@ def test_a_full_standard_output_is_one_line_too():
     assert said.stderr == b"sparsemix: No space left on device; free space or choose another folder\n"
 
 
-def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
-    script = "from sparsemix.cli import ending; ending.ended(lambda: [print(i) for i in range(99999)])"
+@pytest.mark.parametrize("way", ["print", "terminal.show"])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(way):
+    code = f"ended(lambda: [{way}(i) for i in range(9999)])"
+    script = f"from sparsemix import terminal; from sparsemix.cli.ending import ended; {code}"
     said = subprocess.run(
         ["bash", "-c", f'set -o pipefail; {sys.executable} -c "{script}" | head -1'], capture_output=True, check=False
     )

@@ -45,7 +45,12 @@ def ended(command: Callable[[], None]) -> NoReturn:
         command()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (SystemExit, *STOPS):
+    except STOPS:
+        raise
+    except SystemExit as end:
+        # Rich ends a program whose reader has seen enough, and by 1.
+        if isinstance(end.__context__, BrokenPipeError):
+            _leave(end.__context__)
         raise
     except BaseException as error:
         _leave(error)
