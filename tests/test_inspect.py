@@ -138,7 +138,7 @@ def wrong(runs, tmp_path):
     (comparison / "plan.yaml").write_text("{}")
     return {
         "no run": ([tmp_path], "is no run folder"),
-        "missing": ([tmp_path / "nowhere"], "is no run folder"),
+        "missing": ([tmp_path / "nowhere"], "no such folder"),
         "unfinished": ([unfinished], "holds no trained model"),
         "cut": ([cut, "--data", runs / "data"], "is damaged"),
         "other": ([other, "--data", runs / "data"], "does not fit"),

@@ -185,8 +185,12 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raises ConfigError that names the first tensor with a number that is not finite: every answer of such a model is
     no number, whatever it is asked."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point():
+            continue
+        # PyTorch does not ask 8-bit numbers for it.
+        finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())
+        if not bool(finite.all()):
+            count = int((~finite).sum())
             raise ConfigError(
                 f"{path}: {count} of {tensor.numel()} numbers of {name} are not finite; restore the file, or train "
                 "anew with a lower train.lr"

@@ -140,7 +140,7 @@ def spoiled(run, tmp_path, name):
         ("empty", "is no model: it has no config.json"),
         ("cut", "is damaged"),
         ("pickled", "model.safetensors is missing"),
-        ("no_json", "is no JSON"),
+        ("no_json", "is not valid JSON"),
     ],
 )
 def test_a_folder_that_holds_no_model_is_one_line_and_leaves_nothing(monkeypatch, capsys, run, tmp_path, name, says):
@@ -172,7 +172,7 @@ def test_wrong_options_are_one_line_and_leave_nothing(monkeypatch, capsys, run, 
 
 def test_nothing_is_overwritten(monkeypatch, capsys, run, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    for to, says in ((tmp_path, "is not empty"), (tmp_path / "note.txt", "is not empty")):
+    for to, says in ((tmp_path, "is not empty"), (tmp_path / "note.txt", "is no folder")):
         code, _, err = call(monkeypatch, capsys, "convert", run, "--to", to, "--ffn", "moe")
         assert code == 2 and says in err
     code, _, err = call(monkeypatch, capsys, "convert", tmp_path / "none", "--to", tmp_path / "to", "--ffn", "moe")

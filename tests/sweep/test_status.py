@@ -145,7 +145,7 @@ def test_a_damaged_run_is_named_and_stops_neither_status_nor_report_for_the_rest
         (bad / file).write_text(content)
         # A run's settings never change while a process looks.
         status._about.cache_clear()
-        assert [run.state for run in Board(cells_of(study.out)).look()] == ["failed", "done"]
+        assert [run.state for run in Board(cells_of(study.out)).look()] == ["damaged", "done"]
         assert [record.folder for record in read_runs([study.out], said.append)] == [good]
         (bad / file).write_text(whole)
     plan = study.out / "plan.yaml"

@@ -32,12 +32,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except SafetensorError as error:
             raise ConfigError(f"{path} is damaged ({error}); copy it anew") from None
-    saved.check_finite(tensors, folder)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ConfigError(
                 f"{folder}: {name} is {tensor.dtype}: quantised weights are not read; take the model in bf16 or fp32"
             )
+    saved.check_finite(tensors, folder)
     return tensors
 
 
