@@ -26,3 +26,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+# A minute or two each. Begun last, they would leave the other workers idle.
+LONGEST = ("test_compiled.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -176,10 +176,13 @@ def test_result_manifest_page_and_card_name_the_commits_that_made_a_run(unbroken
 
 @pytest.fixture
 def answers_ctrl_c():
-    """Ctrl-C as in a terminal: a process started in the background by a shell ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and SIGTERM as in a terminal: a process started in the background by a shell ignores the one."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    # Libraries that other tests start (Ray) leave handlers of their own.
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("answers_ctrl_c")

@@ -181,7 +181,8 @@ def tried(place: Path, setting: str, folder: bool = False) -> None:
             break
         there = there.parent
     if not there.is_dir():
-        raise ConfigError(f"{setting}={place}: {there} is no folder; choose another place")
+        where = "" if there == place else f": {there}"
+        raise ConfigError(f"{setting}={place}{where} is no folder; choose another place")
     try:
         # Only trying tells: rights, read-only disks and folders of the system.
         with tempfile.TemporaryFile(dir=there):

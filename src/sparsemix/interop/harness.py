@@ -6,6 +6,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -77,6 +78,8 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(tasks, include_path)
     backend = HarnessLM(model, tokenizer, max(1, min(64, 4096 // model.config.seq_len)))
+    # Its pool for bootstrapped errors forks this process, whose other threads may hold locks: it can wait for ever.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         # Standard output holds the result alone.
         with contextlib.redirect_stdout(sys.stderr):
