@@ -1,9 +1,10 @@
 """What is refused before torch is loaded, so that a slip of the finger is answered at once."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import expanded, tried
@@ -37,10 +38,34 @@ def _refuse_settings(recipe: str, overrides: tuple[str, ...], decided: bool) -> 
     if decided:
         raw["train"] = {**raw.get("train", {}), "lr": 1.0, "budget_flops": 1.0}
         raw |= {"seed": 0, "data": {**raw["data"], "text": ["stdlib"]}}
-    if (outline := run_config()) is not None:
+    if (outline := run_config(studies=decided)) is not None:
         # A rule that asks what torch computes finds no such name; the settings themselves ask it later.
         with suppress(NameError):
             parse(outline, raw)
+
+
+def refuse_study(
+    source: str,
+    name: str,
+    settings: Mapping[str, Any],
+    launcher: str,
+    launch: Sequence[str] | None,
+    workers: int | None,
+    track: str | None,
+) -> None:
+    """Raises ConfigError for settings that the study `name` of `source` refuses, for a launcher or a setting of it that
+    is none, and for a tracker that is not there."""
+    from sparsemix.cli.outline import outlined
+    from sparsemix.config import parse
+    from sparsemix.track import refuse_unknown
+
+    study, launched = outlined(source, name), outlined("sweep/launch/base", "launch_config")
+    with suppress(NameError):
+        if study is not None:
+            parse(study, settings)
+    if launched is not None:
+        launched(launcher, launch or (), workers)
+    refuse_unknown(track)
 
 
 def trained_folder(model: Path) -> None:
