@@ -22,10 +22,23 @@ def refuse(
     if recipe is not None:
         _refuse_settings(recipe, tuple(overrides or ()), decided)
     for source in text or ():
+        if not source.strip():
+            raise ConfigError("text= is empty; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
         elsewhere = source == "stdlib" or source.startswith("hf:") or any(c in source for c in "*?[")
         if not elsewhere and not os.path.lexists(expanded(source)):
             raise ConfigError(f"{source}: no such file or folder; give a file, folder, glob, `stdlib` or hf:NAME:SPLIT")
     tried(out, "out", folder=True)
+
+
+def refuse_nameless(recipe: str | None, init_from: Path | None) -> None:
+    """Raises ConfigError where neither a recipe nor a model says what to train, or the model is none."""
+    rule = "name a recipe (`sparsemix recipes` lists them) or a model with --init-from"
+    if init_from is not None:
+        trained_folder(expanded(init_from))
+    elif recipe is None:
+        raise ConfigError(rule)
+    elif "=" in recipe and not os.path.lexists(expanded(recipe)):
+        raise ConfigError(f"{recipe} is a setting, where the recipe belongs; {rule}, and settings after it")
 
 
 def _refuse_settings(recipe: str, overrides: tuple[str, ...], decided: bool) -> None:
