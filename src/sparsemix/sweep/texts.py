@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparsemix.config import parse
 from sparsemix.data import DataConfig, Shards, read_line
+from sparsemix.data.tally import size_of
 from sparsemix.recipes import settings_of
 from sparsemix.report.held_out import found_in_train
 from sparsemix.run import refusal_leaves_nothing
