@@ -156,3 +156,10 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(way):
 )
 def test_settings_after_text_are_settings(typed, meant):
     assert spread_text(typed.split()) == meant.split()
+
+
+def test_little_is_imported_before_ctrl_c_is_answered():
+    code = "import sys; before = set(sys.modules); import sparsemix.cli; print(*(set(sys.modules) - before))"
+    env = {**os.environ, "PYTHONPATH": str(Path(ending.__file__).parents[2])}
+    loaded = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert not {"typing", "importlib.abc", "importlib.resources", "pathlib"} & set(loaded.stdout.split())

@@ -86,6 +86,21 @@ def test_a_refused_setting_loads_no_torch(tmp_path):
         (["train", "tiny", "model.precision=ternery"], "did you mean 'ternary'?"),
         (["compare", "--out", "out", "--set", "d_model=96"], "did you mean 'model.d_model'?"),
         (["isoflop", "--out", "out", "--budgets", "1e9", "--set", "train.dtype=x"], "train.dtype=x"),
+        (["isoflop", "--out", "out", "--budgets", "1e9,1e9"], "must name each budget once"),
+        (["isoflop", "--out", "out", "--budgets", "1e9", "--kinds", "dense,pear"], "did you mean 'peer'?"),
+        (["compare", "--out", "out", "--kinds", "dense,pear"], "did you mean 'peer'?"),
+        (["compare", "--out", "out", "--kinds", "dense,mod+mod"], "mod wraps blocks once"),
+        (["compare", "--out", "out", "--budget", "auto:0s"], "must give a time above 0"),
+        (["compare", "--out", "out", "--set", "train.lr=1"], "--lr decides train.lr"),
+        (["compare", "--out", "out", "--launcher", "rey"], "did you mean 'ray'?"),
+        (["compare", "--out", "out", "--launch", "thread=1"], "did you mean 'threads'?"),
+        (["compare", "--out", "out", "--track", "foo"], "track=foo is none of"),
+        (["train", "tiny", "--track", "foo"], "track=foo is none of"),
+        (["train", "--text", "stdlib"], "name a recipe"),
+        (["train", "train.lr=1"], "train.lr=1 is a setting, where the recipe belongs; name a recipe"),
+        (["train", "tiny", "--text", ""], "text= is empty"),
+        (["train", "--init-from", "."], "is no model"),
+        (["inspect", "."], "is no run folder"),
     ]  # fmt: skip
     code = (
         "import io, sys\nfrom contextlib import redirect_stderr\nfrom sparsemix import cli\n"

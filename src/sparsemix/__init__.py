@@ -6,11 +6,13 @@ once.
 
 Hugging Face's Auto classes know sparsemix models from now on, whichever of the two is imported first."""
 
-from typing import TYPE_CHECKING, Any
-
 from sparsemix import auto_classes
 
+# As typing's, which takes 10 ms to import: what a command does before it can answer Ctrl-C is kept short.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from sparsemix.api import (
         build_layer,
         build_model,
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in __all__:
         raise AttributeError(f"module 'sparsemix' has no attribute {name!r}")
     from sparsemix import api

@@ -1,12 +1,16 @@
 """Registers sparsemix models with Hugging Face's Auto classes as these are imported."""
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
-import types
 import warnings
-from collections.abc import Sequence
+
+# importlib.abc, typing and the names in annotations are for readers only: importing them would take 20 ms.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import importlib.abc
+    import types
+    from collections.abc import Sequence
 
 # What registers our class with the Auto class that a module of transformers defines. Files side by side: the first is
 # imported while transformers is in the middle of the second, so no package may import both.
@@ -25,27 +29,27 @@ def _register(module: str) -> None:
         warnings.warn(f"sparsemix models are not registered with transformers (5.13 or later): {error}", stacklevel=2)
 
 
-class _AutoClasses(importlib.abc.MetaPathFinder):
+class _AutoClasses:
     """Registers when an Auto class is imported. Registering needs torch and transformers, seconds of imports, which
     `import sparsemix` must not cost those who want neither; and sorted imports put sparsemix before transformers."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+        self, fullname: str, path: "Sequence[str] | None", target: "types.ModuleType | None" = None
     ) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname in _REGISTERING else None
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader)  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
 
-class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+class _ThenRegister:
+    def __init__(self, loader: "importlib.abc.Loader") -> None:
         self.loader = loader
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> "types.ModuleType | None":
         return self.loader.create_module(spec)
 
-    def exec_module(self, module: types.ModuleType) -> None:
+    def exec_module(self, module: "types.ModuleType") -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)

@@ -115,6 +115,16 @@ class Trackio:
 TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 
 
+def refuse_unknown(tracker: str | None) -> None:
+    """Raises ConfigError where there is no tracker of that name, or not its package; None is no tracker."""
+    if tracker is None:
+        return
+    if tracker not in TRACKERS:
+        raise ConfigError(f"track={tracker} is none of {', '.join(TRACKERS)}{nearest(tracker, TRACKERS)}")
+    if find_spec(tracker) is None:
+        raise ConfigError(f"track={tracker} needs the package {tracker}; pip install 'sparsemix[track]'")
+
+
 @contextmanager
 def tracking(tracker: str | None, out: Path) -> Iterator[None]:
     """While inside, give every run at or below the folder `out` to the tracker of that name, its log from the start if
@@ -122,10 +132,7 @@ def tracking(tracker: str | None, out: Path) -> Iterator[None]:
     if tracker is None:
         yield
         return
-    if tracker not in TRACKERS:
-        raise ConfigError(f"track={tracker} is none of {', '.join(TRACKERS)}{nearest(tracker, TRACKERS)}")
-    if find_spec(tracker) is None:
-        raise ConfigError(f"track={tracker} needs the package {tracker}; pip install 'sparsemix[track]'")
+    refuse_unknown(tracker)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_process, args=(tracker, out.resolve(), theirs))

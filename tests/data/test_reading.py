@@ -303,3 +303,15 @@ def test_a_word_without_end_is_counted_in_pieces():
         tokenizer = train_tokenizer([run * 50_000, "some other words"], 400)
         assert max(len(token) for token in tokenizer.get_vocab() if token != "<|endoftext|>") <= 256
         assert tokenizer.decode(tokenizer.encode(run * 1000).ids) == run * 1000
+
+
+def test_every_kind_that_is_left_out_is_named_and_what_could_be_read_comes_first():
+    tally = Tally()
+    for i in range(30):
+        for _ in range(30 - i):
+            tally.skip(f".k{i}", "not text", f"a.k{i}")
+    tally.skip(".asc", "looks like text, --text-as .asc reads it", "c0.asc")
+    said = tally.skips()
+    assert said.startswith("skipped: 1 .asc (looks like text, --text-as .asc reads it, c0.asc), 30 .k0 (not text")
+    assert all(f" .k{i}" in said for i in range(17))
+    assert said.endswith(", 91 of 13 more kinds")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.early import refuse
+from sparsemix.cli.early import refuse, refuse_study
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.terminal import say, show
@@ -36,14 +36,6 @@ def compare(
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     overrides = (*(override or ()), *text_settings(text_as, split))
     refuse(out, text, recipe, overrides, decided=True)
-
-    from sparsemix.config import parse
-    from sparsemix.run import refusal_leaves_nothing
-    from sparsemix.sweep.compare import CompareConfig, Comparison
-    from sparsemix.sweep.launch import make_launcher
-    from sparsemix.sweep.watch import Stages
-    from sparsemix.track import tracking
-
     settings = {
         "text": tuple(text or ("stdlib",)),
         "kinds": tuple(kind.strip() for kind in kinds.split(",")),
@@ -54,6 +46,15 @@ def compare(
         "recipe": recipe,
         "overrides": overrides,
     }
+    refuse_study("sweep/compare", "CompareConfig", settings, launcher, launch, workers, track)
+
+    from sparsemix.config import parse
+    from sparsemix.run import refusal_leaves_nothing
+    from sparsemix.sweep.compare import CompareConfig, Comparison
+    from sparsemix.sweep.launch import make_launcher
+    from sparsemix.sweep.watch import Stages
+    from sparsemix.track import tracking
+
     with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         config = parse(CompareConfig, settings)
         made = make_launcher(launcher, out, launch or (), workers, most=2 * len(config.kinds))

@@ -26,6 +26,8 @@ def inspect(
     place = out or run / "inspect"
     if not run.is_dir():
         raise ConfigError(f"{run}: no such folder; name a run's or a comparison's")
+    if not any((run / name).exists() for name in ("config.yaml", "plan.yaml")):
+        raise ConfigError(f"{run} is no run folder: it has no config.yaml; name a folder that a run wrote")
     tried(place, "out", folder=True)
 
     from sparsemix.inspection import inspect_folder

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemix.cli.early import refuse
+from sparsemix.cli.early import refuse, refuse_study
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
@@ -50,15 +50,6 @@ def isoflop(
     numbers = tuple(_number(word) for word in _words(budgets))
     overrides = (*(override or ()), *text_settings(text_as, split))
     refuse(out, text, recipe, overrides, decided=True)
-
-    from sparsemix.config import parse
-    from sparsemix.run import refusal_leaves_nothing
-    from sparsemix.sweep.estimate import table
-    from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
-    from sparsemix.sweep.launch import make_launcher
-    from sparsemix.sweep.watch import Stages
-    from sparsemix.track import tracking
-
     settings = {
         "budgets": numbers,
         "text": tuple(text or ("stdlib",)),
@@ -73,6 +64,16 @@ def isoflop(
         "recipe": recipe,
         "overrides": overrides,
     }
+    refuse_study("sweep/isoflop_study", "IsoflopConfig", settings, launcher, launch, workers, track)
+
+    from sparsemix.config import parse
+    from sparsemix.run import refusal_leaves_nothing
+    from sparsemix.sweep.estimate import table
+    from sparsemix.sweep.isoflop_study import IsoflopConfig, IsoflopStudy
+    from sparsemix.sweep.launch import make_launcher
+    from sparsemix.sweep.watch import Stages
+    from sparsemix.track import tracking
+
     with refusal_leaves_nothing(out), interruptible(), tracking(track, out):
         study = IsoflopStudy(parse(IsoflopConfig, settings), out, say, retries)
         with Stages("data", say) as progress:

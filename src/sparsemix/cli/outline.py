@@ -2,7 +2,7 @@
 with no torch. A slip of the finger is then answered in the time that torch alone takes to load."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,28 @@ SOURCES = (
     "optim/schedule",
     "layers",
 )
+# The same of studies, which also ask which kinds and launchers there are.
+STUDIES = (
+    *("sweep/arms", "sweep/ladder", "sweep/compare", "sweep/isoflop_study", "reproduce/lab"),
+    *("sweep/launch/base", "sweep/launch/local", "sweep/launch/ray", "sweep/launch/slurm"),
+)
 LIGHT = ("collections", "functools", "math", "pydantic", "re", "typing")
 LIGHT_OURS = ("sparsemix.config", "sparsemix.errors", "sparsemix.inputs", "sparsemix.patterns")
 
 
-@lru_cache(maxsize=1)
-def run_config() -> type[Config] | None:
+def run_config(studies: bool = False) -> type[Config] | None:
     """RunConfig with its rules and without its costs; None where the sources are not at hand."""
-    files = dict(_files())
+    return outlined("settings", "RunConfig", studies)
+
+
+def outlined(source: str, name: str, studies: bool = True) -> Any:
+    """What a source calls `name`, in outline; `studies`: read those too. None where it is not at hand."""
+    return _modules(studies).get(f"sparsemix.{source.replace('/', '.')}", {}).get(name)
+
+
+@lru_cache(maxsize=2)
+def _modules(studies: bool) -> dict[str, dict[str, Any]]:
+    files = dict(_files((*SOURCES, *STUDIES) if studies else SOURCES))
     modules: dict[str, dict[str, Any]] = {}
     left: list[tuple[str, str, ast.stmt]] = []
     for name, path in files.items():
@@ -43,11 +57,11 @@ def run_config() -> type[Config] | None:
         if len(again) == len(left):
             break
         left = again
-    return modules.get("sparsemix.settings", {}).get("RunConfig")
+    return modules
 
 
-def _files() -> Iterator[tuple[str, Path]]:
-    for source in SOURCES:
+def _files(sources: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    for source in sources:
         folder = ROOT / source
         found = [folder / "__init__.py", *sorted(folder.glob("*.py"))] if source == "layers" else []
         for path in found or [folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")]:

@@ -5,11 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.early import refuse
+from sparsemix.cli.early import refuse, refuse_nameless
 from sparsemix.cli.options import Split, Text, TextAs, Track, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.terminal import say
+from sparsemix.track import refuse_unknown
 
 
 def train(
@@ -31,7 +32,9 @@ def train(
     """Train one model to its budget and evaluate it causally."""
     named = recipe if recipe is None or init_from is None or "=" not in recipe else None
     given = [*(overrides or ()), *text_settings(text_as, split)]
+    refuse_nameless(recipe, init_from)
     refuse(out, text, named, given if init_from is None else ())
+    refuse_unknown(track)
 
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
@@ -72,8 +75,7 @@ def _settings(recipe: str | None, overrides: list[str], init_from: Path | None) 
     from sparsemix.recipes import settings_of
 
     if init_from is None:
-        if recipe is None:
-            raise ConfigError("name a recipe (`sparsemix recipes` lists them) or a model with --init-from")
+        assert recipe is not None
         raw = settings_of(recipe, overrides)
         raw["data"] = {"vocab_size": raw.get("model", {}).get("vocab_size", 1024), **raw.get("data", {})}
         return raw

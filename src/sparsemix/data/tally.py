@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-_KINDS_SAID = 6
+_KINDS_SAID, _KINDS_NAMED = 6, 12
 
 
 class Skip(NamedTuple):
@@ -66,7 +66,7 @@ class Tally:
         sets = f" and {_many(self.data_sets, 'data set')}" if self.data_sets else ""
         said = [
             f"{self.files}{of} file{'' if (self.found or self.files) == 1 else 's'}{sets}",
-            _bytes(self.bytes),
+            size_of(self.bytes),
             _many(self.documents, "document"),
             "duplicates kept" if self.duplicates is None else f"{_many(self.duplicates, 'duplicate')} dropped",
         ]
@@ -75,11 +75,14 @@ class Tally:
         return f"read: {', '.join(said)}; {self.skips()}"
 
     def skips(self) -> str:
-        """`skipped: 2 .png (not text, such as a/b.png), ...`, the most frequent first."""
-        skipped = self.skipped.most_common()
+        """`skipped: 2 .png (not text, such as a/b.png), ...`: first what could be read by asking, then the most
+        frequent; of the last ones the kind alone."""
+        skipped = sorted(self.skipped.most_common(), key=lambda entry: not entry[0].why.startswith("looks like text"))
         kinds = [f"{n:,} {s.kind} ({s.why}, {_first(n)}{self.examples[s]})" for s, n in skipped[:_KINDS_SAID]]
         if left := skipped[_KINDS_SAID:]:
-            kinds.append(f"{sum(n for _, n in left):,} of {len(left)} other kinds")
+            names = [f"{n:,} {s.kind}" for s, n in left[:_KINDS_NAMED]]
+            rest = left[_KINDS_NAMED:]
+            kinds += [*names, *([f"{sum(n for _, n in rest):,} of {len(rest)} more kinds"] if rest else [])]
         return f"skipped: {', '.join(kinds) or 'nothing'}"
 
 
@@ -96,7 +99,8 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _bytes(count: int) -> str:
+def size_of(count: int) -> str:
+    """`1.2 MB`: bytes in the largest unit of which there is one."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -131,8 +131,9 @@ def read_runs(folders: Sequence[Path], say: Callable[[str], None] = warnings.war
         say(f"left out: {told}")
     if not records:
         rest = f"; {len(lost)} damaged" if lost else ""
+        holds = "holds" if len(folders) == 1 else "hold"
         raise ConfigError(
-            f"{', '.join(map(str, folders))} hold no finished run{rest}; name a study's or a run's folder"
+            f"{', '.join(map(str, folders))} {holds} no finished run{rest}; name a study's or a run's folder"
         )
     return records
 

@@ -1,12 +1,12 @@
 """The runs that are compared: a dense backbone at a width, and what is put in its place."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sparsemix.config import Config, ConfigError, apply_overrides, nearest, parse
 from sparsemix.data import DataConfig
 from sparsemix.layers import AttentionConfig, BlockConfig, DenseConfig
-from sparsemix.layers.sizing import mod_wrap, sized_ffn
+from sparsemix.layers.sizing import mod_wrap, refuse_unknown, sized_ffn
 from sparsemix.layers.ternary import PRECISIONS
 from sparsemix.model import ModelConfig
 from sparsemix.recipes import settings_of
@@ -39,7 +39,16 @@ def split_kind(kind: str) -> tuple[bool, str, str | None]:
     wrap, plus, feed = name.partition("+")
     if plus and wrap != "mod":
         raise ConfigError(f"kinds={kind}: only mod wraps blocks; write mod+{feed}")
+    if plus and feed == "mod":
+        raise ConfigError(f"kinds={kind}: mod wraps blocks once; write mod, or mod+KIND")
     return wrap == "mod", feed if plus else {"mod": "dense"}.get(name, name), precision or None
+
+
+def refuse_unknown_kinds(kinds: Iterable[str]) -> None:
+    """Raises ConfigError for a kind that is none, or that can be no side of a comparison."""
+    for kind in kinds:
+        if (feed := split_kind(kind)[1]) != "dense":
+            refuse_unknown(feed)
 
 
 def refuse_decided(overrides: tuple[str, ...], decided: Mapping[str, str]) -> None:

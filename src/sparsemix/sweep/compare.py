@@ -14,11 +14,10 @@ from pydantic import Field, model_validator
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.errors import TrainingError
-from sparsemix.layers.sizing import refuse_unknown
 from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
-from sparsemix.sweep.arms import Arm, backbone, refuse_decided, run_config, split_kind
+from sparsemix.sweep.arms import Arm, backbone, refuse_decided, refuse_unknown_kinds, run_config
 from sparsemix.sweep.jobs import Job, measured, probe_job
 from sparsemix.sweep.launch import Launcher
 from sparsemix.sweep.phase import working
@@ -45,9 +44,7 @@ class CompareConfig(Config):
     @model_validator(mode="after")
     def _rules(self) -> "CompareConfig":
         self.rule(len(set(self.kinds)) == len(self.kinds) > 0, "kinds", "must name each kind once")
-        for kind in self.kinds:
-            if (feed := split_kind(kind)[1]) != "dense":
-                refuse_unknown(feed)
+        refuse_unknown_kinds(self.kinds)
         self.rule("dense" in self.kinds, "kinds", "must hold dense, which the others are compared with")
         if self.lr not in ("rule", "sweep"):
             self.rule(0 < _number(self.lr) < inf, "lr", "must be a positive number, rule, or sweep")
@@ -175,7 +172,8 @@ class Comparison:
         self.say(f"budget: {self.budget:.3g} training FLOPs a run, {self.launcher.workers} runs at a time")
         runs = len(configs) * self.settings.seeds
         more = " and those that try learning rates" if self.settings.lr == "sweep" else ""
-        self.say(f"{runs} runs ({self.settings.seeds} seeds a kind), {runs * self.budget:.3g} training FLOPs{more}")
+        seeds = f"{self.settings.seeds} seed{'s' if self.settings.seeds > 1 else ''} a kind"
+        self.say(f"{runs} run{'s' if runs > 1 else ''} ({seeds}), {runs * self.budget:.3g} training FLOPs{more}")
 
     def _job(self, kind: str, config: RunConfig) -> Job:
         # Where rates are tried, the name says which one this run has; folders of earlier versions keep theirs.

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sparsemix.config import Config
 from sparsemix.report.records import Record
-from sparsemix.sweep.arms import Arm, refuse_decided
+from sparsemix.sweep.arms import Arm, refuse_decided, refuse_unknown_kinds
 from sparsemix.sweep.estimate import Planned, planned
 from sparsemix.sweep.grid import Grid, Ladders
 from sparsemix.sweep.isoflop import run_grid
@@ -48,6 +48,7 @@ class IsoflopConfig(Config):
         self.rule(min(self.budgets) > 0, "budgets", "must be positive FLOPs, such as 1e12")
         self.rule(len(set(self.budgets)) == len(self.budgets), "budgets", "must name each budget once")
         self.rule(len(set(self.kinds)) == len(self.kinds) > 0, "kinds", "must name each kind once")
+        refuse_unknown_kinds(self.kinds)
         self.rule("dense" in self.kinds, "kinds", "must hold dense, which the others are compared with")
         if self.sizes is not None:
             self.rule(len(set(self.sizes)) == len(self.sizes), "sizes", "must name each size once")

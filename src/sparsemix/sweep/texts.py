@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparsemix.config import parse
 from sparsemix.data import DataConfig, Shards, read_line
+from sparsemix.data.tally import size_of
 from sparsemix.recipes import settings_of
 from sparsemix.report.held_out import found_in_train
 from sparsemix.run import refusal_leaves_nothing
@@ -41,9 +42,9 @@ def described(shards: Shards, text: tuple[str, ...]) -> str:
     manifest = shards.manifest
     split = manifest["bytes"]
     return (
-        f"text: {', '.join(text)}; {manifest['bytes_total'] / 1e6:.1f} MB in "
-        f"{sum(manifest['documents'].values())} documents (train {split['train'] / 1e6:.1f}, validation "
-        f"{split['validation'] / 1e6:.1f}, test {split['test'] / 1e6:.1f} MB), "
+        f"text: {', '.join(text)}; {size_of(manifest['bytes_total'])} in "
+        f"{sum(manifest['documents'].values())} documents (train {size_of(split['train'])}, validation "
+        f"{size_of(split['validation'])}, test {size_of(split['test'])}), "
         f"{manifest['duplicates_dropped']} near-duplicates dropped, SHA-256 {manifest['fingerprint'][:16]}"
     )
 

@@ -5,9 +5,8 @@ Each sees the same files as who launches: a study's folder lies on a file system
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsemix.config import ConfigError, apply_overrides, nearest, parse
 from sparsemix.sweep.jobs import WorkerLostError
-from sparsemix.sweep.launch.base import LaunchConfig, Launcher
+from sparsemix.sweep.launch.base import LaunchConfig, Launcher, launch_config
 from sparsemix.sweep.launch.local import LocalConfig, LocalLauncher
 from sparsemix.sweep.launch.ray import RayConfig, RayLauncher
 from sparsemix.sweep.launch.slurm import SlurmConfig, SlurmLauncher
@@ -22,9 +21,7 @@ def make_launcher(
 
     out: the study's folder, in which cluster launchers keep their own files, hidden; workers: runs at a time; most: how
     many there can be work for at a time. Raises ConfigError."""
-    if name not in (known := LaunchConfig.family or {}):
-        raise ConfigError(f"launcher={name} is none of {', '.join(sorted(known))}{nearest(name, known)}")
-    config = parse(LaunchConfig, apply_overrides({"kind": name, "workers": workers}, settings))
+    config = launch_config(name, settings, workers)
     if isinstance(config, SlurmConfig):
         return SlurmLauncher(config, out / ".slurm")
     if isinstance(config, RayConfig):

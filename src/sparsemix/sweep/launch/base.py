@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from pydantic import Field
 
-from sparsemix.config import Config
+from sparsemix.config import Config, ConfigError, apply_overrides, nearest, parse
 
 
 class Launcher(Protocol):
@@ -36,3 +36,10 @@ class LaunchConfig(Config):
     family: ClassVar[dict[str, type[Config]] | None] = {}
     workers: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
+
+
+def launch_config(name: str, settings: Sequence[str] = (), workers: int | None = None) -> LaunchConfig:
+    """The settings of the launcher called `name`, some given as `threads=2`. Raises ConfigError."""
+    if name not in (known := LaunchConfig.family or {}):
+        raise ConfigError(f"launcher={name} is none of {', '.join(sorted(known))}{nearest(name, known)}")
+    return parse(LaunchConfig, apply_overrides({"kind": name, "workers": workers}, settings))
