@@ -228,3 +228,35 @@ def test_a_penalty_on_a_table_adds_to_its_looked_up_gradient_in_either_order():
         del owner
     for total in totals[:2]:
         torch.testing.assert_close(total, totals[2])
+
+
+def unscaled(layer, optimizer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*forms the whole gradient")
+@pytest.mark.parametrize(
+    "whole",
+    [
+        unscaled,
+        lambda layer, _: nn.utils.clip_grad_norm_(layer.parameters(), 1e9, float("inf")),
+        lambda layer, _: nn.utils.clip_grad_norm_(layer.parameters(), 1e9, foreach=True),
+        lambda layer, _: nn.utils.clip_grad_value_(layer.parameters(), 1e9),
+    ],
+    ids=["scaler", "norm inf", "foreach", "value"],
+)
+def test_a_tool_that_forms_whole_gradients_gives_no_row_one_that_nobody_picked(whole):
+    stepped = []
+    for tool in (lambda *_: None, whole):
+        layer = layer_of(PEER | {"query_norm": "layer"})
+        optimizer = build_optimizer(layer, 0.1)
+        for x in inputs(3):
+            # One token of each: most rows are not picked again, and have momentum.
+            backward(layer, x[:1, :1])
+            tool(layer, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        stepped.append(layer)
+    torch.testing.assert_close(tables_of(stepped[1]), tables_of(stepped[0]), rtol=1e-3, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsemix.errors import ConfigError
-from sparsemix.ops import build, impl
+from sparsemix.ops import build, impl, operands
 from sparsemix.ops.impl import Kernels
 
 SOURCE = Path(impl.__file__).parent / "row_dot" / "native.c"
@@ -66,3 +66,14 @@ def test_all_operands_choose_not_the_first(compiled):
     assert compiled.pick("auto", X, X.double()) == "torch"
     with pytest.raises(ConfigError, match="takes float32, bfloat16, not"):
         compiled.pick("native", X, X.half())
+
+
+def test_what_a_statement_works_out_of_its_sizes_is_compiled_once():
+    N, R, M, D = 3, 2, 5, 4
+    operands_of_op = torch.ones(N, D), torch.zeros(N, R, dtype=torch.long), torch.ones(M, D)
+    operands.check_op("row_dot", *operands_of_op)
+    before = operands._compiled.cache_info()
+    for _ in range(3):
+        operands.check_op("row_dot", *operands_of_op)
+    after = operands._compiled.cache_info()
+    assert after.misses == before.misses and after.hits > before.hits

@@ -7,6 +7,7 @@ wrong is found when something is. The kinds of error are those of PyTorch's line
 import re
 from collections.abc import Callable
 from functools import cache
+from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -200,7 +201,12 @@ def _fits(operand: Operand, x: Tensor, sizes: dict[str, int]) -> bool:
 
 
 def _size(text: str, sizes: dict[str, int]) -> int:
-    return eval(text, {"__builtins__": {}}, sizes)
+    return eval(_compiled(text), {"__builtins__": {}}, sizes)
+
+
+@cache
+def _compiled(text: str) -> CodeType:
+    return compile(text, "<statement>", "eval")
 
 
 def _misfit(op: str, operand: Operand, x: Tensor, sizes: dict[str, int]) -> RuntimeError:

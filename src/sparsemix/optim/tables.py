@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsemix.ops.native import huge_pages
 from sparsemix.ops.row_adam import Moments, Rates, all_rows_, some_rows_
 from sparsemix.ops.row_grad import Order, RowGrad
-from sparsemix.ops.row_grad.factored import FactoredGrad, every_row, several_ranks, some_rows, take_picks
+from sparsemix.ops.row_grad.factored import FactoredGrad, every_row, rows_with_gradient, several_ranks, take_picks
 
 
 class TableGrad(NamedTuple):
@@ -30,9 +30,7 @@ def gather(tables: list[Tensor]) -> Iterator[tuple[Tensor, TableGrad]]:
         if grad is None:
             continue
         if not isinstance(grad, FactoredGrad):
-            # Rows that something else gave a gradient (a penalty on the table) count as well.
-            rows = None if rows is None else (rows | (grad != 0).any(dim=1)).nonzero()[:, 0]
-            grad = FactoredGrad(table, [every_row(grad) if rows is None else some_rows(grad, rows)])
+            grad = FactoredGrad(table, [every_row(grad) if rows is None else rows_with_gradient(grad, rows)])
         found = grad.gathered()
         if found is not None:
             yield table, TableGrad(*found)

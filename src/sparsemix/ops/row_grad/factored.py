@@ -116,6 +116,11 @@ def some_rows(grad: Tensor, rows: Int[Tensor, " U"]) -> RowGrad:
     return RowGrad(rows[:, None], vec.new_ones(len(rows), 1), vec)
 
 
+def rows_with_gradient(grad: Tensor, picked: Bool[Tensor, " M"]) -> RowGrad:
+    """A dense gradient as factors: the rows that were picked, and those that something else gave a gradient."""
+    return some_rows(grad, (picked | (grad != 0).any(dim=1)).nonzero()[:, 0])
+
+
 class FactoredGrad(Tensor):
     """The sum of `parts`, a dense tensor to whoever reads it.
 
@@ -150,6 +155,13 @@ class FactoredGrad(Tensor):
             self.parts = [row_grad.joined(self.parts)]
             self.order = row_grad.sort_rows(self.parts[0].ids, len(self))
         return self.parts[0], self.order
+
+    def picked(self) -> Bool[Tensor, " M"]:
+        """The rows that have a part."""
+        mask = torch.zeros(len(self), dtype=torch.bool, device=self.device)
+        for part in self.parts:
+            mask[part.ids.flatten().long()] = True
+        return mask
 
     def norm_of_all(self) -> Tensor:
         found = self.gathered()
@@ -224,5 +236,6 @@ def _on_wholes(func: Any, args: Any, kwargs: Any) -> Any:
     for grad in grads:
         whole = wholes[id(grad)]
         if id(whole) in written:
-            grad.parts, grad.order, back[id(whole)] = [every_row(whole)], None, grad
+            # Rows that nobody picked still have no gradient: a step must leave them as they are.
+            grad.parts, grad.order, back[id(whole)] = [rows_with_gradient(whole, grad.picked())], None, grad
     return tree_map(lambda leaf: back.get(id(leaf), leaf), result)
