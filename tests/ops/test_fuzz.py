@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsemix.ops import native
+from sparsemix.ops import build
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 # Not optimised for the time that takes; a memset of no bytes at NULL is allowed since C2y.
@@ -45,7 +45,7 @@ def test_operands_of_every_type_layout_and_size_are_answered_rightly_or_refused(
 def sanitizer():
     """The libraries to load first, None where the compiler has no address sanitizer. It looks for C++'s exceptions,
     which PyTorch throws, when it starts."""
-    cc = native.compiler()
+    cc = build.compiler()
     if cc is None or sys.platform != "linux":
         return None
     asked = [[cc, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
@@ -56,7 +56,7 @@ def sanitizer():
 @pytest.mark.skipif(sanitizer() is None, reason="the C compiler has no address sanitizer")
 def test_c_kernels_stay_in_their_memory_whatever_the_operands(tmp_path):
     compiler = tmp_path / "cc"
-    compiler.write_text(SANITIZING.format(cc=native.compiler()), encoding="ascii")
+    compiler.write_text(SANITIZING.format(cc=build.compiler()), encoding="ascii")
     compiler.chmod(0o755)
     cases(
         tmp_path,
