@@ -94,7 +94,7 @@ def tokenizer_of(folder, size):
 
 BAD = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
-    "is no JSON": unsealed(lambda folder: (folder / "config.json").write_text("{")),
+    "is not valid JSON": unsealed(lambda folder: (folder / "config.json").write_text("{")),
     "model_type=llama must be sparsemix": lambda folder: edit(folder, model_type="llama"),
     "format=3 must be at most 2": lambda folder: edit(folder, format=3, sparsemix_version="9.0"),
     "written by 9.0": lambda folder: edit(folder, format=3, sparsemix_version="9.0"),

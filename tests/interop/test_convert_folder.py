@@ -140,7 +140,7 @@ def spoiled(run, tmp_path, name):
         ("empty", "is no model: it has no config.json"),
         ("cut", "is damaged"),
         ("pickled", "model.safetensors is missing"),
-        ("no_json", "is no JSON"),
+        ("no_json", "is not valid JSON"),
     ],
 )
 def test_a_folder_that_holds_no_model_is_one_line_and_leaves_nothing(monkeypatch, capsys, run, tmp_path, name, says):

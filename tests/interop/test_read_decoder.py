@@ -300,7 +300,7 @@ def test_folders_that_hold_no_model_say_so(tmp_path):
     assert_refused(tmp_path / "nowhere", "no such folder")
     assert_refused(tmp_path, "it has no config.json")
     (tmp_path / "config.json").write_text("{")
-    assert_refused(tmp_path, "is no JSON")
+    assert_refused(tmp_path, "is not valid JSON")
     (tmp_path / "config.json").write_text("[]")
     assert_refused(tmp_path, "must hold settings (a mapping), not list")
 
