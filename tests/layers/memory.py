@@ -12,7 +12,7 @@ class Allocated(NamedTuple):
 
 
 def allocated(work) -> Allocated:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         work()
     sizes = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert sizes, "the profiler saw no allocation"
