@@ -91,7 +91,7 @@ def stops_wait() -> Iterator[list[type[BaseException]]]:
 
     Raises KeyboardInterrupt or Terminated there, whichever came first."""
     asked: list[type[BaseException]] = []
-    usual: "dict[int, tuple[Any, ...]]" = {
+    usual: dict[int, tuple[Any, ...]] = {
         signal.SIGINT: (signal.default_int_handler,),
         signal.SIGTERM: (signal.SIG_DFL, terminate),
     }
@@ -100,7 +100,7 @@ def stops_wait() -> Iterator[list[type[BaseException]]]:
     def handler(kind: type[BaseException]) -> Callable[..., None]:
         return lambda *_: asked.append(kind)
 
-    before: "dict[int, Any]" = {}
+    before: dict[int, Any] = {}
     if is_main_thread():
         # A program that has its own keeps it.
         for number, kind in meant.items():
