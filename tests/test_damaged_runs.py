@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsemix import cli
+from sparsemix.cli import main
 from sparsemix.durable import SEAL
 from sparsemix.sweep.status import RunStatus, table
 from sparsemix.terminal import show
@@ -112,3 +113,13 @@ def test_a_name_is_no_markup(capsys):
     show(table([RunStatus(Path("run"), name, 1.0, 8, 0, said=name) for name in names]))
     out = capsys.readouterr().out
     assert all(out.count(name) == 2 for name in names)
+
+
+def test_a_comparisons_damaged_result_costs_no_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "plan.yaml").write_text("x: 1\n")
+    (tmp_path / "result.json").write_text("")
+    monkeypatch.setattr("sys.argv", ["sparsemix", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "the same `sparsemix compare` writes it anew" in capsys.readouterr().err

@@ -36,6 +36,7 @@ def end(capsys, error: BaseException) -> tuple[int, str]:
         (ConfigError("a\nb\n  c"), 2, "sparsemix: a b c\n"),
         (TrainingError("no"), 1, "sparsemix: no\n"),
         (typer.BadParameter("Must be x."), 2, "sparsemix: invalid value: Must be x; `sparsemix --help`"),
+        (OSError(errno.EFBIG, "File too large", "/a/b"), 2, "/a/b: File too large; allow larger files (ulimit -f)"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 2, "/a/b: No space left on device; free space"),
         (PermissionError(errno.EACCES, "Permission denied", b"/a\xe9"), 2, "choose another place"),
         (OSError("odd"), 2, "sparsemix: odd\n"),

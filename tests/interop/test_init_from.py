@@ -142,7 +142,7 @@ def test_the_command_takes_model_tokenizer_and_weights_from_the_folder(monkeypat
     ("words", "says"),
     [
         ([], "name a recipe"),
-        (["--init-from", "none"], "is no model: it has no config.json"),
+        (["--init-from", "none"], "none: no such folder; name a run's folder"),
         (["--init-from", "SOURCE"], "train.budget_flops is missing"),
         (["--init-from", "SOURCE", "train.budget_flops=1e12", "model.d_model=32"], "does not fit the settings"),
         (["--init-from", "BARE"], "has no tokenizer.json"),

@@ -30,8 +30,11 @@ def refuse(
     tried(out, "out", folder=True)
 
 
-def refuse_nameless(recipe: str | None, init_from: Path | None) -> None:
-    """Raises ConfigError where neither a recipe nor a model says what to train, or the model is none."""
+def refuse_nameless(recipe: str | None, init_from: Path | None, track: str | None) -> None:
+    """Raises ConfigError where neither a recipe nor a model says what to train, or the model or the tracker is none."""
+    from sparsemix.track import refuse_unknown
+
+    refuse_unknown(track)
     rule = "name a recipe (`sparsemix recipes` lists them) or a model with --init-from"
     if init_from is not None:
         trained_folder(expanded(init_from))

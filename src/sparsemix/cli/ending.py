@@ -25,6 +25,7 @@ UsageError, ClickError = typer.BadParameter.__mro__[1:3]
 WAY_OUT = {
     errno.ENOSPC: "free space or choose another folder",
     errno.EDQUOT: "free space or choose another folder",
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another folder",
     errno.EACCES: "choose another place, or ask for the right to it",
     errno.EPERM: "choose another place, or ask for the right to it",
     errno.EROFS: "choose another folder: this one cannot be written",

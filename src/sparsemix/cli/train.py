@@ -10,7 +10,6 @@ from sparsemix.cli.options import Split, Text, TextAs, Track, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.terminal import say
-from sparsemix.track import refuse_unknown
 
 
 def train(
@@ -32,9 +31,8 @@ def train(
     """Train one model to its budget and evaluate it causally."""
     named = recipe if recipe is None or init_from is None or "=" not in recipe else None
     given = [*(overrides or ()), *text_settings(text_as, split)]
-    refuse_nameless(recipe, init_from)
+    refuse_nameless(recipe, init_from, track)
     refuse(out, text, named, given if init_from is None else ())
-    refuse_unknown(track)
 
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
