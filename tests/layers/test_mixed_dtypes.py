@@ -69,3 +69,15 @@ def test_autocast_casts_what_would_be_refused(kind):
     for layer, given in ((built(kind), x.bfloat16()), (built(kind), x)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert assert_right_or_refused(layer, given, wanted)
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_takes_tokens_of_another_16_bit_type(kind, dtype):
+    layer = parse(LayerConfig, BASES[kind]).build(D).to(dtype)
+    x, other = torch.randn(2, 7, D).to(torch.float16), torch.bfloat16
+    for given, cast in ((x, other), (x.to(other), torch.float16)):
+        with torch.autocast("cpu", dtype=cast):
+            y, _ = layer(given, Ctx())
+        assert y.shape == given.shape and y.isfinite().all()
+        y.float().sum().backward()

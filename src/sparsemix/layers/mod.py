@@ -185,7 +185,7 @@ class MoD(Layer):
         """The wrapped layer on tokens `ids` of every row, written back to their places; zero elsewhere."""
         wide = ids[..., None].expand(-1, -1, x.shape[2])  # (B, C, D)
         y, aux = self.gated(x.gather(1, wide), scores.gather(1, ids), real, ctx.pick(ids, real))
-        return torch.zeros_like(x).scatter(1, wide, y), aux
+        return y.new_zeros(x.shape).scatter(1, wide, y), aux
 
     def gated(
         self, x: Float[Tensor, "B C D"], scores: Float[Tensor, "B C"], real: Bool[Tensor, "B C"] | None, ctx: Ctx

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sparsemix.durable import aside
+from sparsemix.durable import scratch, sync
 from sparsemix.errors import ConfigError
 from sparsemix.ops import trust
 
@@ -151,9 +151,12 @@ def _built(source: Path, cc: str, isa: str, folder: Path) -> ctypes.CDLL:
         raise OSError(0, f"{cc} built {source.parent.name} without {missing[0]}")
     # Only what holds every kernel is kept.
     try:
-        with aside(folder / file_name(name, content)) as temporary:
+        # Not `aside`, which gives files the umask's mode: what others may write is not run.
+        with scratch(final := folder / file_name(name, content)) as temporary:
             temporary.touch(mode=0o600)
             temporary.write_bytes(content)
+            sync(temporary)
+            temporary.replace(final)
     except OSError as error:
         raise OSError(0, f"{folder} cannot be written ({error.strerror}); {OTHER_FOLDER}") from None
     return library
