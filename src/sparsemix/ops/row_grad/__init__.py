@@ -11,7 +11,7 @@ from torch._library.effects import EffectType
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.impl import Kernels
-from sparsemix.ops.operands import INTEGERS, check_ids, check_op
+from sparsemix.ops.operands import INTEGERS, check_ids, check_op, vouch
 from sparsemix.ops.row_grad import reference
 
 KERNELS = Kernels("row_grad", Path(__file__).with_name("native.c"), triton=True)
@@ -125,7 +125,10 @@ def joined(records: list[RowGrad]) -> RowGrad:
 
 def sort_rows(ids: Int[Tensor, "N R"], num_rows: int, impl: str = "auto") -> Order:
     """The picks ordered by row, and by their place where rows are equal. Raises IndexError for an id of no row."""
-    return Order(*torch.ops.sparsemix.sort_rows(ids, num_rows, impl))
+    order = Order(*torch.ops.sparsemix.sort_rows(ids, num_rows, impl))
+    for part, below in zip(order, (num_rows, ids.numel() + 1, ids.numel()), strict=True):
+        vouch(part, below)
+    return order
 
 
 @torch.library.custom_op("sparsemix::sort_rows", mutates_args=())
