@@ -163,3 +163,16 @@ def test_a_norm_has_no_gradient():
     norm = row_norm(sort_rows(grad.ids, M), grad.coef.requires_grad_(), grad.vec)
     with pytest.raises(RuntimeError, match="row_norm"):
         norm.backward()
+
+
+@pytest.mark.parametrize("part", ["rows", "starts", "picks"])
+def test_an_order_is_looked_through_again_once_it_was_written_to(part):
+    ids, coef, vec = torch.randint(9, (5, 3)), torch.randn(5, 3), torch.randn(5, 4)
+    order = sort_rows(ids, 9)
+    row_norm(order, coef, vec)
+    getattr(order, part)[-1] = -1
+    with pytest.raises((IndexError, ValueError), match=f"row_norm: {part}"):
+        row_norm(order, coef, vec)
+    # Nor is it taken for a smaller gradient's.
+    with pytest.raises(IndexError, match="row_norm: picks"):
+        row_norm(sort_rows(ids, 9), coef[:2], vec[:2])
