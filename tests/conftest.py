@@ -29,7 +29,7 @@ def seeded():
 
 
 # A minute or two each. Begun last, they would leave the other workers idle.
-LONGEST = ("test_compiled.py", "test_fuzz.py")
+LONGEST = ("test_compiled.py", "test_fuzz.py", "test_operands.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cases
+import fuzz_cases as cases
 import torch
 
 from sparsemix import cli
