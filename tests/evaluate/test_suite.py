@@ -267,7 +267,7 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path, tokenizer, data):
     out = tmp_path / "e.json"
     for held in ("[1]", "no json", '{"a": 1}'):
         out.write_text(held)
-        with pytest.raises(ConfigError, match="is no result of an evaluation|must hold settings|is not valid JSON"):
+        with pytest.raises(ConfigError, match=r"is no result of an evaluation|must hold settings|is not valid JSON"):
             measured(model_of(), tokenizer, data, out, ["c4"])
         assert out.read_text() == held
     with pytest.raises(ConfigError, match="there is no folder"):
