@@ -5,6 +5,7 @@ import torch
 
 from sparsemix.api import build_layer, build_optimizer
 from sparsemix.layers import update
+from sparsemix.ops.row_grad.factored import FactoredGrad
 from sparsemix.optim import schedule
 
 D = 10
@@ -59,3 +60,11 @@ def trained(layer, optimizer, batches, lr=0.02, clip=None):
 
 # A norm over queries would leave the bias of the query no gradient but noise, which AdamW scales up to its rate.
 STILL = {"query_norm": "none"}
+
+
+def take_rows(table):
+    """What was recorded for a lent table since the last call, one entry a look-up, in the order of the backward
+    passes."""
+    grad, table.grad = table.grad, None
+    assert grad is None or isinstance(grad, FactoredGrad)
+    return [] if grad is None else grad.parts

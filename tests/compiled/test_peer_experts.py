@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lookups import take_rows
 from sparsemix.ops.peer_experts import peer_experts
-from sparsemix.ops.row_grad import table_grad, take_rows
+from sparsemix.ops.row_grad import table_grad
 from sparsemix.ops.row_grad.factored import lend
 
 

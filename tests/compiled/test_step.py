@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
+from lookups import take_rows
 from sparsemix import build_model, train
 from sparsemix.layers import Ctx, update
-from sparsemix.ops.row_grad import take_rows
 from sparsemix.optim.loan import borrow
 from sparsemix.step import block_runner
 from tiny import BLOCKS, D, T, V, mod, prepared, run_config

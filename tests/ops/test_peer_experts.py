@@ -6,9 +6,10 @@ from compare import assert_errs_at_most_twice, assert_fp32_is, assert_same, rand
 from torch.library import opcheck
 from torch.nn import functional as F
 
+from lookups import take_rows
 from sparsemix.ops.peer_experts import peer_experts
 from sparsemix.ops.peer_experts.reference import peer_experts as reference
-from sparsemix.ops.row_grad import table_grad, take_rows
+from sparsemix.ops.row_grad import table_grad
 from sparsemix.ops.row_grad.factored import lend
 
 ACTIVATIONS = ["gelu", "relu", "silu"]

@@ -6,10 +6,11 @@ from compare import assert_rounded
 from row_cases import CASES, IMPLS, lookup
 from torch.library import opcheck
 
+from lookups import take_rows
 from sparsemix.errors import ConfigError
 from sparsemix.ops import build
 from sparsemix.ops.flop_counter import count_flops
-from sparsemix.ops.row_grad import KERNELS, RowGrad, joined, record_rows, row_norm, sort_rows, table_grad, take_rows
+from sparsemix.ops.row_grad import KERNELS, RowGrad, joined, record_rows, row_norm, sort_rows, table_grad
 from sparsemix.ops.row_grad.factored import lend
 from sparsemix.ops.row_grad.reference import table_grad as reference
 

@@ -7,11 +7,12 @@ import torch
 from compare import assert_errs_at_most_twice, assert_fp32_is, assert_same, randn
 from torch.library import opcheck
 
+from lookups import take_rows
 from sparsemix.errors import ConfigError
 from sparsemix.ops import build
 from sparsemix.ops.row_dot import row_dot
 from sparsemix.ops.row_dot.reference import row_dot as dot_reference
-from sparsemix.ops.row_grad import table_grad, take_rows
+from sparsemix.ops.row_grad import table_grad
 from sparsemix.ops.row_grad.factored import lend
 from sparsemix.ops.row_mix import row_mix
 from sparsemix.ops.row_mix.reference import row_mix as mix_reference

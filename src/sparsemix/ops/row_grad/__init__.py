@@ -33,17 +33,6 @@ class Order(NamedTuple):
     picks: Int[Tensor, " P"]
 
 
-def take_rows(table: Tensor) -> list[RowGrad]:
-    """What was recorded for `table` since the last call, one entry a look-up, in the order of the backward passes."""
-    from sparsemix.ops.row_grad.factored import FactoredGrad
-
-    grad = table.grad
-    if not isinstance(grad, FactoredGrad):
-        return []
-    table.grad = None
-    return grad.parts
-
-
 @torch.library.custom_op("sparsemix::record_rows", mutates_args=())
 def record_rows(table: Tensor, ids: Tensor, coef: Tensor, vec: Tensor) -> None:
     """Leave one look-up's share of the gradient of a lent table (factored.py) in its `grad`."""
