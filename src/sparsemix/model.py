@@ -138,6 +138,8 @@ class LM(nn.Module):
     module draws from a generator seeded by its own name, so models of different kinds start with the same values in
     the parts they share."""
 
+    roles = {"lm_head": "embedding"}  # noqa: RUF012
+
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
+from torch import nn
 
 from sparsemix import saved
 from sparsemix.config import Config, ConfigError, without_later
@@ -12,7 +13,7 @@ from sparsemix.data import DataConfig
 from sparsemix.layers import MoDConfig
 from sparsemix.machine import DtypeSetting, ThreadsSetting
 from sparsemix.model import ModelConfig
-from sparsemix.optim import Matrices, Moment, Schedule
+from sparsemix.optim import Matrices, Moment, Optimizer, Rates, Schedule, build_optimizer
 
 
 class TrainConfig(Config):
@@ -25,6 +26,7 @@ class TrainConfig(Config):
 
     budget_flops: float = Field(gt=0)
     lr: float = Field(default=3e-3, gt=0)
+    rates: Rates = Rates()
     schedule: Schedule = "cosine"
     batch_tokens: int = Field(default=2048, ge=1)
     accumulation: int = Field(default=1, ge=1)
@@ -46,6 +48,12 @@ class TrainConfig(Config):
     @model_serializer(mode="wrap")
     def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         return without_later(self, dump(self), ("keep_checkpoints",))
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer that these settings ask for."""
+        return build_optimizer(
+            model, self.lr, self.weight_decay, matrices=self.optimizer, table_moment=self.table_moment, rates=self.rates
+        )
 
 
 class InitConfig(Config):

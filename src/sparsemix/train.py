@@ -21,7 +21,7 @@ from sparsemix.layers import update
 from sparsemix.machine import pick_compile, pick_device, pick_dtype
 from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.impl import own_picks, picked
-from sparsemix.optim import Optimizer, build_optimizer, clip_groups, schedule, second_stage
+from sparsemix.optim import Optimizer, clip_groups, schedule, second_stage
 from sparsemix.run import CONVENTION, Run, hardware, joined, refusal_leaves_nothing, versions
 from sparsemix.settings import RunConfig
 from sparsemix.signals import STOPS, stops_wait
@@ -64,7 +64,7 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
     steps, folder, device = config.steps, run.folder, pick_device()
     model = (new or first_model(config, folder)).to(device).train()
     t = config.train
-    optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
+    optimizer = t.build_optimizer(model)
     state = checkpoint.load(folder / "checkpoints", model, optimizer)
     run.rewind(state.step)
     state.versions = joined(state.versions, versions())
@@ -84,9 +84,9 @@ def _train(config: RunConfig, run: Run, shards: Shards, progress: Progress | Non
             while state.flops + config.step_flops <= total * (1 + 1e-9) and not interrupted:
                 at = state.flops / config.step_flops
                 rate = schedule(at, steps, round(config.train.warmup * steps), shape=config.train.schedule)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.train.lr * rate
-                    if config.train.schedule == "two_stage" and second_stage(at, steps):
+                optimizer.set_lr(config.train.lr * rate)
+                if config.train.schedule == "two_stage" and second_stage(at, steps):
+                    for group in optimizer.param_groups:
                         group["weight_decay"] = 0.0
                 # Random routing draws from the seed and the step alone, so a resumed run draws the same.
                 torch.manual_seed(zlib.crc32(f"{config.seed}/{state.step}".encode()))

@@ -164,6 +164,9 @@ class Layer(nn.Module):
     row_grads: bool = False
     tables_owner: Callable[[], object] | None = None
 
+    # What its own parameters and those of children do, by name, for who sets learning rates (optim/rates.py).
+    roles: Mapping[str, str] = {}
+
     # Old name -> today's, of parameters in weights that earlier versions wrote.
     renamed: ClassVar[Mapping[str, str]] = {}
 

@@ -41,6 +41,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.precision = precision
         self.warmup = precision.warmup()
+        self.roles = {"weight": "ternary"} if precision.ternary else {}
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5)
@@ -94,6 +95,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
         self.sub_norm = nn.Parameter(torch.empty(num_experts, d_ff)) if precision.normed else None
         self.warmup = precision.warmup()
+        self.roles = dict.fromkeys(("gate_up", "up", "down"), "ternary" if precision.ternary else "experts")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

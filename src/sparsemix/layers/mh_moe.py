@@ -68,6 +68,8 @@ class MHMoE(Layer):
     has it the same size in every model of its table 2. Its table 5 leaves out head, merge or both. The norm before the
     merge goes with it."""
 
+    roles = {"head": "merge", "merge": "merge"}  # noqa: RUF012
+
     def __init__(self, config: MHMoEConfig, d_model: int) -> None:
         super().__init__()
         self.config = config

@@ -11,6 +11,7 @@ from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
     RENAMED,
+    ROLES,
     check,
     look_up,
     look_up_cost,
@@ -40,6 +41,7 @@ class PEERConfig(LayerConfig):
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     query_norm: QueryNormKind = "batch"
     share_keys: bool = True
+    init_scale: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "PEERConfig":
@@ -74,6 +76,7 @@ class PEER(Layer):
     of the feed-forward it replaces."""
 
     tables = ("w_in", "w_out")
+    roles = ROLES | {"w_in": "tables", "w_out": "tables"}
     renamed = RENAMED
 
     def __init__(self, config: PEERConfig, d_model: int) -> None:
@@ -88,7 +91,7 @@ class PEER(Layer):
     def reset_parameters(self) -> None:
         reset_keys(self.sub_keys)
         nn.init.normal_(self.w_in, std=self.w_in.shape[1] ** -0.5)
-        nn.init.normal_(self.w_out, std=self._w_out_std())
+        nn.init.normal_(self.w_out, std=self.config.init_scale * self._w_out_std())
 
     def _w_out_std(self) -> float:
         """Output variance per channel is (sum of squared gates) * E[act^2] * std^2; solved for the dense layer's."""

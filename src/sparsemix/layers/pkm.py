@@ -10,6 +10,7 @@ from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
     RENAMED,
+    ROLES,
     check,
     look_up,
     look_up_cost,
@@ -34,6 +35,7 @@ class PKMConfig(LayerConfig):
     d_key: int = Field(default=256, ge=2)
     query_norm: QueryNormKind = "batch"
     share_keys: bool = False
+    init_scale: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "PKMConfig":
@@ -68,6 +70,7 @@ class PKM(Layer):
     smaller."""
 
     tables = ("value_vectors",)
+    roles = ROLES | {"value_vectors": "tables"}
     renamed = RENAMED
 
     def __init__(self, config: PKMConfig, d_model: int) -> None:
@@ -82,7 +85,7 @@ class PKM(Layer):
         reset_keys(self.sub_keys)
         # Nearly uniform gates: the output's variance is (heads / top_k) * std^2.
         std = (DENSE_OUTPUT_VARIANCE * self.config.top_k / self.config.num_heads) ** 0.5
-        nn.init.normal_(self.value_vectors, std=std)
+        nn.init.normal_(self.value_vectors, std=self.config.init_scale * std)
 
     def forward(self, x: Float[Tensor, "B T D"], ctx: Ctx | None = None) -> tuple[Float[Tensor, "B T D"], Aux]:
         ctx = ctx or self.default_ctx()

@@ -22,6 +22,8 @@ DENSE_OUTPUT_VARIANCE = 0.356
 # torch.nn.utils.parametrize keeps parameters by name in a ModuleDict, whose methods are called keys and values.
 RENAMED = {"keys": "sub_keys", "values": "value_vectors"}
 
+ROLES = {"query": "query", "query_norm": "query", "sub_keys": "keys"}
+
 
 @runtime_checkable
 class ProductKeySettings(Protocol):

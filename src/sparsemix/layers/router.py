@@ -24,6 +24,8 @@ class Router(nn.Module):
     """logits = x W^T in at least fp32, whatever autocast says. W ~ N(0, 0.02^2): scores start near a tie, so early
     routing is even."""
 
+    roles = {"weight": "router"}  # noqa: RUF012
+
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))

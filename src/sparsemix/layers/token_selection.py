@@ -62,6 +62,8 @@ class Annealing(Layer):
 class Predictor(Layer):
     """Logit that the router's top-k will take this token, from the token alone: down(silu(up x))."""
 
+    roles = {"up": "predictor", "down": "predictor"}  # noqa: RUF012
+
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
         self.up = Linear(d_model, width, bias=True)

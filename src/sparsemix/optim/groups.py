@@ -11,6 +11,7 @@ from sparsemix.layers.norm import RMSNorm
 from sparsemix.layers.peer import PEER
 from sparsemix.layers.pkm import PKM
 from sparsemix.layers.query_norm import QueryNorm
+from sparsemix.optim.rates import ONE_RATE, Rates, trainable
 
 Matrices = Literal["adamw", "muon"]
 Moment = Literal["full", "row"]
@@ -34,32 +35,32 @@ def clip_groups(module: nn.Module) -> list[list[nn.Parameter]]:
     return [group for group in (trunk, predictors) if group]
 
 
-class Roles(NamedTuple):
-    """The trainable parameters of a module, each once, by who moves them."""
+class Split(NamedTuple):
+    """The trainable parameters of a module, each once, by who moves them: rate -> parameters."""
 
-    decayed: list[nn.Parameter]
-    plain: list[nn.Parameter]
-    matrices: list[nn.Parameter]
-    tables: list[nn.Parameter]
+    decayed: dict[float, list[nn.Parameter]]
+    plain: dict[float, list[nn.Parameter]]
+    matrices: dict[float, list[nn.Parameter]]
+    tables: dict[float, list[nn.Parameter]]
 
 
-def roles(module: nn.Module, matrices: Matrices) -> Roles:
+def split(module: nn.Module, matrices: Matrices, rates: Rates = ONE_RATE) -> Split:
     """`tables` are those whose gradients are recorded as factors; `matrices` are for Muon, none unless it is wished."""
-    found = Roles([], [], [], [])
+    found = Split({}, {}, {}, {})
     seen: set[int] = set()
-    for path, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if isinstance(owner, Layer) and name in owner.tables and records(owner):
-                found.tables.append(parameter)
-            elif not decays(owner, name, parameter):
-                found.plain.append(parameter)
-            elif matrices == "muon" and is_hidden_matrix(owner, path, parameter):
-                found.matrices.append(parameter)
-            else:
-                found.decayed.append(parameter)
+    for parameter, owner, name, path, role in trainable(module):
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if isinstance(owner, Layer) and name in owner.tables and records(owner):
+            mover = found.tables
+        elif not decays(owner, name, parameter):
+            mover = found.plain
+        elif matrices == "muon" and is_hidden_matrix(owner, path, parameter):
+            mover = found.matrices
+        else:
+            mover = found.decayed
+        mover.setdefault(rates.of(role), []).append(parameter)
     return found
 
 

@@ -1,17 +1,18 @@
 """The optimizer: torch's AdamW for dense parameters, Muon for matrices on request, row-sparse AdamW for tables."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sparsemix.config import ConfigError
+from sparsemix.config import ConfigError, parse
 from sparsemix.layers.base import Layer
 from sparsemix.ops.row_grad.factored import FactoredGrad, take_picks
 from sparsemix.optim import muon, tables
-from sparsemix.optim.groups import Matrices, Moment, records, roles
+from sparsemix.optim.groups import Matrices, Moment, records, split
 from sparsemix.optim.loan import borrow, give_back
+from sparsemix.optim.rates import Rates
 
 
 def build_optimizer(
@@ -23,8 +24,12 @@ def build_optimizer(
     catch_up: bool = False,
     matrices: Matrices = "adamw",
     table_decay: float = 0.0,
+    rates: Rates | Mapping[str, float] | None = None,
 ) -> "Optimizer":
     """AdamW over all trainable parameters of `module`; matrices decay by `weight_decay`, tables by `table_decay`.
+
+    Every role of parameters moves at its own multiple of `lr`, as `rates` say (optim/rates.py has roles and defaults;
+    a mapping changes some): a group's `lr` holds it, `Optimizer.set_lr` sets all of them.
 
     Tables that layers look up rows of (PEER, PKM) are stepped lazily: a row without a gradient stays as it is, moments
     too, and makes up for its decay when it is next reached. `catch_up` steps every row, as the dense optimizer does:
@@ -37,16 +42,18 @@ def build_optimizer(
     for name, value, known in (("table_moment", table_moment, Moment), ("matrices", matrices, Matrices)):
         if value not in get_args(known):
             raise ConfigError(f"{name}={value} is none of {', '.join(get_args(known))}")
-    decayed, plain, hidden, looked_up = roles(module, matrices)
+    found = split(module, matrices, rates if isinstance(rates, Rates) else parse(Rates, dict(rates or {})))
+    row = {"method": "rows", "by_row": table_moment == "row", "catch_up": catch_up}
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": parameters, "rate": rate, "lr": lr * rate, **settings}
+        for by_rate, settings in (
+            (found.decayed or {1.0: []}, {"weight_decay": weight_decay}),
+            (found.plain or {1.0: []}, {"weight_decay": 0.0}),
+            (found.matrices, {"weight_decay": weight_decay, "method": "muon"}),
+            (found.tables, {"weight_decay": table_decay, **row}),
+        )
+        for rate, parameters in by_rate.items()
     ]
-    if hidden:
-        groups.append({"params": hidden, "weight_decay": weight_decay, "method": "muon"})
-    if looked_up:
-        row = {"method": "rows", "by_row": table_moment == "row", "catch_up": catch_up}
-        groups.append({"params": looked_up, "weight_decay": table_decay, **row})
     layers = [m for m in module.modules() if isinstance(m, Layer) and m.tables and records(m)]
     return Optimizer(groups, lr, betas, layers)
 
@@ -73,6 +80,11 @@ class Optimizer(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW([{"params": group["params"]} for group in dense], fused=True)
         self._adamw.defaults = {name: value for name, value in self.defaults.items() if name != "method"}
         borrow(self._layers, self)
+
+    def set_lr(self, lr: float) -> None:
+        """Give every group its multiple of `lr`."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["rate"]
 
     def _tables(self) -> list[Tensor]:
         return [table for group in self.param_groups if group["method"] == "rows" for table in group["params"]]
@@ -141,6 +153,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("rate", 1.0)  # of an earlier version, which had one rate for all
         # torch casts every slot to its parameter's dtype; a table's are fp32, fp64 and bytes.
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         mine = (parameter for group in self.param_groups for parameter in group["params"])

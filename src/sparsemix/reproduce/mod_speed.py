@@ -14,7 +14,6 @@ from sparsemix.data import Shards
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import read_mapping, trusted
 from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype, use_threads
-from sparsemix.optim import build_optimizer
 from sparsemix.reproduce.base import Lab
 from sparsemix.run import hardware
 from sparsemix.settings import RunConfig
@@ -82,7 +81,7 @@ def _step(config: RunConfig, shards: Shards) -> Callable[[], float]:
     """A function that trains the model one step further and says how many seconds that took."""
     t, device = config.train, pick_device()
     model = config.model.build(config.seed).to(device).train()
-    optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
+    optimizer = t.build_optimizer(model)
     batches = training_batches(config, shards, TrainState(), device)
     run = block_runner(model, pick_compile(t.compile, t.budget_flops, device), t.recompute_blocks)
     dtype = pick_dtype(t.dtype, device)

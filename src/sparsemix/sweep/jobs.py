@@ -115,13 +115,12 @@ def _probe(config: "RunConfig", data: Path, steps: int) -> tuple[float, float]:
     from sparsemix.data import Shards
     from sparsemix.evaluate.perplexity import document_losses
     from sparsemix.machine import own_threads, pick_device, use_threads
-    from sparsemix.optim import build_optimizer
     from sparsemix.train import train_step, training_batches
 
     shards, device = Shards.open(data), pick_device()
     model = config.model.build(config.seed).to(device).train()
     t = config.train
-    optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
+    optimizer = t.build_optimizer(model)
     batches = training_batches(config, shards, TrainState(), device)
     seconds = []
     with own_threads():
