@@ -74,7 +74,10 @@ def test_tables_norms_and_biases_of_a_pre_trained_decoder_do_not_decay_and_its_h
     groups = groups_by_name(model, build_optimizer(model, lr=1e-3, weight_decay=0.1))
     linear = {f"blocks.0.mixer.{name}.weight" for name in "qkvo"} | {f"blocks.0.ffn.{name}" for name in FEED}
     assert groups[0.1] == {"lm_head.weight"} | linear
-    assert not set(names_of(model, [p for of in split(model, "muon").matrices.values() for p in of])) & {"lm_head.weight", "positions.weight"}
+    assert not set(names_of(model, [p for of in split(model, "muon").matrices.values() for p in of])) & {
+        "lm_head.weight",
+        "positions.weight",
+    }
 
 
 def names_of(model, parameters):

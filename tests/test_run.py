@@ -118,12 +118,13 @@ def test_settings_that_came_later_do_not_rename_the_runs_of_earlier_versions():
     block = {"kind": "block", "mixer": {"kind": "attention", "num_heads": 2}, "ffn": ffn}
     model = {"d_model": 16, "vocab_size": 300, "seq_len": 8, "blocks": [block]}
     raw = {"model": model, "data": {"vocab_size": 300}, "train": {"budget_flops": 1e9}}
-    # Computed before `split`, `text_as` and `keep_checkpoints` were settings.
+    # Computed before `split`, `text_as`, `keep_checkpoints` and `rates` were settings.
     assert config_hash(parse(RunConfig, raw)) == "049406505a"
     for part, later in (
         ("data", {"split": "file"}),
         ("data", {"text_as": [".asc"]}),
         ("train", {"keep_checkpoints": True}),
+        ("train", {"rates": {"keys": 0.5}}),
     ):
         config = parse(RunConfig, raw | {part: raw[part] | later})
         assert config_hash(config) != "049406505a"

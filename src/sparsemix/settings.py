@@ -47,7 +47,7 @@ class TrainConfig(Config):
 
     @model_serializer(mode="wrap")
     def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return without_later(self, dump(self), ("keep_checkpoints",))
+        return without_later(self, dump(self), ("keep_checkpoints", "rates"))
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         """The optimizer that these settings ask for."""

@@ -1,12 +1,14 @@
 """PEER: a large pool of single-neuron experts, found by product keys."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor, nn
 
+from sparsemix.config import without_later
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
@@ -48,6 +50,10 @@ class PEERConfig(LayerConfig):
         check(self, "num_experts")
         return self
 
+    @model_serializer(mode="wrap")
+    def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return without_later(self, dump(self), ("init_scale",))
+
     @property
     def n(self) -> int:
         """Sub-keys per side."""
@@ -73,7 +79,7 @@ class PEER(Layer):
     Gates are taken after the top-k, per head. Heads share experts and, by default, sub-keys (the paper's text; its
     algorithm is ambiguous). Experts have no bias, the output is as wide as the input. d_key, activation and initial
     values are not stated there: w_in has unit-variance projections, w_out is scaled so that the output has the variance
-    of the feed-forward it replaces."""
+    of the feed-forward it replaces, times `init_scale`."""
 
     tables = ("w_in", "w_out")
     roles = ROLES | {"w_in": "tables", "w_out": "tables"}

@@ -1,11 +1,13 @@
 """PKM: a large memory of value vectors, found by product keys."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor, nn
 
+from sparsemix.config import without_later
 from sparsemix.layers.base import Aux, Cost, Ctx, Layer, LayerConfig
 from sparsemix.layers.product_keys import (
     DENSE_OUTPUT_VARIANCE,
@@ -42,6 +44,10 @@ class PKMConfig(LayerConfig):
         check(self, "num_values")
         return self
 
+    @model_serializer(mode="wrap")
+    def _named(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return without_later(self, dump(self), ("init_scale",))
+
     @property
     def n(self) -> int:
         """Sub-keys per side."""
@@ -67,7 +73,7 @@ class PKM(Layer):
     Gates are a softmax over each head's top_k scores. Heads have their own queries and, by default, their own sub-keys
     (as in the paper), and share the values. The update is added to the stream, as the paper's memory layer is. Values
     start with the output variance of the feed-forward they replace; the paper's code draws N(0, 1 / d_model), far
-    smaller."""
+    smaller: `init_scale` is times what makes that variance."""
 
     tables = ("value_vectors",)
     roles = ROLES | {"value_vectors": "tables"}

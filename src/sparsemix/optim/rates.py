@@ -12,7 +12,7 @@ Role = Literal["trunk", "embedding", "router", "query", "keys", "tables", "predi
 
 
 class Rates(Config):
-    """Times the learning rate, by role (docs/results/rates.md has the measurements behind the defaults).
+    """Times the learning rate, by role.
 
     embedding: of tokens and positions, and the head. query: the query network of product keys and its norm; keys: their
     sub-keys; tables: the rows that they look up. router: of experts and of Mixture-of-Depths; predictor: of the latter.
