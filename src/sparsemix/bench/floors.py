@@ -49,4 +49,15 @@ FLOORS = {
     "scaling/experts": Floor(1.1, at_most=True),
     "scaling/heads * k": Floor(1.1, at_most=True),
     "scaling/batch": Floor(1.1, at_most=True),
+    # Seconds per FLOP over dense's, a kind of routed layers and one of looked-up rows.
+    **{
+        f"main_job/{kind}, width {width}, {threads}": floor
+        for floor, kinds in (
+            (Floor(1.15, 1.05, at_most=True), ("moe", "mh_moe", "mode", "expert_choice", "mod")),
+            (Floor(1.5, 1.2, at_most=True), ("peer", "pkm")),
+        )
+        for kind in kinds
+        for width in (64, 128, 256)
+        for threads in ("1 thread", "2 threads")
+    },
 }

@@ -2,7 +2,7 @@
 
 from sparsemix.bench import ceilings
 from sparsemix.bench.work import Work
-from sparsemix.bench.works import decoding, depth, kinds, moe, peer, rows, scaling, tables, ternary, topk
+from sparsemix.bench.works import decoding, depth, main_job, moe, peer, rows, scaling, tables, ternary, topk
 
 WORKS = {
     work.name: work
@@ -17,6 +17,6 @@ WORKS = {
         *rows.WORKS,
         *tables.WORKS,
         *scaling.WORKS,
-        *kinds.WORKS,
+        *main_job.WORKS,
     )
 }
