@@ -39,6 +39,11 @@ def test_yaml_holds_what_json_holds_and_words(text, value):
     assert read_yaml(text) == value
 
 
+def test_what_was_read_is_the_readers_own():
+    read_yaml("{a: [1]}")["a"].append(2)
+    assert read_yaml("{a: [1]}") == {"a": [1]}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -130,5 +130,5 @@ def test_between_sizes_a_quantity_is_a_power_law_of_the_flops():
 
 def test_a_third_budget_uses_the_joint_law():
     study = made_study({"dense": DENSE, "moe": MOE}, (1e13, 3e13, 1e14), sd=0.002, rates=False)
-    for entry in entries(study, resamples=30):
+    for entry in entries(study, resamples=2):
         assert entry["flop_multiplier"] == pytest.approx(multiplier(MOE, DENSE, entry["budget"]), rel=0.03)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -122,7 +123,8 @@ class Entry(NamedTuple):
     numbers: dict[str, Any]
 
 
-def entries() -> dict[str, Entry]:
+@cache
+def entries() -> Mapping[str, Entry]:
     """Every reproduction by name, in the papers' order; no heavy import."""
     found: dict[str, Entry] = {}
     for path in sorted(PAPERS.glob("*.yaml")):
