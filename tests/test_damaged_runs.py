@@ -1,15 +1,20 @@
 """One damaged run never stops `status` or `report` for the rest, and is one line itself."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+import sparsemix
 from sparsemix import cli
 from sparsemix.cli import main
 from sparsemix.durable import SEAL
+from sparsemix.errors import DamagedError
+from sparsemix.inputs import checked_json
+from sparsemix.run import Run
 from sparsemix.sweep.status import RunStatus, table
 from sparsemix.terminal import show
 from tiny import prepared, result_of, run_config, unchecked_shapes
@@ -123,3 +128,60 @@ def test_a_comparisons_damaged_result_costs_no_run(tmp_path, monkeypatch, capsys
         main()
     assert ended.value.code == 2
     assert "the same `sparsemix compare` writes it anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("result.json", "bpb"), ("config.yaml", "seed")])
+def test_a_changed_number_of_a_finished_run_is_damage_to_whoever_reads_it(runs, monkeypatch, capsys, name, said):
+    path = runs / "dense-0" / name
+    text = path.read_text()
+    # As long as before, and a number like any other.
+    at = text.index(said) + text[text.index(said) :].index("0")
+    path.write_text(f"{text[:at]}1{text[at + 1 :]}")
+    code, out, err = call(monkeypatch, capsys, "status", runs)
+    assert (code, err) == (0, "") and "1 of 2 runs done, 1 damaged" in out.replace("\n", " ")
+    with pytest.raises(DamagedError, match=f"{name} is not what was written"):
+        _ = Run(runs / "dense-0").settings if name == "config.yaml" else Run(runs / "dense-0").result
+    code, _, err = call(monkeypatch, capsys, "report", runs)
+    assert code == 0 and err.count("left out: ") == 1 and name in err
+
+
+def spoilt(path: Path) -> None:
+    """The first digit is another one."""
+    at = re.search(r": [^:]*?\d", path.read_text().partition("\n")[2])
+    text = path.read_text()
+    place = text.index("\n") + at.end()  # type: ignore[union-attr]
+    path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}")
+
+
+def test_what_a_report_can_do_without_is_named_and_left_out(whole, runs, monkeypatch, capsys):
+    assert call(monkeypatch, capsys, "report", runs)[0] == 0
+    (runs / "dense-0" / "inspect").mkdir()
+    (runs / "dense-0" / "inspect" / "inspect.json").write_text(checked_json({"runs": [{"tokens": 1}]}))
+    shutil.copytree(whole.parent / "shards", runs.parent / "data")
+    files = {
+        runs / "analysis.json": "it is not what was written",
+        runs / "dense-0" / "inspect" / "inspect.json": "it is not what was written",
+        runs.parent / "data" / "manifest.json": "manifest.json is not what was written",
+    }
+    for path, why in files.items():
+        before = path.read_bytes()
+        spoilt(path)
+        code, out, err = call(monkeypatch, capsys, "report", runs)
+        said = " ".join((out + err).split())
+        assert code == 0 and said.count(f"is damaged ({why})") == 1 and path.name in said, said
+        path.write_bytes(before)
+
+
+def test_every_json_that_one_command_writes_and_another_reads_has_a_checksum():
+    # Of these the folder holds the checksums (`durable.seal`), or they are what a person reads.
+    sealed = {"durable.py", "saved.py", "run.py", "checkpoint.py", "write_shards.py", "conversion.py"}
+    # Of these a person wrote the file, or the reader looks at the folder's checksums itself.
+    checked = {"inputs.py", "saved.py", "shards.py", "folder.py"}
+    wrote, read = set(), set()
+    package = Path(sparsemix.__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if package / "bench" not in path.parents:
+            wrote |= {path.name} if re.search(r"(write_atomic|write_text|\.write)\(.*json\.dumps", text) else set()
+            read |= {path.name} if "load_json(" in text else set()
+    assert wrote == sealed and read == checked

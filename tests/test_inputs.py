@@ -10,7 +10,8 @@ import yaml
 
 from sparsemix.config import ConfigError, apply_overrides, parse, to_yaml
 from sparsemix.data import DataConfig
-from sparsemix.inputs import expanded, load_json, load_yaml, read_yaml, tried, trusted
+from sparsemix.errors import DamagedError
+from sparsemix.inputs import checked_json, expanded, load_json, load_yaml, read_mapping, read_yaml, tried, trusted
 from sparsemix.patterns import expand_blocks
 from sparsemix.recipes import settings_of
 from sparsemix.settings import RunConfig
@@ -169,3 +170,20 @@ def test_a_place_is_tried_before_work_is_done_for_it_and_left_as_it_was(tmp_path
 def test_a_home_that_nobody_knows_is_one_line(monkeypatch):
     with pytest.raises(ConfigError, match="nobody knows this home"):
         expanded("~nobody-of-this-name/x")
+
+
+def test_a_value_changed_in_a_file_that_holds_its_checksum_is_damage(tmp_path):
+    path, held = tmp_path / "result.json", {"rows": [{"bpb": 1.25, "bad": float("inf"), "name": "ß"}], 3: None}
+    path.write_text(checked_json(held))
+    assert read_mapping(path) == {"rows": held["rows"], "3": None}
+    # Another layout holds the same values, a version that knew no checksum any.
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert read_mapping(path) == {"rows": held["rows"], "3": None}
+    path.write_text('{"rows": 3}')
+    assert read_mapping(path) == {"rows": 3}
+    for spoil in (("1.25", "1.26"), ('"ß"', '"s"'), ("null", "0")):
+        text = checked_json(held, ensure_ascii=False)
+        assert spoil[0] in text
+        path.write_text(text.replace(*spoil))
+        with pytest.raises(DamagedError, match=r"result.json is damaged .it is not what was written.; "):
+            read_mapping(path)

@@ -12,6 +12,7 @@ from sparsemix.config import ConfigError, parse
 from sparsemix.data import prepare
 from sparsemix.data.tokenizer import train_tokenizer
 from sparsemix.durable import SEAL
+from sparsemix.interop.families.folder import read_tensors
 from sparsemix.layers import Ctx, update
 from sparsemix.layers.packed import pack_ternary
 from sparsemix.layers.product_keys import RENAMED
@@ -59,6 +60,15 @@ def test_several_files_with_the_prefix_of_a_wrapper_are_one_model(tmp_path):
     index = {"weight_map": {key: name for name, part in names.items() for key in part}}
     (tmp_path / f"{saved.WEIGHTS}.index.json").write_text(json.dumps(index))
     assert torch.equal(logits(saved.read(tmp_path).model), logits(model))
+    saved.seal_model(tmp_path)
+    assert torch.equal(logits(saved.read(tmp_path).model), logits(model))
+    for name in (*names, saved.INDEX):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        for read in (saved.read, read_tensors):
+            with pytest.raises(ConfigError, match=f"is damaged: {name} is not what was written"):
+                read(tmp_path)
+        (tmp_path / name).write_bytes(whole)
 
 
 def unsealed(spoil):

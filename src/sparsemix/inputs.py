@@ -1,5 +1,6 @@
 """What people write and what files hold (YAML, JSON, texts, paths) as plain values, or one line that says why not."""
 
+import hashlib
 import json
 import tempfile
 import zlib
@@ -13,6 +14,7 @@ from zipfile import BadZipFile
 
 import yaml
 
+from sparsemix.durable import SEAL, damage
 from sparsemix.errors import ConfigError, DamagedError
 
 # More than any settings need; aliases make 10^9 values of 300 letters.
@@ -121,12 +123,34 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def read_mapping(path: Path, way_out: str = "copy it anew, or delete the run's folder") -> dict[str, Any]:
-    """The mapping in a .json or .yaml file that we wrote. Raises DamagedError where it holds none."""
+    """The mapping in a .json or .yaml file that we wrote. Raises DamagedError where it holds none, or not what was
+    written, by the checksums of its folder or by its own; files of earlier versions have neither."""
     read, what = (json.loads, "JSON") if path.suffix == ".json" else (read_yaml, "YAML")
     try:
-        return _held(path, read, what)
+        held = _held(path, read, what)
     except ValueError as error:
         raise DamagedError(f"{path} is damaged (it {error}); {way_out}") from None
+    own = held.pop(CHECKSUM, None)
+    if own is not None and own != _checksum(held):
+        raise DamagedError(f"{path} is damaged (it is not what was written); {way_out}")
+    if (path.parent / SEAL).is_file() and (told := damage(path.parent, [path.name])):
+        raise DamagedError(f"{path} is damaged ({told}); {way_out}")
+    return held
+
+
+# Of a file that stands where no folder's checksums fit: the SHA-256 of its other values, however they are laid out.
+CHECKSUM = "sha256_of_the_rest"
+
+
+def checked_json(mapping: dict[str, Any], **how: Any) -> str:
+    """The text of a JSON file that holds the mapping and its checksum, which `read_mapping` compares; `how` goes to
+    json.dumps."""
+    # As it will be read: names that are numbers are words there.
+    return json.dumps({CHECKSUM: _checksum(json.loads(json.dumps(mapping))), **mapping}, indent=1, **how)
+
+
+def _checksum(mapping: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()
 
 
 def _loaded(path: Path, read: Callable[[str], Any], what: str, way_out: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sparsemix.data.windows import Stream
 from sparsemix.evaluate.correlation import correlations
 from sparsemix.evaluate.perplexity import Losses, document_losses
 from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
-from sparsemix.inputs import load_json, trusted
+from sparsemix.inputs import read_mapping, trusted
 from sparsemix.layers import LayerConfig
 from sparsemix.run import Run
 from sparsemix.settings import RunConfig
@@ -50,7 +50,7 @@ def run_folders(folder: Path) -> list[Path]:
     if not result.is_file():
         raise ConfigError(f"{folder} holds an unfinished comparison; finish it, or name one of its runs' folders")
     with trusted(result):
-        rows = load_json(result)["rows"]
+        rows = read_mapping(result, "the same `sparsemix compare` writes it anew")["rows"]
         return [folder / min(row["runs"], key=lambda run: run["seed"])["folder"] for row in rows]
 
 

@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -125,13 +125,10 @@ class Run:
         path = self.folder / "result.json"
         return read_mapping(path) if path.exists() else None
 
-    def check(self) -> None:
-        """Raises DamagedError where a file of a finished run is not what the run wrote; runs of earlier versions have
-        no checksums."""
-        if (self.folder / SEAL).is_file() and (told := damage(self.folder)):
-            raise DamagedError(
-                f"{self.folder} is damaged: {told}; copy it anew, or delete {SEAL} in it to have what is there read"
-            )
+    def check(self, names: Collection[str] | None = None) -> None:
+        """Raises DamagedError where a file of a finished run, or one of these, is not what the run wrote; runs of
+        earlier versions have no checksums."""
+        _refuse_damaged(self.folder, names)
 
     def lock(self) -> AbstractContextManager[None]:
         """Held while the run is trained. Raises RunBusyError where another process trains it."""
@@ -150,6 +147,8 @@ class Run:
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The logged lines; a last line that a killed process left half-written is left out. Raises DamagedError."""
         path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            self.check([path.name])
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -173,6 +172,13 @@ class Run:
     def log(self, **values: Any) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _refuse_damaged(folder: Path, names: Collection[str] | None) -> None:
+    if (folder / SEAL).is_file() and (told := damage(folder, names)):
+        raise DamagedError(
+            f"{folder} is damaged: {told}; copy it anew, or delete {SEAL} in it to have what is there read"
+        )
 
 
 def refusal_leaves_nothing(folder: Path) -> AbstractContextManager[None]:
@@ -243,6 +249,7 @@ def by_document(path: Path) -> dict[str, "np.ndarray"]:
     OSError where it cannot be opened."""
     import numpy as np
 
+    _refuse_damaged(path.parent, [path.name])
     # Opened here: NumPy leaves a file open that is no archive.
     with path.open("rb") as raw, trusted(path), np.load(raw, allow_pickle=False) as held:
         return {name: held[name] for name in held.files}

@@ -28,6 +28,8 @@ FORMAT = 2
 FORMATS = (1, FORMAT)
 WEIGHTS = "model.safetensors"
 SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Which of several files holds a tensor, as Hugging Face's tools write it.
+INDEX = f"{WEIGHTS}.index.json"
 
 
 class Saved(NamedTuple):
@@ -55,10 +57,11 @@ def write(model: LM, folder: Path, tokenizer: Tokenizer | None = None) -> None:
 
 def seal_model(folder: Path) -> None:
     """Write the checksums of what `read` trusts in a model's folder."""
-    seal(folder, sorted(name for name in (WEIGHTS, *SETTINGS) if (folder / name).is_file()))
+    weights = [path.name for path in _weight_files(folder)]
+    seal(folder, sorted({*weights, *(name for name in (INDEX, *SETTINGS) if (folder / name).is_file())}))
 
 
-def _check(path: Path) -> None:
+def check(path: Path) -> None:
     """Raises ConfigError where a file of a model's folder is not what was written with its checksums. A folder without
     any, which other tools or earlier versions wrote, is taken as it is; what is missing is said by who needs it."""
     folder = path.parent
@@ -123,7 +126,7 @@ def read(folder: Path) -> Saved:
     numbers of its file. Nothing in it is ever unpickled.
 
     Raises ConfigError: no such folder, other settings, damaged weights, a tokenizer of another size."""
-    config, tensors = read_settings(folder), _tensors(folder)
+    config, tensors = read_settings(folder), tensors_of(folder)
     if is_packed(tensors):
         # Built without numbers: as floats they would take sixteen times the memory.
         with torch.device("meta"):
@@ -162,14 +165,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} is no model: it has no config.json; name a run's folder or a model's")
-    _check(path)
+    check(path)
     return load_json(path)
 
 
 def load_weights(model: LM, folder: Path) -> None:
     """Fill `model` from the folder's safetensors, one file or several; every name must be there and fit. Raises
     ConfigError."""
-    _fill(model, _tensors(folder), folder)
+    _fill(model, tensors_of(folder), folder)
 
 
 def _fill(model: LM, tensors: dict[str, Tensor], folder: Path, assign: bool = False) -> None:
@@ -207,9 +210,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
+    index = folder / INDEX
     names = [WEIGHTS]
     if index.is_file():
+        check(index)
         with trusted(index):
             names = sorted({str(name) for name in load_json(index)["weight_map"].values()})
     for name in names:
@@ -218,11 +222,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def tensors_of(folder: Path) -> dict[str, Tensor]:
     """What the folder's files hold, by the names that our model gives it. Raises ConfigError."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        _check(path)
+        check(path)
         try:
             tensors |= load_file(path)
         except SafetensorError as error:
@@ -234,7 +238,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The folder's tokenizer; None if it has none. Raises ConfigError if it needs more ids than the model has."""
     if not (folder / "tokenizer.json").is_file():
         return None
-    _check(folder / "tokenizer.json")
+    check(folder / "tokenizer.json")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     if num_ids(tokenizer) > vocab_size:
         raise ConfigError(

@@ -1,7 +1,6 @@
 """Metrics of runs in a tracker. It follows the lines that runs log in their folders, in a process of its own, so
 training knows nothing of it. Nothing leaves this machine unless the tracker's own environment variables say so."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 from sparsemix.config import ConfigError, nearest
 from sparsemix.durable import write_atomic
-from sparsemix.inputs import read_mapping
+from sparsemix.inputs import checked_json, read_mapping
 from sparsemix.report.records import arm_of
 from sparsemix.run import Run
 
@@ -211,7 +210,7 @@ class Follower:
 
     def _give(self, run: Run, given: dict[str, Any]) -> None:
         """Noted before it is done: a tracker that is killed in between lacks a few steps, and has none twice."""
-        write_atomic(run.folder / TRACKED, json.dumps({**_tracked(run), self.name: given}))
+        write_atomic(run.folder / TRACKED, checked_json({**_tracked(run), self.name: given}))
 
     def _label(self, run: Run) -> str:
         if run.folder == self.out:

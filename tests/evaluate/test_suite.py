@@ -14,6 +14,7 @@ from sparsemix.data import hub
 from sparsemix.evaluate import suite
 from sparsemix.evaluate.corpora import corpora, find, passages, read_suite, suites
 from sparsemix.evaluate.suite import SuiteOptions, collect, fingerprint, run_suite
+from sparsemix.inputs import read_mapping
 from sparsemix.layers import Ctx
 from tiny import BLOCKS, D, V
 
@@ -63,7 +64,7 @@ def test_the_papers_suite_has_every_corpus_with_a_hub_files_and_a_licence():
 def test_every_corpus_gets_its_row_and_the_file_says_how_it_was_made(tmp_path, tokenizer, data):
     model, out = model_of(), tmp_path / "eval.json"
     result = measured(model, tokenizer, data, out)
-    assert json.loads(out.read_text()) == result
+    assert read_mapping(out) == result
     assert list(result["corpora"]) == PAPERS
     documents = {name: corpus["rows"][0]["documents"] for name, corpus in result["corpora"].items()}
     assert documents == {"c4": 9, "wikitext": 5, "lambada": 12, "pile": 15, "curation": 7, "redpajama": 6}

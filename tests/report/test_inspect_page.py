@@ -8,6 +8,7 @@ from test_page import Page, browser, picture, screen  # noqa: F401  (a fixture)
 
 from sparsemix.evaluate.correlation import correlations
 from sparsemix.evaluate.routing import expert_details, predictor_report, taken_report
+from sparsemix.inputs import read_mapping
 from sparsemix.report.inspect_page import figures_of, page_of, write_inspection
 
 
@@ -87,7 +88,7 @@ def test_every_figure_has_its_picture(inspected, tmp_path):
     names = {figure.name for figure in figures_of(inspected["runs"][0])}
     assert {path.stem for path in (tmp_path / "new" / "place").glob("*.png")} == names
     assert {"load", "activation", "routed", "passes", "gates-0", "taken-2", "weights-1", "guess-1"} <= names
-    assert json.loads((tmp_path / "new" / "place" / "inspect.json").read_text()) == inspected
+    assert read_mapping(tmp_path / "new" / "place" / "inspect.json") == inspected
 
 
 OVERLAPS = """

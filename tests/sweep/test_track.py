@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sparsemix.config import ConfigError
+from sparsemix.inputs import read_mapping
 from sparsemix.run import Run
 from sparsemix.track import TRACKED, Follower, TensorBoard, tracking
 from tiny import run_config, write_corpus
@@ -61,7 +62,7 @@ def test_a_run_that_was_killed_and_resumed_is_given_no_step_twice(tmp_path):
     # Another tracker is given the whole of it.
     Follower(other := Seen(), "trackio", out).look(last=True)
     assert other.lines[name][:6] == lines[:6]
-    assert json.loads((run.folder / TRACKED).read_text(encoding="utf-8")).keys() == {"wandb", "trackio"}
+    assert read_mapping(run.folder / TRACKED).keys() == {"wandb", "trackio"}
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path):

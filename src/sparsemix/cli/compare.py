@@ -65,15 +65,14 @@ def compare(
 
 
 def _report(comparison: Any, runs: Any) -> None:
-    import json
-
     from sparsemix.durable import write_atomic
+    from sparsemix.inputs import checked_json
     from sparsemix.report.console import tables
     from sparsemix.report.page import write_report
     from sparsemix.sweep.summary import summarise
 
     result = summarise(comparison, runs, shlex.join(["sparsemix", *sys.argv[1:]]))
-    write_atomic(comparison.out / "result.json", json.dumps(result, indent=1))
+    write_atomic(comparison.out / "result.json", checked_json(result))
     write_report(result, comparison.out / "report.html")
     show(tables(result))
     print(f"report: {comparison.out / 'report.html'}")

@@ -101,6 +101,7 @@ def _tasks(model: Path, tasks: list[str], options: dict[str, Any], out: Path) ->
     """(what was asked for, all of the result, its tables)."""
     from sparsemix.durable import write_atomic
     from sparsemix.evaluate.suite import fingerprint, opened
+    from sparsemix.inputs import checked_json
     from sparsemix.report.eval_tables import task_table
 
     try:
@@ -114,5 +115,5 @@ def _tasks(model: Path, tasks: list[str], options: dict[str, Any], out: Path) ->
     with interruptible("nothing was written"):
         measured = run_tasks(*found, tasks, **options)
     result["tasks"] = result.get("tasks", {}) | measured
-    write_atomic(out, json.dumps(result, indent=1))
+    write_atomic(out, checked_json(result))
     return {"tasks": measured}, result, task_table(measured)

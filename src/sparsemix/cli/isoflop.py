@@ -116,7 +116,7 @@ def _report(out: Path, allow_repeats: bool) -> None:
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
     folders = {id(run): record.folder for run, record in zip(analysis["runs"], records, strict=True)}
     _inspect([folders[id(run)] for run in largest_optima(analysis).values() if routes(run)])
-    page = write_study(analysis, out, records)
+    page = write_study(analysis, out, records, say)
     show(console(analysis))
     print(f"report: {page}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.errors import ConfigError
+from sparsemix.errors import ConfigError, DamagedError
 from sparsemix.inputs import read_mapping, tried, trusted
 from sparsemix.terminal import say, show
 
@@ -73,7 +73,7 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
     records = list({(r.folder.resolve(), r.arm, r.role): r for r in read_runs(folders, say)}.values())
     said = shlex.join(["sparsemix", *sys.argv[1:]])
     analysis = analyse(records, baseline=baseline, allow_repeats=allow_repeats, command=_command(place, said))
-    page = write_study(analysis, place, records)
+    page = write_study(analysis, place, records, say)
     if markdown:
         print(to_markdown(analysis))
     else:
@@ -84,6 +84,11 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
 def _command(place: Path, said: str) -> str:
     """The command that made the study, which an earlier report or the study itself may know, or this one."""
     for path in (place / "analysis.json", place / "result.json"):
-        if path.is_file() and isinstance(known := read_mapping(path, "copy it anew, or delete it").get("command"), str):
+        try:
+            held = read_mapping(path, "this report is told as made by itself") if path.is_file() else {}
+        except DamagedError as error:
+            say(f"{error}")
+            continue
+        if isinstance(known := held.get("command"), str):
             return known
     return said

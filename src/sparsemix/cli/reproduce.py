@@ -11,8 +11,8 @@ import typer
 from sparsemix.cli.early import refuse
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
-from sparsemix.errors import ConfigError
-from sparsemix.inputs import load_json, trusted
+from sparsemix.errors import ConfigError, DamagedError
+from sparsemix.inputs import read_mapping, trusted
 from sparsemix.terminal import say, show
 
 
@@ -130,9 +130,14 @@ def _listed(out: Path) -> Any:
 
 
 def _outcomes(result: Path) -> str:
-    """'2 reproduced, 1 not resolved at this scale', empty where nothing came out yet."""
+    """'2 reproduced, 1 not resolved at this scale', empty where nothing came out yet; a damaged one is said."""
     if not result.is_file():
         return ""
-    with trusted(result):
-        counts = Counter(str(trend["outcome"]) for trend in load_json(result)["trends"])
+    try:
+        with trusted(result):
+            held = read_mapping(result, "the same `sparsemix reproduce` writes it anew")
+            counts = Counter(str(trend["outcome"]) for trend in held["trends"])
+    except DamagedError as error:
+        say(f"left out: {error}")
+        return "damaged"
     return ", ".join(f"{number} {outcome}" for outcome, number in counts.most_common())

@@ -1,7 +1,6 @@
 """A suite of corpora -> causal perplexity, bits per byte and their standard errors, kept in one file."""
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from sparsemix.durable import write_atomic
 from sparsemix.evaluate.corpora import CorpusConfig, Found, Passage, find, passages
 from sparsemix.evaluate.estimate import Estimate, exponential, ratio, share
 from sparsemix.evaluate.sliding import Scores, score
-from sparsemix.inputs import load_json
+from sparsemix.inputs import checked_json, read_mapping
 from sparsemix.model import LM
 from sparsemix.run import hardware, versions
 
@@ -253,7 +252,7 @@ def run_suite(
         asked_for[name] = measured
         if "rows" in measured or "rows" not in held.get(name, {}):
             held[name] = measured
-            write_atomic(out, json.dumps(result, indent=1))
+            write_atomic(out, checked_json(result))
         else:
             say(f"{name}: not available now; an earlier result stays in {out}")
     return result | {"corpora": asked_for}
@@ -264,7 +263,7 @@ def opened(out: Path, model: str) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}; make it, or name another file")
     if out.is_file():
-        held = load_json(out)
+        held = read_mapping(out, "delete it to have it measured again, or name another file with --out")
         if not {"model_sha256", "corpora"} <= held.keys():
             raise ConfigError(f"{out} is no result of an evaluation; name another file with --out")
         if held["model_sha256"] == model:

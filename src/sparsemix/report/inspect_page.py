@@ -1,10 +1,10 @@
 """What `sparsemix inspect` writes: inspect.json, inspect.html and a PNG of every figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import checked_json
 from sparsemix.report.inspect_plots import Drawn, expert_figures, mod_figures
 from sparsemix.report.inspect_tables import DEPTHS, EXPERTS, correlations
 from sparsemix.report.numbers import Markup, escape, fixed, si
@@ -62,7 +62,7 @@ def _run(run: dict[str, Any], prefix: str) -> Markup:
 def write_inspection(result: dict[str, Any], out: Path) -> None:
     """Write inspect.json, inspect.html and the pictures into `out`; all are made before the first is written."""
     files: dict[str, str | bytes] = {
-        "inspect.json": json.dumps(result, indent=1, allow_nan=False),
+        "inspect.json": checked_json(result, allow_nan=False),
         "inspect.html": page_of(result),
     }
     for run in result["runs"]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from sparsemix.config import ConfigError
-from sparsemix.inputs import load_json
+from sparsemix.errors import DamagedError
+from sparsemix.inputs import read_mapping
 from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, tuned_arms, warnings_of
 from sparsemix.report.fits.curves import curves_of
 from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
@@ -42,7 +43,7 @@ def analyse(
     curves = curves_of(used, arms, _bpb_of_a_nat(used))
     optima = draw_optima(curves, resamples)
     manifest = manifest_of(used)
-    train_tokens = manifest["tokens"]["train"] if manifest else None
+    train_tokens = (manifest.get("tokens") or {}).get("train")
     often = (r for r in used if (epochs_of(r, train_tokens) or 0) > NO_VERDICT and not allow_repeats)
     repeated = frozenset((r.arm, r.budget) for r in often)
     tuned = tuned_arms(records)
@@ -94,12 +95,16 @@ def _bpb_of_a_nat(records: Sequence[Record]) -> float:
 
 
 def manifest_of(records: Sequence[Record]) -> dict[str, Any]:
-    """The facts of the study's prepared text where it still stands beside its runs, else none."""
+    """The facts of the study's prepared text where it still stands beside its runs, else none; of a damaged one its
+    damage, as `warnings`."""
     for record in records:
         for above in (record.folder.parent, record.folder.parent.parent):
             path = above / "data" / "manifest.json"
             if path.is_file():
-                manifest = load_json(path)
+                try:
+                    manifest = read_mapping(path, "this report says nothing of the text")
+                except DamagedError as error:
+                    return {"warnings": [str(error)]}
                 if manifest.get("fingerprint") == record.settings["data"].get("fingerprint"):
                     return manifest
     return {}
@@ -115,7 +120,7 @@ def _corpus(record: Record, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "text": list(data.get("text", [])),
         "fingerprint": data.get("fingerprint"),
-        "train_tokens": manifest["tokens"]["train"] if manifest else None,
+        "train_tokens": (manifest.get("tokens") or {}).get("train"),
         "contamination": manifest.get("contamination"),
         "read": (manifest.get("read") or {}).get("line"),
         "vocab_size": record.settings["model"]["vocab_size"],

@@ -1,11 +1,13 @@
 """What a study's page says beyond its analysis, read from the runs' settings and results."""
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsemix.inputs import load_json, trusted
+from sparsemix.errors import DamagedError
+from sparsemix.inputs import read_mapping, trusted
 from sparsemix.report.numbers import fixed
 from sparsemix.report.records import Record
 from sparsemix.run import joined
@@ -14,9 +16,10 @@ from sparsemix.run import joined
 OF_A_RUN = ("seed", "train.lr", "train.budget_flops")
 
 
-def details(records: Sequence[Record], out: Path) -> dict[str, Any]:
+def details(records: Sequence[Record], out: Path, say: Callable[[str], None] = warnings.warn) -> dict[str, Any]:
     """For the runs in the order of `records`: `links` from `out` to their folders, `layers` (sizes, FLOPs, memory);
-    for all: `differences` of the arms' settings, `hardware`, `versions`, `kernels`; by link `inspections`, `texts`."""
+    for all: `differences` of the arms' settings, `hardware`, `versions`, `kernels`; by link `inspections`, `texts`. A
+    damaged inspection is said and left out."""
     links = [Path(os.path.relpath(record.folder, out)).as_posix() for record in records]
     told = {name: joined(*(record.result.get(name) or {} for record in records)) for name in ("versions", "kernels")}
     return {
@@ -25,7 +28,7 @@ def details(records: Sequence[Record], out: Path) -> dict[str, Any]:
         "differences": differences(records),
         "hardware": sorted({str(record.result["hardware"]) for record in records if record.result.get("hardware")}),
         **told,
-        "inspections": dict(_inspections(records, links)),
+        "inspections": dict(_inspections(records, links, say)),
         "texts": {link for record, link in zip(records, links, strict=True) if (record.folder / TEXT).is_file()},
     }
 
@@ -34,14 +37,22 @@ def details(records: Sequence[Record], out: Path) -> dict[str, Any]:
 INSPECTION, TEXT = "inspect/inspect.json", "generation.html"
 
 
-def _inspections(records: Sequence[Record], links: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _inspections(
+    records: Sequence[Record], links: Sequence[str], say: Callable[[str], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for record, link in zip(records, links, strict=True):
         path = record.folder / INSPECTION
-        if path.is_file():
+        if not path.is_file():
+            continue
+        try:
             with trusted(path):
-                runs = load_json(path)["runs"]
-            if len(runs) == 1:
-                yield link, runs[0]
+                runs = read_mapping(path, "`sparsemix inspect` writes it anew")["runs"]
+                alone = runs[0] if len(runs) == 1 else None
+        except DamagedError as error:
+            say(f"left out: {error}")
+            continue
+        if alone is not None:
+            yield link, alone
 
 
 def layers(record: Record) -> dict[str, Any]:

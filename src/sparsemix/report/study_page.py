@@ -1,11 +1,12 @@
 """One self-contained page of an isoFLOP study, with every figure as SVG, PNG and CSV beside it."""
 
-import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import checked_json
 from sparsemix.report import study_layers, study_losses, study_plots, study_tables
 from sparsemix.report.figure_files import write_figure
 from sparsemix.report.held_out import found_in_train
@@ -20,16 +21,18 @@ from sparsemix.report.tables import experts_table, leak_table, predictor_table, 
 FIGURES = "figures"
 
 
-def write_study(analysis: Analysis, out: Path, records: Sequence[Record] = ()) -> Path:
+def write_study(
+    analysis: Analysis, out: Path, records: Sequence[Record] = (), say: Callable[[str], None] = warnings.warn
+) -> Path:
     """Write `out`/report.html, its figures below `out`/figures, and the analysis itself as `out`/analysis.json; returns
-    the page's path. `records` are the runs that
-    were analysed, in their order: without them the page has no links, no settings and no costs of layers."""
-    page = Page(analysis, details(records, out) if records else None)
+    the page's path. `records` are the runs that were analysed, in their order: without them the page has no links, no
+    settings and no costs of layers. `say` gets a line for each damaged file that the page goes without."""
+    page = Page(analysis, details(records, out, say) if records else None)
     text = page.html()
     out.mkdir(parents=True, exist_ok=True)
     for shape in page.shapes:
         write_figure(shape, out / FIGURES)
-    write_atomic(out / "analysis.json", json.dumps(analysis, indent=1))
+    write_atomic(out / "analysis.json", checked_json(analysis))
     write_atomic(out / "report.html", text)
     return out / "report.html"
 

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from safetensors.torch import load_file
-
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Trend
 from sparsemix.reproduce.trends import exact
 from sparsemix.run import Run
+from sparsemix.saved import tensors_of
 
 # What one of the runs has and the other lacks, by design.
 OWN = ("predictor", "threshold")
@@ -37,7 +36,7 @@ def compare_bits(run: Record, other: Record) -> Compared:
     """Losses of every logged step and all weights, but for the predictors' and thresholds'."""
     lines = [list(Run(r.folder).metrics()) for r in (run, other)]
     first = next((a or b for a, b in zip_longest(*lines) if not a or not b or _seen(a) != _seen(b)), None)
-    mine, theirs = (load_file(r.folder / "model" / "model.safetensors") for r in (run, other))
+    mine, theirs = (tensors_of(r.folder / "model") for r in (run, other))
     trunk = [name for name in mine | theirs if not set(name.split(".")) & set(OWN)]
     unlike = [n for n in trunk if n not in mine or n not in theirs or not mine[n].equal(theirs[n])]
     alike = all(run.result.get(name) == other.result.get(name) for name in ("threads", "dtype", "compiled"))

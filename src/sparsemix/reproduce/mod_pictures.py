@@ -1,6 +1,5 @@
 """Which tokens each block of Mixture-of-Depths took, and the weights of its routers: Figure 5 of the paper."""
 
-import json
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsemix.durable import write_atomic
-from sparsemix.inputs import read_mapping
+from sparsemix.inputs import checked_json, read_mapping
 from sparsemix.inspection import inspect_run
 from sparsemix.report.figures import Bars, HeatMap
 from sparsemix.report.inspect_plots import taken_map
@@ -81,7 +80,7 @@ def observed(lab: Lab, run: Record) -> dict[str, Any]:
     path = run.folder / "mod-routing.json"
     if not path.is_file():
         lab.say(f"routing of {run.arm}, seed {run.seed}")
-        write_atomic(path, json.dumps(_observe(lab.data, run)))
+        write_atomic(path, checked_json(_observe(lab.data, run)))
     return read_mapping(path, "delete it to have it measured again")
 
 

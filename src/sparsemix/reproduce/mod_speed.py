@@ -1,6 +1,5 @@
 """Training steps of several models in turn, so that what the machine does beside them falls on all alike."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from sparsemix.checkpoint import TrainState
 from sparsemix.config import config_hash
 from sparsemix.data import Shards
 from sparsemix.durable import write_atomic
-from sparsemix.inputs import read_mapping, trusted
+from sparsemix.inputs import checked_json, read_mapping, trusted
 from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype, use_threads
 from sparsemix.reproduce.base import Lab
 from sparsemix.run import hardware
@@ -53,7 +52,7 @@ def step_times(lab: Lab, configs: Mapping[str, RunConfig]) -> Speed:
     lab.say(f"step times of {', '.join(configs)}, by turns")
     speed = Speed(_measured(lab, configs), hardware())
     path.parent.mkdir(exist_ok=True)
-    write_atomic(path, json.dumps(speed._asdict()))
+    write_atomic(path, checked_json(speed._asdict()))
     return speed
 
 

@@ -1,13 +1,12 @@
 """Perplexity of trained runs on the corpora of PEER's Table 1, from local files, kept in the runs' folders."""
 
-import json
 from collections.abc import Callable
 from math import exp
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsemix.durable import write_atomic
-from sparsemix.inputs import read_mapping
+from sparsemix.inputs import checked_json, read_mapping
 from sparsemix.report.records import Record
 
 # Tokens of each source of a corpus; None: the corpora's own number of documents.
@@ -85,7 +84,7 @@ class Corpora:
             if held.get(name, {}).get("asked") != asked:
                 say(f"{record.arm}, seed {record.seed}: {name} under the routing of training")
                 held[name] = {"asked": asked, "perplexity": self._score(name, corpus, found.rows, trained)}
-                write_atomic(path, json.dumps(held, indent=1))
+                write_atomic(path, checked_json(held))
         return {name: held[name]["perplexity"] for name in self.found}
 
     def _score(self, name: str, corpus: Any, rows: Any, trained: Any) -> float:

@@ -1,13 +1,12 @@
 """How many experts a trained PEER uses and how evenly, over enough tokens to tell (arXiv:2407.04153, section 3.3)."""
 
-import json
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsemix.durable import write_atomic
-from sparsemix.inputs import read_mapping
+from sparsemix.inputs import checked_json, read_mapping
 from sparsemix.report.records import Record
 from sparsemix.reproduce.peer import layer
 
@@ -46,7 +45,7 @@ def _longer(record: Record, path: str, data: Path, needed: int, say: Callable[[s
     if held.get("asked") != needed:
         say(f"{record.arm}, seed {record.seed}: use of experts over {needed} tokens")
         held = {"asked": needed, **_measure(record, path, data, needed)}
-        write_atomic(kept, json.dumps(held, indent=1))
+        write_atomic(kept, checked_json(held))
     return held
 
 

@@ -1,7 +1,6 @@
 """Bytes of trained models, float and packed, and how fast they write, measured in turns and kept in one file."""
 
 import copy
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from sparsemix import saved
 from sparsemix.durable import write_atomic
 from sparsemix.generation import Sampling, generate
-from sparsemix.inputs import read_mapping, trusted
+from sparsemix.inputs import checked_json, read_mapping, trusted
 from sparsemix.layers.packed import TernaryWeight, pack_ternary
 from sparsemix.model import LM
 from sparsemix.report.records import Record
@@ -69,7 +68,7 @@ def decoding(
         forms[arm][form]["tokens_per_s"] = speeds
     found = Decoding(runs, forms, f"{hardware()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, json.dumps(found._asdict(), indent=1))
+    write_atomic(kept, checked_json(found._asdict()))
     return found
 
 

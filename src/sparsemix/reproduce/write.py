@@ -1,12 +1,12 @@
 """The outcome of a reproduction as files: result.json, table.md, figures, one offline page."""
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sparsemix.durable import write_atomic
+from sparsemix.inputs import checked_json
 from sparsemix.report.isoflop import read_line
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
@@ -39,7 +39,7 @@ def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Pa
         "runs": [_run(record) for record in records],
         **made_by(records),
     }
-    write_atomic(folder / "result.json", json.dumps(result, indent=1))
+    write_atomic(folder / "result.json", checked_json(result))
     write_atomic(folder / "table.md", markdown(planned, outcome) + f"{_told(result)}\n")
     for figure in outcome.figures:
         write_figure(figure, folder / "figures")

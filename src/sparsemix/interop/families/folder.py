@@ -28,6 +28,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         if not path.is_file():
             raise ConfigError(f"{folder}: {name} is missing; copy the model whole")
+        saved.check(path)
         try:
             tensors |= load_file(path)
         except SafetensorError as error:
@@ -42,8 +43,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[str]:
-    index = folder / f"{WEIGHTS}.index.json"
+    index = folder / saved.INDEX
     if index.is_file():
+        saved.check(index)
         with trusted(index):
             return sorted(set(load_json(index)["weight_map"].values()))
     if (folder / WEIGHTS).is_file():
