@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import sparsemix
-from sparsemix import cli
-from sparsemix.cli import main
+from sparsemix.cli.app import run
 from sparsemix.durable import SEAL
 from sparsemix.errors import DamagedError
 from sparsemix.inputs import checked_json
@@ -44,7 +43,7 @@ def runs(whole, tmp_path, monkeypatch) -> Path:
 def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["sparsemix", *map(str, args)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        run()
     said = capsys.readouterr()
     return ended.value.code, said.out, said.err  # type: ignore[return-value]
 
@@ -125,7 +124,7 @@ def test_a_comparisons_damaged_result_costs_no_run(tmp_path, monkeypatch, capsys
     (tmp_path / "result.json").write_text("")
     monkeypatch.setattr("sys.argv", ["sparsemix", "report", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run()
     assert ended.value.code == 2
     assert "the same `sparsemix compare` writes it anew" in capsys.readouterr().err
 

@@ -72,49 +72,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | environment, check=False)
 
 
-def test_refusals_load_no_torch(tmp_path):
-    calls = [
-        ([], 0, ""),
-        (["--version"], 0, ""),
-        (["foo"], 2, "no such command 'foo'"),
-        (["train", "--foo"], 2, "no such option"),
-        (["train", "tinny"], 2, "did you mean 'tiny'"),
-        (["train", "tiny", "train.lr"], 2, "must look like setting.name=value"),
-        (["train", "tiny", "data=3"], 2, "data must hold settings"),
-        (["train", "tiny", "--out", "/proc/x"], 2, "cannot be written"),
-        (["train", "tiny", "--text", "none.txt"], 2, "none.txt: no such file"),
-        (["compare", "--out", "out", "--recipe", "tinny"], 2, "did you mean 'tiny'"),
-        (["compare", "--out", "out", "--set", "a"], 2, "must look like"),
-        (["compare", "--out", "/proc/x"], 2, "cannot be written"),
-        (["isoflop", "--out", "out", "--budgets", "x"], 2, "must be FLOPs"),
-        (["isoflop", "--out", "out", "--budgets", "1e9", "--recipe", "tinny"], 2, "did you mean 'tiny'"),
-        (["reproduce"], 2, "name a table or figure"),
-        (["status", "none"], 2, "holds no runs"),
-        (["report", "none"], 2, "no such folder"),
-        (["generate", "none", "--prompt", "x"], 2, "no such folder"),
-        (["generate", ".", "--prompt", "x"], 2, "is no model"),
-        (["eval", "none"], 2, "no such folder"),
-        (["inspect", "none"], 2, "no such folder"),
-        (["export", "none", "--to", "out"], 2, "no such folder"),
-        (["convert", "none", "--to", "out"], 2, "no such folder"),
-    ]
-    code = (
-        "import io, sys\nfrom contextlib import redirect_stderr, redirect_stdout\nfrom sparsemix import cli\n"
-        f"for words, code, says in {calls!r}:\n"
-        "    sys.argv, told = ['sparsemix', *words], io.StringIO()\n"
-        "    try:\n"
-        "        with redirect_stderr(told), redirect_stdout(io.StringIO()): cli.main()\n"
-        "    except SystemExit as end: assert end.code == code, (words, end.code, told.getvalue())\n"
-        "    told = told.getvalue()\n"
-        "    assert says in told and told.count('\\n') == (code > 0), (words, told)\n"
-        "    heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
-        "    assert not heavy, (words, heavy)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False)
-    assert ended.returncode == 0, ended.stderr.decode()[-600:]
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_version_and_python_m():
     said = subprocess.run([sys.executable, "-m", "sparsemix", "--version"], capture_output=True, check=True).stdout
     assert said.decode() == f"sparsemix {__version__}\n"
@@ -159,8 +116,35 @@ def test_settings_after_text_are_settings(typed, meant):
     assert spread_text(typed.split()) == meant.split()
 
 
-def test_little_is_imported_before_ctrl_c_is_answered():
-    code = "import sys; before = set(sys.modules); import sparsemix.cli; print(*(set(sys.modules) - before))"
+def test_only_three_files_of_ours_are_imported_before_ctrl_c_is_answered():
+    code = "import os, sys; before = set(sys.modules); import sparsemix.cli; print(*sorted(set(sys.modules) - before))"
     env = {**os.environ, "PYTHONPATH": str(Path(ending.__file__).parents[2])}
     loaded = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert not {"typing", "importlib.abc", "importlib.resources", "pathlib"} & set(loaded.stdout.split())
+    assert loaded.stdout.split() == ["sparsemix", "sparsemix.auto_classes", "sparsemix.cli"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "moment", "told"),
+    [
+        ("SIGINT", "sys.meta_path.insert(0, At('sparsemix.cli.app'))", "interrupted; nothing was begun"),
+        ("SIGTERM", "sys.meta_path.insert(0, At('typer'))", "terminated; nothing was begun"),
+        ("SIGINT", "sys.meta_path.insert(0, At('sparsemix.recipes'))", "interrupted; the same command starts anew"),
+        ("SIGTERM", "sys.meta_path.insert(0, At('sparsemix.recipes'))", "terminated; the same command starts anew"),
+        ("SIGINT", "atexit.register(At.kill)", "interrupted; the command had ended"),
+        ("SIGTERM", "atexit.register(At.kill)", "terminated; the command had ended"),
+    ],
+)
+def test_a_stop_at_any_moment_is_one_line(stop, moment, told):
+    ended = run(
+        f"""import atexit, os, signal, sys
+from sparsemix import cli
+class At:
+    def __init__(self, name): self.name = name
+    def find_spec(self, name, *_): return At.kill() if name == self.name else None
+    kill = staticmethod(lambda: os.kill(os.getpid(), signal.{stop}))
+{moment}
+sys.argv = ["sparsemix", "recipes"]
+cli.main()"""
+    )
+    assert ended.stderr.decode() == f"sparsemix: {told}\n"
+    assert ended.returncode == (130 if stop == "SIGINT" else 143)

@@ -8,7 +8,7 @@ Hugging Face's Auto classes know sparsemix models from now on, whichever of the 
 
 from sparsemix import auto_classes
 
-# As typing's, which takes 10 ms to import: what a command does before it can answer Ctrl-C is kept short.
+# As typing's, which takes 10 ms to import: what Python does before a command can answer Ctrl-C is kept short.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any

@@ -1,14 +1,12 @@
 """Registers sparsemix models with Hugging Face's Auto classes as these are imported."""
 
-import importlib
-import importlib.machinery
 import sys
-import warnings
 
-# importlib.abc, typing and the names in annotations are for readers only: importing them would take 20 ms.
+# Whatever is imported here delays the first line of a command that can answer Ctrl-C.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import importlib.abc
+    import importlib.machinery
     import types
     from collections.abc import Sequence
 
@@ -22,6 +20,9 @@ _REGISTERING = {
 
 
 def _register(module: str) -> None:
+    import importlib
+    import warnings
+
     try:
         importlib.import_module(_REGISTERING[module])
     except ImportError as error:
@@ -35,8 +36,12 @@ class _AutoClasses:
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None", target: "types.ModuleType | None" = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname in _REGISTERING else None
+    ) -> "importlib.machinery.ModuleSpec | None":
+        if fullname not in _REGISTERING:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)  # pyright: ignore[reportAttributeAccessIssue]
         return spec
@@ -46,7 +51,7 @@ class _ThenRegister:
     def __init__(self, loader: "importlib.abc.Loader") -> None:
         self.loader = loader
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> "types.ModuleType | None":
+    def create_module(self, spec: "importlib.machinery.ModuleSpec") -> "types.ModuleType | None":
         return self.loader.create_module(spec)
 
     def exec_module(self, module: "types.ModuleType") -> None:

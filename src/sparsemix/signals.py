@@ -1,7 +1,6 @@
 """Ctrl-C and the SIGTERM of Slurm, Kubernetes and `docker stop`: what was done is saved, and the exit code says which
 it was."""
 
-import os
 import signal
 import sys
 import threading
@@ -32,28 +31,6 @@ def terminate(*_: object) -> None:
 def is_main_thread() -> bool:
     """Only the main thread may set handlers."""
     return threading.current_thread() is threading.main_thread()
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Before anything is begun, while modules are imported: Ctrl-C and SIGTERM are one line and the end of the process.
-    An exception would not do, for some modules take it for a fault of their own."""
-    before = {}
-
-    def leave(number: int, _: object) -> None:
-        terminated = number == signal.SIGTERM
-        say_once(f"sparsemix: {'terminated' if terminated else 'interrupted'}; nothing was begun")
-        os._exit(143 if terminated else 130)
-
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    for number, there in usual.items() if is_main_thread() else ():
-        if signal.getsignal(number) is there:
-            before[number] = signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, there in before.items():
-            signal.signal(number, there)
 
 
 @contextmanager

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fuzz_cases as cases
 import torch
 
-from sparsemix import cli
-from sparsemix.cli import ending
+from sparsemix.cli import app, ending
 from sparsemix.report import pictures
 
 # The pictures are drawn already, as SVG.
@@ -55,7 +54,7 @@ def ask(words: list[str]) -> tuple[int, str, str]:
     sys.argv, sys.stdout, sys.stderr = ["sparsemix", *words], *streams
     signal.alarm(HANG_S)
     try:
-        cli.main()
+        app.run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except HangError as error:

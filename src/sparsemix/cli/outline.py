@@ -21,6 +21,7 @@ SOURCES = (
     "data/files",
     "optim",
     "optim/groups",
+    "optim/rates",
     "optim/schedule",
     "layers",
 )
