@@ -151,16 +151,24 @@ def test_the_native_kernel_takes_strided_inputs(shared):
         assert torch.equal(got, want)
 
 
-def test_the_native_kernel_gives_the_same_with_any_number_of_threads():
-    query, keys = inputs(70, 2, 100, 13, False, torch.randn)
-    alone = product_key_topk(query, keys, 16, "native")
-    torch.set_num_threads(2)
-    try:
-        together = product_key_topk(query, keys, 16, "native")
-    finally:
-        torch.set_num_threads(1)
-    for got, want in zip(together, alone, strict=True):
-        assert torch.equal(got, want)
+@shared_or_not
+@pytest.mark.parametrize("C", [1, 8, 16, 32, 13])
+def test_the_native_kernel_gives_the_same_with_any_number_of_threads(C, shared):
+    # Enough picks a key that the tokens are cut into pieces.
+    query, keys = (x.requires_grad_() for x in inputs(70, 2, 9, C, shared, eighths))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            out = product_key_topk(query, keys, 16, "native")
+            found.append([*out, *torch.autograd.grad((out[0].square() + out[1] * 0.5).sum(), [query, keys])])
+        finally:
+            torch.set_num_threads(1)
+    exact = references.product_key_topk(query.double(), keys.double(), 16)
+    wanted = torch.autograd.grad((exact[0].square() + exact[1] * 0.5).sum(), [query, keys])
+    for alone, together, want in zip(*found, [*exact, *wanted], strict=True):
+        assert torch.equal(alone, together)
+        torch.testing.assert_close(alone, want.to(alone), rtol=1e-5, atol=1e-5)
 
 
 @shared_or_not

@@ -9,6 +9,7 @@ says. Triton's kernels are given what the op takes, with its strides or made con
 ORDER = "rows:i64[U]^<M starts:i64[U+1]^<P+1 picks:i64[P]<N*R"
 EXPERTS = "ids:i64[R] gates:f32[R] counts:i64[E] first:T[E (1+gated)*F D] down:T[E D F] N E D F kind gated low"
 PICKS = "ids:i64[N R] gates:f32[N R]"
+PICKED_SCORES = "d_left:F[N H K] d_right:F[N H K]"
 FACTORS = "rows:i64[U] starts:i64[U+1] picks:i64[*] coef:f32[* R] vec:f32[* D]"
 ADAM = "rate beta1 beta2 root eps decay"
 # The header of a row and whole steps of four quarters: native.c's row_of.
@@ -27,6 +28,8 @@ OPS = {
     "peer_experts_backward": "d_y:F[N D] ids:I[N R]<M gates:G[N R] z:G[N R] w_in:F[M D] w_out:F[M D]",
     "product_key_topk": "query:F[N H 2 C] keys:F[2 n C]",
     "product_key_topk_by_head": "query:F[N H 2 C] keys:F[H 2 n C]",
+    "product_key_topk_backward": f"{PICKED_SCORES} query:F[N H 2 C] keys:F[2 n C] i:I[N H K]<n j:I[N H K]<n",
+    "product_key_topk_backward_by_head": f"{PICKED_SCORES} query:F[N H 2 C] keys:F[H 2 n C] i:I[N H K]<n j:I[N H K]<n",
     "best_pairs": "left:F[N n] right:F[N n]",
     "row_adam": f"table:F[M D] first:G[M D] second:G[M D] decayed:f64[M]? seen:u8[M]? coef:H[N R] vec:H[N D] {ORDER}",
     "row_adam_by_row": "table:F[M D] first:G[M D] second:G[M] decayed:f64[M]? seen:u8[M]? coef:H[N R] vec:H[N D] "
@@ -55,6 +58,8 @@ KERNELS = {
     "d_z:f32[N R] coef:f32[N R] N R D kind",
     "product_key_topk.product_key_topk": "query:f32(N*groups*2*C) keys:f32(groups*2*n*C) N groups n C k a:i64[P] "
     "b:i64[P] P left:f32(N*groups*k) right:f32(N*groups*k) i:i64(N*groups*k) j:i64(N*groups*k)",
+    "product_key_topk.product_key_topk_backward": "query:f32[N H 2 C] keys:f32(groups*2*n*C) d_left:f32[N H k] "
+    "d_right:f32[N H k] i:i64[N H k] j:i64[N H k] N H groups n C k d_query:f32[N H 2 C] d_keys:f32(groups*2*n*C)",
     "product_key_topk.best_pairs": "left:f32(N*n) right:f32(N*n) N n k a:i64[P] b:i64[P] P i:i64(N*k) j:i64(N*k)",
     "row_adam.some_rows": f"table:T[M D] first:f32[M D] second:f32(M*(by_row or D)) decayed:f64[M]? {FACTORS} "
     f"U R D by_row {ADAM}",

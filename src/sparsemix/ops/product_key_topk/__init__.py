@@ -133,19 +133,48 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, d_left: Tensor, d_right: Tensor, *_):
     query, keys, i, j = ctx.saved_tensors
+    d_query, d_keys = torch.ops.sparsemix.product_key_topk_backward(d_left, d_right, query, keys, i, j, ctx.impl)
+    return d_query if ctx.needs_input_grad[0] else None, d_keys if ctx.needs_input_grad[1] else None, None, None
+
+
+@torch.library.custom_op("sparsemix::product_key_topk_backward", mutates_args=())
+def _gradients(
+    d_left: Tensor, d_right: Tensor, query: Tensor, keys: Tensor, i: Tensor, j: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """d_query_0 = sum_k d_left_k keys_0 i_k and d_keys_0 i = sum of d_left_k query_0 over the picks of i; side 1 with
+    d_right and j."""
+    op = "product_key_topk_backward" if keys.ndim == 3 else "product_key_topk_backward_by_head"
+    check_op(op, d_left, d_right, query, keys, i, j)
+    # Triton's kernels for it are those of rows of a table.
+    picked = KERNELS.pick(impl, query, keys, d_left, d_right)
+    if picked != "native":
+        return _through_rows(d_left, d_right, query, keys, i, j, picked)
+    (N, H, _, C), n, groups = query.shape, keys.shape[-2], 1 if keys.ndim == 3 else keys.shape[0]
+    d_query, d_keys = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, keys))
+    operands = (x.contiguous() for x in (query, keys, d_left, d_right, i.long(), j.long()))
+    KERNELS.call("product_key_topk_backward", *operands, N, H, groups, n, C, i.shape[2], d_query, d_keys)
+    return d_query, d_keys
+
+
+def _through_rows(
+    d_left: Tensor, d_right: Tensor, query: Tensor, keys: Tensor, i: Tensor, j: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
     C = query.shape[3]
     # Both sides (and heads) of the keys as one table, whose blocks of n rows begin at `first`.
     table = keys.reshape(keys.shape[:-1].numel(), C)
     first = torch.arange(0, table.shape[0], keys.shape[-2], dtype=torch.long, device=i.device).view(*keys.shape[:-2], 1)
     rows = (torch.stack([i, j], dim=2) + first).flatten(0, 2)  # (N H 2, K)
     d_scores = torch.stack([d_left, d_right], dim=2).flatten(0, 2)
-    d_query = row_mix(d_scores, rows, table, False, ctx.impl).view_as(query) if ctx.needs_input_grad[0] else None
-    d_keys = None
-    if ctx.needs_input_grad[1]:
-        d_keys = table_grad(
-            d_scores, rows, query.reshape(query.shape[:-1].numel(), C), table.shape[0], ctx.impl
-        ).view_as(keys)
-    return d_query, d_keys, None, None
+    d_query = row_mix(d_scores, rows, table, False, impl).view_as(query)
+    vec = query.reshape(query.shape[:-1].numel(), C)
+    return d_query, table_grad(d_scores, rows, vec, table.shape[0], impl).view_as(keys)
+
+
+@_gradients.register_fake
+def _(
+    d_left: Tensor, d_right: Tensor, query: Tensor, keys: Tensor, i: Tensor, j: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), keys.new_empty(keys.shape)
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -155,3 +184,9 @@ _forward.register_autograd(_backward, setup_context=_save)
 def _flops(query_shape, keys_shape, *args, **kwargs) -> int:
     N, H, _, C = query_shape
     return 2 * N * H * 2 * keys_shape[-2] * C
+
+
+@register_flop_formula(torch.ops.sparsemix.product_key_topk_backward)
+def _backward_flops(d_left_shape, d_right_shape, query_shape, *args, **kwargs) -> int:
+    N, H, K = d_left_shape
+    return 8 * N * H * K * query_shape[3]

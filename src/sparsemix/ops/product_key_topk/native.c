@@ -5,6 +5,7 @@
 // A selection first finds a bar that at least as many scores reach as are wanted, then looks at those that reach it.
 // Equal scores come in order of their index.
 #include "ranking.h"
+#include "gradients.h"
 
 #define COLS (2 * W)  // queries of a block
 #define KEYS 6        // KEYS * COLS sums fill the registers of a tile
