@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from sparsemix import train
 from sparsemix.optim import schedule
 from sparsemix.run import Run
+from sparsemix.settings import TrainConfig
 from tiny import ATTENTION, MH_MOE, MOE, T, changed, prepared, result_of, run_config, unchecked_shapes
 
 
@@ -25,14 +26,14 @@ def corpus(tmp_path_factory):
 def test_two_stages_drop_the_rate_and_the_weight_decay_at_half_of_the_run(corpus, tmp_path, monkeypatch):
     data, shards = corpus
     decays = []
-    built = train.build_optimizer
+    built = TrainConfig.build_optimizer
 
-    def watched(*args, **settings):
-        optimizer = built(*args, **settings)
+    def watched(*args):
+        optimizer = built(*args)
         optimizer.register_step_pre_hook(lambda o, *_: decays.append([g["weight_decay"] for g in o.param_groups]))
         return optimizer
 
-    monkeypatch.setattr(train, "build_optimizer", watched)
+    monkeypatch.setattr(TrainConfig, "build_optimizer", watched)
     config = run_config(data, "moe", steps=9, schedule="two_stage", lr=0.01)
     result_of(config, tmp_path, shards)
     assert decays == [[0.1, 0.0]] * 5 + [[0.0, 0.0]] * 4

@@ -57,7 +57,7 @@ def test_a_step_that_cannot_be_taken_names_the_table_and_leaves_no_record(corpus
     data, shards = corpus
     config = run_config(data, "peer", steps=2)
     model = config.model.build(0).train()
-    optimizer = train.build_optimizer(model, 1e-3)
+    optimizer = config.train.build_optimizer(model)
     table = model.blocks[1].ffn.w_in
     with torch.no_grad():
         model.blocks[1].ffn.w_out.fill_(torch.nan)

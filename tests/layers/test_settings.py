@@ -63,6 +63,7 @@ OTHER = {
         "top_k": 2,
         "d_key": 6,
         "query_norm": "layer",
+        "init_scale": 0.5,
         "share_keys": True,
     },
     "peer": {
@@ -73,6 +74,7 @@ OTHER = {
         "gate": "sigmoid",
         "activation": "silu",
         "query_norm": "layer",
+        "init_scale": 0.5,
         "share_keys": False,
     },
     "mh_moe": {
