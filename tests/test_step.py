@@ -15,18 +15,14 @@ from sparsemix.data import Batch
 from sparsemix.layers import Ctx
 from sparsemix.layers.router import Router
 from sparsemix.model import after
-from tiny import ATTENTION, BLOCKS, DENSE, D, T, V, mod, prepared, run_config, unchecked_shapes
+from tiny import ATTENTION, BLOCKS, DENSE, D, T, V, mod, prepared, run_config
 
 sys.path.append(str(Path(__file__).parent / "layers"))
 from memory import allocated
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
 
 
 @pytest.fixture(scope="module")
