@@ -1,4 +1,5 @@
-"""Shapes and types of every annotated signature are checked while the tests run; one thread, one seed.
+"""Shapes and types of every annotated signature are checked where a test calls it (but see `unchecked`); one thread, one
+seed.
 
 The checks cannot be compiled, so `compiled/` runs in a process without them (test_compiled.py)."""
 
@@ -20,12 +21,29 @@ if CHECKED:
 
 import torch  # noqa: E402  (after the hook)
 
+from tiny import unchecked_shapes  # noqa: E402
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """No checks of shapes, which take two thirds of a small model's time: for modules whose claims are about whole
+    models, as every layer and operation is checked in tests of its own."""
+    with unchecked_shapes():
+        yield
+
+
+@pytest.fixture
+def checked():
+    """The checks, for what such a module alone calls."""
+    with unchecked_shapes(False):
+        yield
 
 
 # A minute or two each. Begun last, they would leave the other workers idle.

@@ -9,13 +9,9 @@ from sparsemix import train
 from sparsemix.optim import schedule
 from sparsemix.run import Run
 from sparsemix.settings import TrainConfig
-from tiny import ATTENTION, MH_MOE, MOE, T, changed, prepared, result_of, run_config, unchecked_shapes
+from tiny import ATTENTION, MH_MOE, MOE, T, changed, prepared, result_of, run_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from sparsemix.layers.product_keys import RENAMED
 from sparsemix.model import token_nats
 from tiny import BLOCKS, D, T, V
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def trained(steps=2, kind="nested_threshold"):
     model = build_model({"d_model": D, "vocab_size": V, "seq_len": T, "blocks": BLOCKS[kind]}).train()

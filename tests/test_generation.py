@@ -17,6 +17,8 @@ from sparsemix.generation import ENDED, Sampling, chances, dense_cache_bytes, dr
 from sparsemix.layers import Cache, Ctx, update
 from tiny import ATTENTION, BLOCKS, DENSE, MOE, PEER, D, V, block, mod
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 GREEDY = Sampling(temperature=0)
 DEEP = [block(DENSE), mod(mod(block(PEER), capacity=0.6), capacity=0.5), mod(block(MOE), sampling="router_bce")]
 
@@ -178,6 +180,7 @@ def test_a_stop_token_is_the_last_and_without_it_the_limit_is():
     assert list(generate(model, tokens, 0, GREEDY)) == []
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_dense_models_cache_is_what_a_routed_one_is_measured_against():
     model, cache = model_of([*BLOCKS["dense"], mod(block(DENSE), selector="strided")]), Cache(1)
     list(generate(model, prompt(5), 8, GREEDY, cache=cache))

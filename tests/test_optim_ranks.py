@@ -3,14 +3,14 @@
 import copy
 
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from lookups import LAYERS, PEER, inputs, layer_of, tables_of
+from ranks import on_ranks
 from sparsemix.api import build_optimizer
 from sparsemix.optim import tables
 
-RANKS, STEPS = 2, 4
+STEPS = 4
 # Batch statistics are each rank's own, by design; a relu leaves picked rows without any gradient.
 KINDS = {
     **{name: config | {"query_norm": "layer"} for name, config in LAYERS.items()},
@@ -42,9 +42,7 @@ def trained(config, rank=None, moment="full", clip=0.1, ours=True):
     return {name: p.detach().clone() for name, p in layer.named_parameters()}
 
 
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+def all_trained(rank):
     found = {name: trained(config, rank) for name, config in KINDS.items()}
     found |= {f"{name} by row": trained(KINDS[name], rank, "row") for name in LAYERS}
     # The controls: each rank's own picks alone; and torch's AdamW on the dense gradients.
@@ -53,8 +51,7 @@ def on_rank(rank, folder):
     found["alone"] = trained(KINDS["peer_relu"], rank)
     tables.picked_by_any = exchange
     found["dense"] = trained(KINDS["peer"], rank, ours=False)
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def assert_same(got, wanted):
@@ -67,8 +64,7 @@ def differs(got, wanted):
 
 
 def test_two_ranks_train_tables_as_one_process_and_leave_unpicked_rows_alone(tmp_path):
-    mp.spawn(on_rank, (tmp_path,), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    ranks = on_ranks(all_trained, tmp_path)
     for name, config in KINDS.items():
         wanted = trained(config)
         for rank in ranks:

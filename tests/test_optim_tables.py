@@ -22,6 +22,8 @@ from sparsemix.api import build_layer, build_optimizer
 from sparsemix.layers import update
 from sparsemix.optim import schedule
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6)], ids=str)
 @pytest.mark.parametrize("table_decay", [0.0, 0.3])

@@ -23,19 +23,16 @@ from sparsemix.report.study_page import write_study
 from sparsemix.reproduce.write import made_by
 from sparsemix.run import Run, versions
 from sparsemix.signals import Terminated, stopped_code
-from tiny import prepared, run_config, unchecked_shapes
+from tiny import prepared, run_config
 
 STEPS = 8
 # Times, and what the system says of memory: nothing else may differ between two runs.
 CLOCK = ("wall_s", "tokens_per_s", "peak_memory_bytes")
 MOMENTS = ("train_step", "optimizer_step", "log", "weights_file", "rename")
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed process is forked: POSIX only")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("unchecked"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed process is forked: POSIX only"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from ranks import on_ranks
 from sparsemix import build_model, build_optimizer, step, train
 from sparsemix.checkpoint import TrainState
 from sparsemix.data import Batch
 from sparsemix.layers import Ctx
 from sparsemix.layers.router import Router
 from sparsemix.model import after
-from tiny import ATTENTION, BLOCKS, DENSE, D, T, V, mod, prepared, run_config, unchecked_shapes
+from tiny import ATTENTION, BLOCKS, DENSE, D, T, V, mod, prepared, run_config
 
 sys.path.append(str(Path(__file__).parent / "layers"))
 from memory import allocated
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,21 +199,12 @@ def test_the_picked_number_type_threads_and_compilation_stay_when_a_run_goes_on(
     assert torch.get_num_threads() == 1
 
 
-RANKS = 2
-
-
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    scalars = {"loss": torch.tensor(1.0 + rank), "norm": torch.tensor(float("nan") if rank else 2.0)}
-    torch.save(step.read(scalars), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def read_by(rank):
+    return step.read({"loss": torch.tensor(1.0 + rank), "norm": torch.tensor(float("nan") if rank else 2.0)})
 
 
 def test_ranks_read_the_same_numbers_so_that_all_refuse_a_step_together(tmp_path):
-    torch.multiprocessing.spawn(on_rank, (tmp_path,), nprocs=RANKS)
-    for rank in range(RANKS):
-        line = torch.load(tmp_path / f"{rank}.pt")
+    for line in on_ranks(read_by, tmp_path):
         assert line["loss"] == 1.5 and line["norm"] != line["norm"]
 
 

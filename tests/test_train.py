@@ -14,15 +14,11 @@ from sparsemix.layers import Ctx
 from sparsemix.model import LM, token_nats
 from sparsemix.run import Run
 from sparsemix.settings import RunConfig
-from tiny import KINDS, T, changed, prepared, result_of, run_config, unchecked_shapes
+from tiny import KINDS, T, changed, prepared, result_of, run_config
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
 
 
 @pytest.fixture(scope="module")

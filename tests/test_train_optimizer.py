@@ -7,15 +7,11 @@ from safetensors.torch import load_file
 from sparsemix import train
 from sparsemix.config import ConfigError, parse
 from sparsemix.settings import RunConfig
-from tiny import changed, prepared, result_of, run_config, unchecked_shapes
+from tiny import changed, prepared, result_of, run_config
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 SETTINGS = [{"table_moment": "row"}, {"optimizer": "muon"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
 
 
 @pytest.fixture(scope="module")

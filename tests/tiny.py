@@ -27,13 +27,14 @@ MH_MOE = {"kind": "mh_moe", "num_heads": 2, "inner": MOE}
 
 
 @contextmanager
-def unchecked_shapes() -> Iterator[None]:
+def unchecked_shapes(unchecked: bool = True) -> Iterator[None]:
     """Whole runs without the checks of every call's shapes, which take half their time; layers have their own tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def block(ffn):

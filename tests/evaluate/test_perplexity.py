@@ -12,6 +12,8 @@ from sparsemix.layers.query_norm import QueryBatchNorm
 from sparsemix.model import ModelConfig, token_nats
 from tiny import ATTENTION, BLOCKS, MOE, D, T, V, block, mod, prepared
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 KINDS = [*tiny.KINDS, "threshold", "nested", "nested_threshold"]
 
 
@@ -108,6 +110,7 @@ def test_evaluation_leaves_the_model_as_it_was(shards, training):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("kind", ["peer", "nested"])
 def test_reestimated_query_statistics_are_the_mean_of_the_batches_own(shards, kind):
     model = model_of(kind, shards)
@@ -159,6 +162,7 @@ def test_reestimating_a_predictor_changes_nothing(shards):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("kind", ["dense", "moe", "mh_moe", "peer"])
 def test_flops_spent_are_the_analytic_cost_where_routing_does_not_decide_it(shards, kind):
     model = model_of(kind, shards).float()

@@ -9,6 +9,8 @@ from sparsemix.evaluate.sliding import score, windows
 from sparsemix.layers import Ctx, update
 from tiny import ATTENTION, BLOCKS, DENSE, MOE, D, V, block, mod
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FIRST = 0
 LENGTHS = (1, 5, 16, 17, 31, 32, 63, 100)
 

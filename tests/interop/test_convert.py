@@ -10,6 +10,8 @@ from sparsemix.interop.plan import ConvertConfig
 from sparsemix.layers import Ctx
 from sparsemix.layers.cache import Cache
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FLOATING_TERNARY = {"weights": "ternary", "sub_norm": False, "warmup_steps": 10}
 SMALL_PEER = {"kind": "peer", "num_experts": 49, "num_heads": 2, "top_k": 5, "d_key": 4}
 EQUAL = {

@@ -14,6 +14,8 @@ from sparsemix.interop.conversion import convert_folder
 from sparsemix.interop.plan import ConvertConfig
 from sparsemix.run import Run
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # One kind that copies feed-forwards without biases, and one that keeps them.
 FFNS = {"moe": {"kind": "moe", "num_experts": 6, "d_ff": 9, "top_k": 3}, "peer": {"kind": "peer", "num_experts": 64}}

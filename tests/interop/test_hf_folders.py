@@ -19,13 +19,9 @@ from sparsemix.config import ConfigError
 from sparsemix.data.tokenizer import encode_batch, end_of_text, train_tokenizer
 from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM, SparsemixModel, wrap_tokenizer
 from sparsemix.layers.product_keys import RENAMED
-from tiny import BLOCKS, MOE, D, T, V, block, mod, unchecked_shapes
+from tiny import BLOCKS, MOE, D, T, V, block, mod
 
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 STATES = {

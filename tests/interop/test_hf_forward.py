@@ -10,13 +10,9 @@ from torch.nn import functional as F
 from sparsemix import build_model, update
 from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM
 from sparsemix.layers import Ctx
-from tiny import BLOCKS, T, V, unchecked_shapes
+from tiny import BLOCKS, T, V
 
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def fresh(name, **changes):

@@ -7,13 +7,9 @@ from hf_models import LENGTHS, MODELS, hf_model, padded, sequences
 from sparsemix.interop.hf import SparsemixCache
 from sparsemix.interop.hf_model import CACHE
 from sparsemix.layers import Ctx
-from tiny import T, V, unchecked_shapes
+from tiny import T, V
 
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 NEW = 6

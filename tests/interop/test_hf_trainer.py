@@ -6,19 +6,15 @@ from hf_models import settings
 from transformers import Trainer, TrainingArguments
 
 from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM
-from tiny import BLOCKS, T, V, unchecked_shapes
+from tiny import BLOCKS, T, V
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install sparsemix[hf]")
 # Its name before transformers 5.24.
 NEW = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
 STATEFUL = [*BLOCKS["nested_threshold"][:2], BLOCKS["nested"][1] | {"anneal_steps": 6}, BLOCKS["nested_threshold"][2]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
 
 
 def rows():

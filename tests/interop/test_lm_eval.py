@@ -18,7 +18,7 @@ from tiny import BLOCKS, D, V
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'sparsemix[eval]'")
 # The harness and what it imports warn of themselves.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.filterwarnings("ignore")]
 
 SEQ_LEN = 12
 TEXTS = [f"the {a} dog sees {n} of the {b} hats in a box that it found there" for a, b, n in zip(

@@ -6,20 +6,17 @@ from hf_models import hf_model
 from torch.nn import functional as F
 
 from sparsemix.interop.hf import SparsemixForCausalLM
-from tiny import T, V, unchecked_shapes
+from tiny import T, V
 
 peft = pytest.importorskip("peft", reason="adapters need peft")
 
 # What peft asks transformers for by an older name.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("unchecked"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 LINEAR = ["q", "k", "v", "o", "up", "gate", "down", "head", "merge", "query"]
 STACKED = {"moe": ["experts.gate_up", "experts.down"], "peer": ["ffn.w_in", "ffn.w_out"], "mh_moe": ["experts.down"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
 
 
 def tokens(seed=1):

@@ -15,6 +15,8 @@ from sparsemix.interop.families import read_config, read_decoder
 from sparsemix.layers import Cache, Ctx
 from sparsemix.model import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 V, T = 37, 19
 SIZES = {
     "vocab_size": V,

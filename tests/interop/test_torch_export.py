@@ -7,13 +7,9 @@ from hf_models import LENGTHS, hf_model, padded, sequences, settings
 from torch.export import Dim, export
 
 from sparsemix.interop.hf import SparsemixConfig, SparsemixForCausalLM
-from tiny import V, unchecked_shapes
+from tiny import V
 
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def exported(model, ids, **inputs):

@@ -5,16 +5,13 @@ import torch
 from hf_models import hf_model
 from torch.func import functional_call, grad, jacrev, vmap
 
-from tiny import BLOCKS, T, V, unchecked_shapes
+from tiny import BLOCKS, T, V
 
 # torch's own attention has no rule for a batch of calls, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unchecked():
-    with unchecked_shapes():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("unchecked"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+]
 
 
 def tokens(B=3):

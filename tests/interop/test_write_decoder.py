@@ -13,6 +13,8 @@ from sparsemix.data.tokenizer import EOT, train_tokenizer
 from sparsemix.interop.families import families_of, read_decoder, write_decoder
 from sparsemix.layers import Ctx
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 V, T = 37, 19
 ATTENTION = {"kind": "attention", "num_heads": 5, "num_kv_heads": 1, "rope_theta": 100.0}
 DENSE = {"kind": "dense", "d_ff": 27}

@@ -9,6 +9,8 @@ from sparsemix.api import build_model
 from sparsemix.config import parse
 from sparsemix.layers import Ctx, LayerConfig, update
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 B, T, V = 2, 13, 11
 ATTENTION = {"kind": "attention", "num_heads": 4, "num_kv_heads": 2}
 DENSE = {"kind": "dense", "d_ff": 8}

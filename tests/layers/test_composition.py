@@ -12,6 +12,8 @@ from sparsemix.config import parse, to_yaml
 from sparsemix.layers import Ctx, LayerConfig, update
 from sparsemix.ops.flop_counter import count_flops
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 D = 12
 ATTENTION = {"kind": "attention", "num_heads": 3}
 DENSE = {"kind": "dense", "d_ff": 7}

@@ -7,6 +7,8 @@ from test_causality import CASES, DENSE, V, block, mod, model_of, observed, obse
 from sparsemix.layers import Ctx
 from sparsemix.layers.cache import FIRST_SLOTS, Cache
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 LENGTHS = [13, 5, 1, 9]
 T = max(LENGTHS)
 
@@ -132,6 +134,7 @@ def test_every_capacity_decodes_a_ragged_batch_as_every_sequence_alone(sampling,
     assert cache.lengths("blocks.1.inner.mixer").tolist() == routed
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("name", ["attention", "mod_block", "mod_in_mod", "mod_threshold"])
 def test_rejected_drafts_leave_no_trace(name):
     model, tokens = model_of(name).eval(), torch.randint(V, (2, T))
@@ -145,6 +148,7 @@ def test_rejected_drafts_leave_no_trace(name):
     assert (wrong - wanted[:, 6:10]).abs().max() > 1e-3, "the draft must have been another text"
 
 
+@pytest.mark.usefixtures("checked")
 def test_rows_can_be_reordered_and_repeated_between_steps():
     model, tokens = model_of("mod_block").eval(), torch.randint(V, (3, T))
     _, cache = in_chunks(model, tokens[:, :7], None, [7])
@@ -174,6 +178,7 @@ def test_a_key_keeps_the_rotation_of_its_own_position():
     assert (torch.stack(logits)[7:] - wanted[7:]).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_store_grows_and_keeps_what_it_holds():
     model, tokens = model_of("attention").eval(), torch.randint(V, (2, 5 * FIRST_SLOTS))
     logits, cache = in_chunks(model, tokens, None, [3, 3 + FIRST_SLOTS, 5 * FIRST_SLOTS])

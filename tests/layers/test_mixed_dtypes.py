@@ -8,6 +8,8 @@ from test_default_dtype import KINDS, D
 from sparsemix.config import parse
 from sparsemix.layers import Ctx, LayerConfig, update
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 SAYS = ("dtype", "type", "Float", "Double", "BFloat16")
 
 

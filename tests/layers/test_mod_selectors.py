@@ -11,6 +11,8 @@ from sparsemix.config import ConfigError, parse
 from sparsemix.layers import Ctx, LayerConfig, update
 from sparsemix.layers.token_selection import ANNEAL_LEVELS, Annealing, quota, uniform
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 BLOCK = {"kind": "block", "mixer": {"kind": "attention", "num_heads": 5}, "ffn": {"kind": "dense", "d_ff": 3}}
 DENSE = BLOCK["ffn"]
 BASE = {"kind": "mod", "capacity": 0.4, "predictor_width": 3, "inner": BLOCK}

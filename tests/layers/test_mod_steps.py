@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsemix.layers import Ctx
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_runs_of_one_seed_are_equal_bit_for_bit(name):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from cases import PEER, PKM, build, contexts, tokens
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ranks import RANKS, on_ranks
 from sparsemix.api import layer_cost
 from sparsemix.config import parse
 from sparsemix.layers import Ctx, LayerConfig, update
@@ -211,7 +211,6 @@ def test_activation_checkpointing_observes_once_and_changes_no_gradient(config):
         close(getattr(layer.query_norm, name), aux.stats[f"query_norm.{name}"], 0)
 
 
-RANKS = 2
 STATEFUL = {**KINDS, "block": {"kind": "block", "mixer": PKM, "ffn": PEER}}
 
 
@@ -227,16 +226,12 @@ def observed(part):
     return buffers
 
 
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    torch.save(observed(slice(2 * rank, 2 * rank + 2)), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def observed_by(rank):
+    return observed(slice(2 * rank, 2 * rank + 2))
 
 
 def test_statistics_of_data_parallel_ranks_are_those_of_one_process(tmp_path):
-    mp.spawn(on_rank, (tmp_path,), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    ranks = on_ranks(observed_by, tmp_path)
     alone, control = observed(slice(None)), observed(slice(2))
     for name, value in alone.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name

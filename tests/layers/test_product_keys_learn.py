@@ -13,6 +13,8 @@ from sparsemix.evaluate.routing import unevenness, usage
 from sparsemix.layers import update
 from sparsemix.optim import schedule
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 D, GROUPS, EXPERTS, STEPS, LR = 16, 32, 256, 300, 0.01
 
 

@@ -24,6 +24,8 @@ from test_decoding import alone, assert_equal, counted, in_chunks
 from sparsemix.layers import Cache, Ctx
 from sparsemix.layers.cache import Held
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 NESTS = {
     "attention": block(DENSE),
     "mod": mod(block(DENSE)),
@@ -102,6 +104,7 @@ def test_every_row_takes_back_its_own_number_of_tokens(name):
         assert_equal(torch.cat([start, logits]), alone(model, torch.cat([text, more])))
 
 
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (0, 0)])
 def test_taking_back_another_number_is_another_text(counts):
     model, texts = nest("mod"), torch.randint(V, (2, 9))
@@ -172,6 +175,7 @@ def test_drafts_that_are_not_taken_back_change_the_text():
     assert not torch.equal(text, greedy(model, prompt, 14))
 
 
+@pytest.mark.usefixtures("checked")
 def test_rows_may_step_apart():
     model, texts = nest("mod_in_mod"), torch.randint(V, (4, 11))
     cache, parts = Cache(4), [[] for _ in texts]
@@ -233,6 +237,7 @@ def test_a_prefill_that_compares_tokens_would_be_another_model(name):
     assert (logits - model(tokens, Ctx(causal=False)).logits).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("checked")
 def test_the_report_holds_the_routed_tokens_of_every_layer_beside_the_dense_model():
     model, dense, several = nest("mod"), nest("attention"), random_batch(random.Random(2), 4)
     caches = Cache(4), Cache(4)

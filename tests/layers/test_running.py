@@ -10,6 +10,8 @@ from torch import nn
 from sparsemix.config import ConfigError
 from sparsemix.layers import Aux, Ctx, update
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 THRESHOLDED = {"kind": "mod", "capacity": 0.5, "sampling": "threshold", "inner": BASES["block"]}
 BIASED = MOE | {"bias_rate": 0.001}
 STATEFUL = BASES | {
