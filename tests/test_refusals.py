@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 BLOCK = "model.blocks.each.ffn."
-ANSWERED = [[], ["--version"], ["recipes"], ["train", "--help"]]
+ANSWERED = [[], ["--version"], ["recipes"], ["reproduce", "--list"], ["train", "--help"]]
 REFUSED = [
     (["foo"], "no such command 'foo'"),
     (["train", "--foo"], "no such option"),
@@ -50,6 +50,20 @@ REFUSED = [
     (["train", "tiny", "--text", ""], "text= is empty"),
     (["train", "--init-from", "."], "is no model"),
     (["inspect", "."], "is no run folder"),
+    (["train", "tiny", "model.d_model=65"], "must give every head an even width"),
+    (["train", "tiny", "train.budget_flops=1"], "is less than one step"),
+    (["train", "tiny", "--text", "*.none"], "the glob matches no supported file"),
+    (["train", "tiny", "--text", "hf:a:b:c"], "must look like hf:NAME:SPLIT"),
+    (["compare", "--out", "out", "--budget", "1"], "is less than one step"),
+    (["compare", "--out", "out", "--set", "model.d_model=65"], "must give every head an even width"),
+    (["compare", "--out", "out", "--text", "*.none"], "the glob matches no supported file"),
+    (["isoflop", "--out", "out", "--budgets", "1e9", "--text", "hf:x"], "must look like hf:NAME:SPLIT"),
+    (["reproduce", "foo"], "name=foo is none of"),
+    (["reproduce", "peer-table2", "--scale", "foo"], "scale=foo input should be"),
+    (["reproduce", "peer-table2", "--text", "*.none"], "the glob matches no supported file"),
+    (["reproduce", "peer-table2", "--launcher", "rey"], "did you mean 'ray'?"),
+    (["kinds", "pear"], "did you mean 'peer'?"),
+    (["parity", "--d-model", "0"], "d_model=0 must be at least 1"),
 ]  # fmt: skip
 
 

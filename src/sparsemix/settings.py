@@ -8,7 +8,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from sparsemix import saved
 from sparsemix.config import Config, ConfigError, without_later
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.layers import MoDConfig
 from sparsemix.machine import DtypeSetting, ThreadsSetting
 from sparsemix.model import ModelConfig

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemix.cli.early import refuse_texts
 from sparsemix.cli.options import Text, TextAs
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
@@ -28,6 +29,7 @@ def inspect(
         raise ConfigError(f"{run}: no such folder; name a run's or a comparison's")
     if not any((run / name).exists() for name in ("config.yaml", "plan.yaml")):
         raise ConfigError(f"{run} is no run folder: it has no config.yaml; name a folder that a run wrote")
+    refuse_texts(text or (), text_as or ())
     tried(place, "out", folder=True)
 
     from sparsemix.inspection import inspect_folder

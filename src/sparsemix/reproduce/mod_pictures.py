@@ -17,7 +17,8 @@ from sparsemix.report.inspect_plots import taken_map
 from sparsemix.report.numbers import percent
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import MOD, router_bce, single
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import Test, bounded, judge

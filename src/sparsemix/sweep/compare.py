@@ -12,7 +12,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
-from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.data import Shards, prepare
+from sparsemix.data.shards import DataConfig
 from sparsemix.errors import TrainingError
 from sparsemix.run import Run, read_plan, write_plan
 from sparsemix.settings import RunConfig
