@@ -36,7 +36,7 @@ def compare(
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     overrides = (*(override or ()), *text_settings(text_as, split))
-    refuse(out, text, recipe, overrides, decided=True, budget=_flops(budget))
+    refuse(out, "comparison", text, recipe, overrides, decided=True, budget=_flops(budget))
     settings = {
         "text": tuple(text or ("stdlib",)),
         "kinds": tuple(kind.strip() for kind in kinds.split(",")),

@@ -9,7 +9,7 @@ from sparsemix.cli.early import refuse_misfit, refuse_texts, trained_folder
 from sparsemix.cli.options import Text, TextAs
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
-from sparsemix.inputs import expanded, tried
+from sparsemix.inputs import expanded, refuse_used, tried
 from sparsemix.terminal import say
 
 
@@ -33,6 +33,7 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of routers, noise and what is drawn anew.")] = 0,
 ) -> None:
     """Give a pre-trained decoder conditional layers, with a receipt of how far its logits moved."""
+    refuse_used(expanded(to))
     tried(to, "to", folder=True)
     if not model.startswith("hf:"):
         trained_folder(expanded(model))

@@ -12,6 +12,7 @@ from sparsemix.inputs import expanded, tried
 
 def refuse(
     out: Path,
+    what: str,
     text: Sequence[str] | None,
     recipe: str | None,
     overrides: Sequence[str] | None,
@@ -19,10 +20,11 @@ def refuse(
     budget: float | None = None,
 ) -> None:
     """Raises ConfigError for a recipe that is not there, settings that are none or break a rule, a text that is
-    missing, and a folder that cannot be written. `decided`: rate, budget, seed and text are not the recipe's to say;
-    `budget`: the FLOPs of a run at the recipe's own size, where there is one."""
+    missing, and a folder that cannot be written or holds something else than `what`. `decided`: rate, budget, seed and
+    text are not the recipe's to say; `budget`: the FLOPs of a run at the recipe's own size, where there is one."""
     from sparsemix.config import apply_overrides
     from sparsemix.recipes import settings_of
+    from sparsemix.run import refuse_foreign
 
     settings = apply_overrides({}, overrides or ()) if recipe is None else settings_of(recipe, tuple(overrides or ()))
     if recipe is not None:
@@ -34,6 +36,7 @@ def refuse(
     sources, text_as = (given if isinstance(given, list) else () for given in (own, data.get("text_as")))
     refuse_texts(text or sources, text_as)
     tried(out, "out", folder=True)
+    refuse_foreign(out, what)
 
 
 def refuse_texts(sources: Iterable[str], text_as: Sequence[str] = ()) -> None:

@@ -32,13 +32,13 @@ def inspect(
     refuse_texts(text or (), text_as or ())
     tried(place, "out", folder=True)
 
-    from sparsemix.inspection import inspect_folder
+    from sparsemix.inspection import On, inspect_folder
     from sparsemix.report.inspect_page import write_inspection
     from sparsemix.report.inspect_tables import console_tables
     from sparsemix.sweep.watch import Stages
 
     with interruptible("no file is half-written; the same command starts anew"), Stages("inspect", say) as stages:
-        result = inspect_folder(run, text or [], tokens, data, stages, text_as or ())
+        result = inspect_folder(run, On(text or (), tokens, data, text_as or ()), stages)
         write_inspection(result, place)
     for line in dict.fromkeys(run["read"] for run in result["runs"]):
         say(line)

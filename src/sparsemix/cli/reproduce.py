@@ -59,7 +59,7 @@ def reproduce(
         "overrides": (*(override or ()), *text_settings(text_as, split)),
     }
     refuse_study("reproduce/lab", "ReproduceConfig", given, launcher, launch, workers, track)
-    refuse(out, text, None, given["overrides"])
+    refuse(out, "study", text, None, given["overrides"])
     if data_dir is not None and not data_dir.is_dir():
         raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import read_mapping
-from sparsemix.inspection import inspect_run
+from sparsemix.inspection import On, inspect_run
 from sparsemix.report.figures import Bars, HeatMap
 from sparsemix.report.inspect_plots import taken_map
 from sparsemix.report.numbers import percent
@@ -88,7 +88,7 @@ def observed(lab: Lab, run: Record) -> dict[str, Any]:
 
 def _observe(data: Path, run: Record) -> dict[str, Any]:
     seq_len = run.settings["model"]["seq_len"]
-    found = inspect_run(run.folder, [], max(TOKENS, seq_len), data, lambda *_: None)
+    found = inspect_run(run.folder, On(tokens=max(TOKENS, seq_len), data=data), lambda *_: None)
     layers = found["mod"]
     correlation = found["correlation"].get("depth", {}).get("entropy", {}).get("pearson")
     return {
