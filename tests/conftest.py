@@ -1,5 +1,5 @@
-"""Shapes and types of every annotated signature are checked where a test calls it (but see `unchecked`); one thread, one
-seed.
+"""Shapes and types of every annotated signature are checked where a test calls it (but see `unchecked`); one thread,
+one seed.
 
 The checks cannot be compiled, so `compiled/` runs in a process without them (test_compiled.py)."""
 

@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 BLOCK = "model.blocks.each.ffn."
-ANSWERED = [[], ["--version"], ["recipes"], ["train", "--help"]]
+ANSWERED = [[], ["--version"], ["recipes"], ["reproduce", "--list"], ["train", "--help"]]
 REFUSED = [
     (["foo"], "no such command 'foo'"),
     (["train", "--foo"], "no such option"),
@@ -50,10 +50,44 @@ REFUSED = [
     (["train", "tiny", "--text", ""], "text= is empty"),
     (["train", "--init-from", "."], "is no model"),
     (["inspect", "."], "is no run folder"),
+    (["train", "tiny", "model.d_model=65"], "must give every head an even width"),
+    (["train", "tiny", "train.budget_flops=1"], "is less than one step"),
+    (["train", "tiny", "--text", "*.none"], "the glob matches no supported file"),
+    (["train", "tiny", "--text", "hf:a:b:c"], "must look like hf:NAME:SPLIT"),
+    (["compare", "--out", "out", "--budget", "1"], "is less than one step"),
+    (["compare", "--out", "out", "--set", "model.d_model=65"], "must give every head an even width"),
+    (["compare", "--out", "out", "--text", "*.none"], "the glob matches no supported file"),
+    (["isoflop", "--out", "out", "--budgets", "1e9", "--text", "hf:x"], "must look like hf:NAME:SPLIT"),
+    (["reproduce", "foo"], "name=foo is none of"),
+    (["reproduce", "peer-table2", "--scale", "foo"], "scale=foo input should be"),
+    (["reproduce", "peer-table2", "--text", "*.none"], "the glob matches no supported file"),
+    (["reproduce", "peer-table2", "--launcher", "rey"], "did you mean 'ray'?"),
+    (["kinds", "pear"], "did you mean 'peer'?"),
+    (["parity", "--d-model", "0"], "d_model=0 must be at least 1"),
+    (["train", "tiny", "train.threads=0"], "train.threads=0 input should be 'auto' or greater than or equal to 1"),
+    (["train", "tiny", "train..lr=3"], "override 'train..lr=3' must look like setting.name=value"),
+    (["compare", "--out", "out", "--launch", "foo=1"], "no setting here (known: workers, threads, memory_gib)"),
+    (["compare", "--out", "out", "--launch", "kind=ray"], "launch=kind=ray would have no effect"),
+    (["train", "tiny", "--out", "foreign"], "foreign is not empty and holds no run"),
+    (["compare", "--out", "foreign"], "foreign is not empty and holds no comparison"),
+    (["isoflop", "--out", "foreign", "--budgets", "1e12"], "foreign is not empty and holds no study"),
+    (["reproduce", "peer-table2", "--out", "foreign"], "foreign is not empty and holds no study"),
+    (["export", "foreign", "--to", "foreign"], "foreign is no model"),
+    (["export", "model", "--to", "foreign"], "to=foreign is not empty"),
+    (["convert", "model", "--to", "foreign"], "to=foreign is not empty"),
+    (["convert", "model", "--to", "out", "--ffn", "pear"], "did you mean 'peer'?"),
+    (["convert", "model", "--to", "out", "--text", "none"], "none: no such file"),
+    (["eval", "model", "--suite", "paper"], "did you mean 'papers'?"),
+    (["eval", "model", "--stride", "0"], "stride=0 input should be"),
+    (["generate", "model", "--prompt", "x", "--top-p", "3"], "top_p=3"),
 ]  # fmt: skip
 
 
 def test_answers_and_refusals_load_no_torch_and_leave_nothing(tmp_path):
+    places = [tmp_path / "foreign" / "letter.doc", tmp_path / "model" / "config.json"]
+    for place in places:
+        place.parent.mkdir()
+        place.write_text("{}")
     calls = [*((words, 0, "") for words in ANSWERED), *((words, 2, says) for words, says in REFUSED)]
     code = f"""
         import io, sys
@@ -72,4 +106,4 @@ def test_answers_and_refusals_load_no_torch_and_leave_nothing(tmp_path):
     script = [sys.executable, "-c", textwrap.dedent(code)]
     ended = subprocess.run(script, cwd=tmp_path, capture_output=True, check=False)
     assert ended.returncode == 0, ended.stderr.decode()[-600:]
-    assert not list(tmp_path.iterdir())
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == places

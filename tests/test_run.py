@@ -7,7 +7,7 @@ import yaml
 from sparsemix import run as run_module
 from sparsemix.config import ConfigError, config_hash, parse, to_yaml
 from sparsemix.durable import write_atomic
-from sparsemix.run import Run, hardware, versions
+from sparsemix.run import Run, hardware, refuse_other, versions
 from sparsemix.settings import RunConfig
 from tiny import run_config, write_corpus
 
@@ -29,6 +29,15 @@ def test_other_settings_are_refused_and_the_same_ones_open_the_run_again(config,
     with pytest.raises(ConfigError, match="holds a run with other settings; choose another folder or delete it"):
         Run(tmp_path / "run", config.replace(seed=1))
     assert Run(tmp_path / "run").settings["seed"] == 0
+
+
+def test_another_run_is_refused_before_the_text_has_a_fingerprint(config, tmp_path):
+    refuse_other(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+    Run(tmp_path / "run", config.replace(data=config.data.replace(fingerprint="abc")))
+    refuse_other(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        refuse_other(tmp_path / "run", config.replace(seed=1))
 
 
 def test_a_run_from_before_a_setting_existed_is_opened_with_its_default(config, tmp_path):

@@ -6,7 +6,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
@@ -81,7 +81,9 @@ class Config(BaseModel):
                 return cls.family[kind].model_validate(data)
             for name in data:
                 if name not in cls.model_fields:
-                    rule = f"is no setting here{_meant(str(name), cls)} (known: {', '.join(cls.model_fields)})"
+                    # What chose these settings is none of them.
+                    own = [own for own in cls.model_fields if cls.family is None or own != "kind"]
+                    rule = f"is no setting here{_meant(str(name), cls)} (known: {', '.join(own)})"
                     raise _bad(str(name), data[name], rule)
             for name, value in data.items():
                 if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -134,7 +136,26 @@ def parse(cls: type[C], raw: Mapping[str, Any]) -> C:
         # A list all of whose items are wrong also counts as too short.
         inner = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
         told = [e for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
-        raise ConfigError("; ".join(dict.fromkeys(_sentence(e) for e in told))) from None
+        raise ConfigError("; ".join(dict.fromkeys(_sentence(e) for e in _of_choices(told)))) from None
+
+
+# How pydantic names the choices of a setting that takes one of several types.
+_CHOICE = re.compile(r"literal\[.*|constrained-.*|(tuple|list|dict)\[.*|int|float|bool|str|none")
+
+
+def _of_choices(errors: list[Any]) -> Iterator[Any]:
+    """The errors, of which those of one value's several choices are one: `input should be 'auto' or ...`."""
+    by_value: dict[Any, list[Any]] = {}
+    for number, error in enumerate(errors):
+        *parents, last = error["loc"] or ("",)
+        choice = isinstance(last, str) and _CHOICE.fullmatch(last) is not None
+        by_value.setdefault(tuple(parents) if choice else number, []).append(error)
+    for where, several in by_value.items():
+        if isinstance(where, int):
+            yield several[0]
+        else:
+            rules = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in several)
+            yield {**several[0], "loc": where, "msg": f"Input should be {' or '.join(rules)}"}
 
 
 def _sentence(error: Any) -> str:
@@ -173,7 +194,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     raw = json.loads(json.dumps(raw))
     for override in overrides:
         path, sign, text = override.partition("=")
-        if not sign or not path:
+        if not sign or not all(path.split(".")):
             raise ConfigError(f"override {override!r} must look like setting.name=value")
         try:
             value = read_yaml(text)

@@ -224,6 +224,12 @@ def tried(place: Path, setting: str, folder: bool = False) -> None:
         raise ConfigError(f"{where}; choose another place") from None
 
 
+def refuse_used(to: Path) -> None:
+    """Raises ConfigError where there is something already."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"to={to} is not empty; name a new folder")
+
+
 def expanded(name: str | Path) -> Path:
     """The path with `~` written out. Raises ConfigError where there is no such home."""
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -28,17 +28,19 @@ MAP_TOKENS = 128
 TOKENS = 65_536
 
 
-def inspect_folder(
-    folder: Path,
-    text: Sequence[str],
-    tokens: int,
-    data: Path | None,
-    progress: Progress,
-    text_as: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Statistics of a run, or of the first seed of every kind of a comparison, on the first `tokens` tokens of `text`
-    (of the run's own test split if there is no text). Raises ConfigError."""
-    runs = [inspect_run(run, text, tokens, data, progress, text_as) for run in run_folders(folder)]
+class On(NamedTuple):
+    """What is measured on: the first `tokens` tokens of `text`, or of the run's own test split if there is none. data:
+    the run's prepared text, where it is not beside the run; text_as: suffixes of further files that are text."""
+
+    text: Sequence[str] = ()
+    tokens: int = TOKENS
+    data: Path | None = None
+    text_as: Sequence[str] = ()
+
+
+def inspect_folder(folder: Path, on: On, progress: Progress) -> dict[str, Any]:
+    """Statistics of a run, or of the first seed of every kind of a comparison. Raises ConfigError."""
+    runs = [inspect_run(run, on, progress) for run in run_folders(folder)]
     return {"folder": folder.resolve().name, "runs": runs}
 
 
@@ -54,26 +56,19 @@ def run_folders(folder: Path) -> list[Path]:
         return [folder / min(row["runs"], key=lambda run: run["seed"])["folder"] for row in rows]
 
 
-def inspect_run(
-    folder: Path,
-    text: Sequence[str],
-    tokens: int,
-    data: Path | None,
-    progress: Progress,
-    text_as: Sequence[str] = (),
-) -> dict[str, Any]:
+def inspect_run(folder: Path, on: On, progress: Progress) -> dict[str, Any]:
     """Statistics of one run. Raises ConfigError."""
     config = parse(RunConfig, Run(folder).settings)
     seq_len = config.model.seq_len
-    if tokens < seq_len:
-        raise ConfigError(f"tokens={tokens} must be at least the run's model.seq_len={seq_len}")
+    if on.tokens < seq_len:
+        raise ConfigError(f"tokens={on.tokens} must be at least the run's model.seq_len={seq_len}")
     model = load_run(folder, config)
     tally = Tally()
-    stream = read_stream(folder, config, text, tokens, data, text_as, tally)
+    stream = read_stream(folder, config, on, tally)
     total = int(stream.starts[-1])
-    tokenizer = run_tokenizer(folder, config, data)
+    tokenizer = run_tokenizer(folder, config, on.data)
     if total < seq_len:
-        where = ", ".join(text) if text else "the test split"
+        where = ", ".join(on.text) or "the test split"
         raise ConfigError(f"text={where} holds {total} tokens, less than one window of {seq_len}; add text")
     # The logits are the largest tensor: at most 2^25 of them at a time.
     rows = max(1, min(4096, 2**25 // config.model.vocab_size) // seq_len)
@@ -84,8 +79,8 @@ def inspect_run(
     found = {
         "run": name,
         "kinds": sorted({kind for path in _routed_paths(losses) for kind in _kinds(config, path)}),
-        "text": list(text) or ["the run's test split"],
-        "read": tally.line() if text else "read: the run's test split; skipped: nothing",
+        "text": list(on.text) or ["the run's test split"],
+        "read": tally.line() if on.text else "read: the run's test split; skipped: nothing",
         "tokens": losses.tokens,
         "documents": len(losses.nats),
         "nats_per_token": losses.total / losses.tokens if np.isfinite(losses.total) else None,
@@ -106,27 +101,18 @@ def inspect_run(
 TARGETS = {"loss": "nats", "entropy": "entropy"}
 
 
-def read_stream(
-    folder: Path,
-    config: RunConfig,
-    text: Sequence[str],
-    tokens: int,
-    data: Path | None,
-    text_as: Sequence[str] = (),
-    tally: Tally | None = None,
-) -> Stream:
-    """The first `tokens` tokens of the text, or of the run's test split, by the run's tokenizer; the tally gets what
-    was read of the text. Raises ConfigError."""
-    shards = find_shards(folder, config, data)
-    if not text:
+def read_stream(folder: Path, config: RunConfig, on: On, tally: Tally) -> Stream:
+    """The tokens to measure on, by the run's tokenizer; the tally gets what was read of a text. Raises ConfigError."""
+    shards = find_shards(folder, config, on.data)
+    if not on.text:
         if shards is None:
             raise ConfigError(f"the prepared data of {folder} is not beside it; give --text, or --data with its folder")
-        return Stream(shards.tokens("test"), shards.starts("test")).first(tokens)
-    tokenizer = run_tokenizer(folder, config, data)
+        return Stream(shards.tokens("test"), shards.starts("test")).first(on.tokens)
+    tokenizer = run_tokenizer(folder, config, on.data)
     if tokenizer is None:
         raise ConfigError(f"the tokenizer of {folder} is not beside it; give --data with the run's prepared data")
-    documents = (document.text for document in read_documents(text, text_as=text_as, tally=tally))
-    return Stream(*encode_stream(tokenizer, documents, tokens)).first(tokens)
+    documents = (document.text for document in read_documents(on.text, text_as=on.text_as, tally=tally))
+    return Stream(*encode_stream(tokenizer, documents, on.tokens)).first(on.tokens)
 
 
 def _told(batches: Iterable[Batch], stage: str, windows: int, progress: Progress) -> Iterator[Batch]:

@@ -96,13 +96,11 @@ class Run:
             if not (folder / "config.yaml").is_file():
                 raise ConfigError(f"{folder} is no run folder: it has no config.yaml; name a folder that a run wrote")
             return
-        if (folder / "config.yaml").is_file():
-            if not self._holds(config):
-                raise ConfigError(f"{folder} holds a run with other settings; choose another folder or delete it")
-        # What is hidden may be another process's, which is just making the same run.
-        elif folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and holds no run; choose another folder")
-        else:
+        begun = (folder / "config.yaml").is_file()
+        if begun and not self._holds(config):
+            raise ConfigError(f"{folder} holds a run with other settings; choose another folder or delete it")
+        refuse_foreign(folder, "run")
+        if not begun:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "config.yaml", to_yaml(config))
 
@@ -179,6 +177,29 @@ def _refuse_damaged(folder: Path, names: Collection[str] | None) -> None:
         raise DamagedError(
             f"{folder} is damaged: {told}; copy it anew, or delete {SEAL} in it to have what is there read"
         )
+
+
+# What tells that a folder holds a run, or a comparison or study, and what may stand there before it.
+_MARKS = {"run": ("config.yaml", ()), "comparison": ("plan.yaml", ("data",)), "study": ("plan.yaml", ("data",))}
+
+
+def refuse_foreign(folder: Path, what: str) -> None:
+    """Raises ConfigError where the folder holds something, and no `run`, `comparison` or `study`."""
+    mark, before = _MARKS[what]
+    if (folder / mark).is_file() or not folder.exists():
+        return
+    # What is hidden may be another process's, which is just making the same, or a killed one's.
+    if not folder.is_dir() or any(path.name not in before and path.name[0] != "." for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {what}; choose another folder")
+
+
+def refuse_other(folder: Path, config: Config) -> None:
+    """Raises ConfigError where the folder holds another run than one of these settings, before its text is known."""
+    refuse_foreign(folder, "run")
+    if (folder / "config.yaml").is_file():
+        there, asked = Run(folder).settings.get("data"), config.model_dump(mode="json")
+        asked["data"] |= {"fingerprint": there.get("fingerprint") if isinstance(there, dict) else None}
+        Run(folder, parse(type(config), asked))
 
 
 def refusal_leaves_nothing(folder: Path) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from sparsemix.checkpoint import save_weights, system_errors
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import load_tokenizer, num_ids, special_tokens
 from sparsemix.durable import SEAL, aside, damage, missing, seal, write_atomic
-from sparsemix.inputs import load_json, trusted
+from sparsemix.inputs import load_json, refuse_used, trusted
 from sparsemix.layers.packed import is_packed, with_packed_layers
 from sparsemix.model import LM, ModelConfig
 
@@ -69,12 +69,6 @@ def check(path: Path) -> None:
         raise ConfigError(
             f"{folder} is damaged: {told}; copy it anew, or, if you changed it yourself, delete {folder / SEAL}"
         )
-
-
-def refuse_used(to: Path) -> None:
-    """Raises ConfigError where there is something already."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"to={to} is not empty; name a new folder")
 
 
 @contextmanager

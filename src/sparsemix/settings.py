@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsemix import saved
 from sparsemix.config import Config, ConfigError, without_later
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.layers import MoDConfig
 from sparsemix.machine import DtypeSetting, ThreadsSetting
 from sparsemix.model import ModelConfig

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from sparsemix.config import ConfigError, nearest
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import checked_json, read_mapping
-from sparsemix.report.records import arm_of
+from sparsemix.report.arm import arm_of
 from sparsemix.run import Run
 
 LOOK_EVERY_S = 2.0

@@ -53,7 +53,9 @@ def test_changed_text_is_noticed_and_rewritten_equal_text_is_not(tmp_path):
     os.utime(path, (1, 1))
     assert prepare(config, folder).manifest == s.manifest
     write_corpus(path, [*texts, "one more text"])
-    with pytest.raises(ConfigError, match=r"holds shards of the text .*; delete it or choose another folder"):
+    with pytest.raises(
+        ConfigError, match=r"holds shards of the text .*; choose .*, or delete it if no run was trained"
+    ):
         prepare(config, folder)
     named = config.replace(fingerprint=s.manifest["fingerprint"])
     with pytest.raises(ConfigError, match=r"fingerprint=.*: the text is now .*; restore it"):

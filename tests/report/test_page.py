@@ -112,6 +112,8 @@ def test_the_page_works_in_a_browser_light_dark_and_on_a_phone(result, written, 
     dark = picture(browser)
     assert len(np.unique(dark.reshape(-1, 3), axis=0)) > 50 and dark[0, 0].max() < 0.2
 
+    cut = "return [...document.querySelectorAll('.scroll')].filter(b => b.scrollWidth > b.clientWidth).length"
+    assert browser.execute_script(cut) == 0
     wide = "return document.documentElement.scrollWidth"
     for width in (320, 390, 768, 1200):
         screen(browser, width, phone=width < 500)

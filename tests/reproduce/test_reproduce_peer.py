@@ -11,7 +11,8 @@ from made_runs import made_run
 from sparsemix.config import config_hash
 from sparsemix.layers import PEERConfig
 from sparsemix.reproduce import peer_experts, peer_granularity, peer_heads, peer_isoflop, peer_norm
-from sparsemix.reproduce.base import SCALES, Lab, entry
+from sparsemix.reproduce.base import SCALES, Lab
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.lab import ReproduceConfig, plan, reproduction
 from sparsemix.reproduce.peer import layer, methods
 from sparsemix.sweep.arms import backbone, run_config

@@ -12,7 +12,8 @@ from sparsemix.config import config_hash
 from sparsemix.data import DataConfig
 from sparsemix.report.records import read_run
 from sparsemix.reproduce import peer_table1
-from sparsemix.reproduce.base import SCALES, Lab, entry
+from sparsemix.reproduce.base import SCALES, Lab
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.peer import methods
 from sparsemix.reproduce.peer_corpora import Corpora, Measured
 from sparsemix.sweep.arms import backbone, run_config

@@ -4,7 +4,8 @@ import pytest
 
 from sparsemix.config import ConfigError
 from sparsemix.model import LM
-from sparsemix.reproduce.base import SCALES, entries, entry
+from sparsemix.reproduce.base import SCALES
+from sparsemix.reproduce.entries import entries, entry
 from sparsemix.reproduce.lab import ReproduceConfig, plan
 
 NAMES = list(entries())

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def compare(
 ) -> None:
     """Train every kind at the same FLOP budget on the same text and report which is better."""
     overrides = (*(override or ()), *text_settings(text_as, split))
-    refuse(out, text, recipe, overrides, decided=True)
+    refuse(out, "comparison", text, recipe, overrides, decided=True, budget=_flops(budget))
     settings = {
         "text": tuple(text or ("stdlib",)),
         "kinds": tuple(kind.strip() for kind in kinds.split(",")),
@@ -62,6 +63,14 @@ def compare(
         runs = comparison.run(dry_run)
     if not dry_run:
         _report(comparison, runs)
+
+
+def _flops(budget: str) -> float:
+    """The least that a run may spend: of a time, and of what is no budget, any number is left to say."""
+    try:
+        return flops if 0 < (flops := float(budget)) < inf else sys.float_info.max
+    except ValueError:
+        return sys.float_info.max
 
 
 def _report(comparison: Any, runs: Any) -> None:

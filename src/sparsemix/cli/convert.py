@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.early import trained_folder
+from sparsemix.cli.early import refuse_misfit, refuse_texts, trained_folder
 from sparsemix.cli.options import Text, TextAs
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
-from sparsemix.inputs import expanded, tried
+from sparsemix.inputs import expanded, refuse_used, tried
 from sparsemix.terminal import say
 
 
@@ -33,9 +33,18 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of routers, noise and what is drawn anew.")] = 0,
 ) -> None:
     """Give a pre-trained decoder conditional layers, with a receipt of how far its logits moved."""
+    refuse_used(expanded(to))
     tried(to, "to", folder=True)
     if not model.startswith("hf:"):
         trained_folder(expanded(model))
+
+    if ffn is None and ffn_set:
+        raise ConfigError(f"ffn-set={ffn_set[0]} needs --ffn KIND, whose setting it is")
+    raw: dict[str, Any] = {"layers": layers, "init": init, "noise": noise, "seed": seed}
+    raw["ffn"] = None if ffn is None else _settings(ffn_set or []) | {"kind": ffn}
+    raw["mod"] = None if mod is None else _settings(mod.split(","))
+    refuse_misfit("interop/plan", "ConvertConfig", raw, ("interop/copies",))
+    refuse_texts(text or (), text_as or ())
 
     from sparsemix.config import parse
     from sparsemix.interop.conversion import convert_folder
@@ -43,11 +52,6 @@ def convert(
     from sparsemix.interop.receipt import lines, warning
     from sparsemix.sweep.watch import Stages
 
-    if ffn is None and ffn_set:
-        raise ConfigError(f"ffn-set={ffn_set[0]} needs --ffn KIND, whose setting it is")
-    raw: dict[str, Any] = {"layers": layers, "init": init, "noise": noise, "seed": seed}
-    raw["ffn"] = None if ffn is None else _settings(ffn_set or []) | {"kind": ffn}
-    raw["mod"] = None if mod is None else _settings(mod.split(","))
     settings = parse(ConvertConfig, raw)
     with interruptible("nothing is half-written; the same command starts anew"), Stages("convert", say) as stages:
         said = convert_folder(model, to, settings, text or ["stdlib"], tokens, stages, text_as or ())

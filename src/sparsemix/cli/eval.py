@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.early import trained_folder
+from sparsemix.cli.early import refuse_misfit, trained_folder
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import tried
@@ -80,15 +80,18 @@ def _opened(model: Path) -> tuple[Any, Any]:
 
 def _suite(model: Path, suite: str, only: list[str], data_dir: Path | None, settings: dict[str, Any], out: Path) -> Any:
     """(what was asked for, all of the result, its tables)."""
-    from sparsemix.config import parse
     from sparsemix.evaluate.corpora import read_suite
+
+    corpora = read_suite(suite, only)
+    refuse_misfit("evaluate/suite", "SuiteOptions", settings)
+    if data_dir is not None and not data_dir.is_dir():
+        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
+
+    from sparsemix.config import parse
     from sparsemix.evaluate.suite import SuiteOptions, run_suite
     from sparsemix.report.eval_tables import suite_tables
     from sparsemix.sweep.watch import Stages
 
-    corpora = read_suite(suite, only)
-    if data_dir is not None and not data_dir.is_dir():
-        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
     options = parse(SuiteOptions, settings)
     found = _opened(model)
     left = f"finished corpora are in {out}, and the same command resumes"

@@ -7,7 +7,7 @@ import typer
 
 from sparsemix.cli.early import trained_folder
 from sparsemix.cli.output import interruptible
-from sparsemix.inputs import tried
+from sparsemix.inputs import refuse_used, tried
 
 
 def export(
@@ -20,6 +20,7 @@ def export(
 ) -> None:
     """Write a trained model for Hugging Face's tools: weights, tokenizer, generation settings, model card."""
     trained_folder(model)
+    refuse_used(to)
     tried(to, "to", folder=True)
 
     from transformers.utils.logging import disable_progress_bar

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsemix.cli.early import trained_folder
+from sparsemix.cli.early import refuse_misfit, trained_folder
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
 from sparsemix.inputs import tried
@@ -35,6 +35,8 @@ def generate(
     trained_folder(model)
     if page is not None:
         tried(page, "html")
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    refuse_misfit("generation", "Sampling", given)
 
     from sparsemix.config import parse
     from sparsemix.data import Tally
@@ -45,7 +47,7 @@ def generate(
 
     if prompt_file is not None:
         say(Tally.of(text).line())
-    sampling = parse(Sampling, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed})
+    sampling = parse(Sampling, given)
     with interruptible("what was printed is all there is"):
         play = Play(model, text, max_tokens, sampling, page is not None)
         _stream(play, show is not None)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemix.cli.early import refuse_texts
 from sparsemix.cli.options import Text, TextAs
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError
@@ -28,15 +29,16 @@ def inspect(
         raise ConfigError(f"{run}: no such folder; name a run's or a comparison's")
     if not any((run / name).exists() for name in ("config.yaml", "plan.yaml")):
         raise ConfigError(f"{run} is no run folder: it has no config.yaml; name a folder that a run wrote")
+    refuse_texts(text or (), text_as or ())
     tried(place, "out", folder=True)
 
-    from sparsemix.inspection import inspect_folder
+    from sparsemix.inspection import On, inspect_folder
     from sparsemix.report.inspect_page import write_inspection
     from sparsemix.report.inspect_tables import console_tables
     from sparsemix.sweep.watch import Stages
 
     with interruptible("no file is half-written; the same command starts anew"), Stages("inspect", say) as stages:
-        result = inspect_folder(run, text or [], tokens, data, stages, text_as or ())
+        result = inspect_folder(run, On(text or (), tokens, data, text_as or ()), stages)
         write_inspection(result, place)
     for line in dict.fromkeys(run["read"] for run in result["runs"]):
         say(line)

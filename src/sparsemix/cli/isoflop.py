@@ -49,7 +49,7 @@ def isoflop(
     """Find each kind's best size at a FLOP budget and compare the kinds there."""
     numbers = tuple(_number(word) for word in _words(budgets))
     overrides = (*(override or ()), *text_settings(text_as, split))
-    refuse(out, text, recipe, overrides, decided=True)
+    refuse(out, "study", text, recipe, overrides, decided=True)
     settings = {
         "budgets": numbers,
         "text": tuple(text or ("stdlib",)),
@@ -123,7 +123,7 @@ def _report(out: Path, allow_repeats: bool) -> None:
 
 def _inspect(folders: list[Path]) -> None:
     """`sparsemix inspect` of each of these runs that was not inspected yet, for the routing pictures of the page."""
-    from sparsemix.inspection import TOKENS, inspect_folder
+    from sparsemix.inspection import On, inspect_folder
     from sparsemix.report.inspect_page import write_inspection
     from sparsemix.report.study_details import INSPECTION
     from sparsemix.sweep.watch import Stages
@@ -134,6 +134,6 @@ def _inspect(folders: list[Path]) -> None:
             if place.is_file():
                 continue
             try:
-                write_inspection(inspect_folder(folder, (), TOKENS, None, stages), place.parent)
+                write_inspection(inspect_folder(folder, On(), stages), place.parent)
             except ConfigError as error:
                 say(f"not inspected: {error}")

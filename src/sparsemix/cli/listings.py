@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemix.cli.early import refuse_kind, refuse_sizes
 from sparsemix.terminal import show
 
 
@@ -29,6 +30,8 @@ def kinds(
     seq_len: Annotated[int, typer.Option(help="Sequence length at which costs are given.", min=1)] = 256,
 ) -> None:
     """List the kinds of layers with their settings and what an example of each costs."""
+    refuse_kind(kind)
+
     from sparsemix.sweep.kinds import described
 
     show(described(kind, d_model, seq_len))
@@ -46,10 +49,13 @@ def parity(
     timed: Annotated[bool, typer.Option("--time", help="Also measure both: equal FLOPs are not equal time.")] = False,
 ) -> None:
     """Size a multi-head mixture of experts at the FLOPs and parameters of an ordinary one."""
+    sizes = (d_model, d_ff, experts, top_k, heads, heads_top_k, gated, multiple_of)
+    refuse_sizes(*sizes)
+
     from sparsemix.layers.parity import parity as at_parity
     from sparsemix.sweep.parity import parity_tables, seconds_per_token, sparse_settings
 
-    found = at_parity(d_model, d_ff, experts, top_k, heads, heads_top_k, gated, multiple_of)
+    found = at_parity(*sizes)
     sparse = sparse_settings(experts, top_k, d_ff, found.activation)
     both = {"moe": sparse, "mh_moe": found.settings()}
     show(parity_tables(found, sparse, seconds_per_token(both, d_model) if timed else None))

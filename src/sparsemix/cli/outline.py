@@ -30,23 +30,25 @@ STUDIES = (
     *("sweep/arms", "sweep/ladder", "sweep/compare", "sweep/isoflop_study", "reproduce/lab"),
     *("sweep/launch/base", "sweep/launch/local", "sweep/launch/ray", "sweep/launch/slurm"),
 )
-LIGHT = ("collections", "functools", "math", "pydantic", "re", "typing")
+LIGHT = ("collections", "dataclasses", "functools", "math", "pydantic", "re", "typing")
 LIGHT_OURS = ("sparsemix.config", "sparsemix.errors", "sparsemix.inputs", "sparsemix.patterns")
 
 
 def run_config(studies: bool = False) -> type[Config] | None:
-    """RunConfig with its rules and without its costs; None where the sources are not at hand."""
-    return outlined("settings", "RunConfig", studies)
+    """RunConfig with its rules and costs; None where the sources are not at hand."""
+    return outlined("settings", "RunConfig", STUDIES if studies else ())
 
 
-def outlined(source: str, name: str, studies: bool = True) -> Any:
-    """What a source calls `name`, in outline; `studies`: read those too. None where it is not at hand."""
-    return _modules(studies).get(f"sparsemix.{source.replace('/', '.')}", {}).get(name)
+def outlined(source: str, name: str, also: tuple[str, ...] = ()) -> Any:
+    """What a source calls `name`, in outline; `also`: further sources that it uses. None where it is not at hand."""
+    known = (*SOURCES, *also)
+    beside = source in known or source.startswith("layers/")
+    return _modules(known if beside else (*known, source)).get(f"sparsemix.{source.replace('/', '.')}", {}).get(name)
 
 
-@lru_cache(maxsize=2)
-def _modules(studies: bool) -> dict[str, dict[str, Any]]:
-    files = dict(_files((*SOURCES, *STUDIES) if studies else SOURCES))
+@lru_cache(maxsize=4)
+def _modules(sources: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    files = dict(_files(sources))
     modules: dict[str, dict[str, Any]] = {}
     left: list[tuple[str, str, ast.stmt]] = []
     for name, path in files.items():
@@ -88,9 +90,12 @@ def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _settings(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.ClassDef) and any(
-        isinstance(base, ast.Name) and base.id.endswith("Config") for base in statement.bases
-    )
+    """Is it a class of settings, or a record that their costs are told in?"""
+    if not isinstance(statement, ast.ClassDef):
+        return False
+    if not statement.bases:
+        return any("dataclass" in ast.unparse(decorator) for decorator in statement.decorator_list)
+    return any(isinstance(base, ast.Name) and base.id.endswith("Config") for base in statement.bases)
 
 
 def _done(module: str, file: str, statement: ast.stmt, modules: dict[str, dict[str, Any]]) -> bool:
@@ -107,7 +112,7 @@ def _done(module: str, file: str, statement: ast.stmt, modules: dict[str, dict[s
             return name in modules[source]
         if source not in LIGHT_OURS and source.partition(".")[0] not in LIGHT:
             return False
-    elif isinstance(statement, ast.ClassDef):
+    elif isinstance(statement, ast.ClassDef) and statement.bases:
         bases = [space.get(base.id) for base in statement.bases if isinstance(base, ast.Name)]
         if not any(isinstance(base, type) and issubclass(base, Config) for base in bases):
             return False

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemix.cli.early import refuse
+from sparsemix.cli.early import refuse, refuse_study
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
 from sparsemix.errors import ConfigError, DamagedError
@@ -48,7 +48,20 @@ def reproduce(
         return
     if name is None:
         raise ConfigError("name a table or figure, such as peer-table2; `sparsemix reproduce --list` names them")
-    refuse(out, text, None, None)
+    from sparsemix.reproduce.entries import entry
+
+    entry(name)
+    given = {
+        "text": tuple(text or ("stdlib",)),
+        "scale": scale,
+        "budget": budget,
+        "seeds": seeds,
+        "overrides": (*(override or ()), *text_settings(text_as, split)),
+    }
+    refuse_study("reproduce/lab", "ReproduceConfig", given, launcher, launch, workers, track)
+    refuse(out, "study", text, None, given["overrides"])
+    if data_dir is not None and not data_dir.is_dir():
+        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
 
     from sparsemix.config import parse
     from sparsemix.reproduce.lab import ReproduceConfig, plan
@@ -56,18 +69,7 @@ def reproduce(
     from sparsemix.sweep.launch import make_launcher
     from sparsemix.track import tracking
 
-    settings = parse(
-        ReproduceConfig,
-        {
-            "text": tuple(text or ("stdlib",)),
-            "scale": scale,
-            "budget": budget,
-            "seeds": seeds,
-            "overrides": (*(override or ()), *text_settings(text_as, split)),
-        },
-    )
-    if data_dir is not None and not data_dir.is_dir():
-        raise ConfigError(f"data_dir={data_dir} is no folder; name the folder that holds the corpora's files")
+    settings = parse(ReproduceConfig, given)
     planned = plan(name, settings)
     say(f"{name}: {planned.entry.source}. {planned.entry.claim}")
     runs = len({cell.run for cell in planned.cells})
@@ -120,7 +122,7 @@ def _tables(outcome: Any) -> Any:
 def _listed(out: Path) -> Any:
     from rich.table import Table
 
-    from sparsemix.reproduce.base import entries
+    from sparsemix.reproduce.entries import entries
 
     done = {name: said for name in entries() if (said := _outcomes(out / name / "result.json"))}
     table = Table("name", "source", "claim", *([f"came out in {out}"] if done else []), title="Tables and figures")

@@ -32,12 +32,12 @@ def train(
     named = recipe if recipe is None or init_from is None or "=" not in recipe else None
     given = [*(overrides or ()), *text_settings(text_as, split)]
     refuse_nameless(recipe, init_from, track)
-    refuse(out, text, named, given if init_from is None else ())
+    refuse(out, "run", text, named, given if init_from is None else ())
 
     from sparsemix.config import config_hash, parse
     from sparsemix.data import DataConfig, prepare
     from sparsemix.machine import tune_cpu_allocator
-    from sparsemix.run import refusal_leaves_nothing
+    from sparsemix.run import refusal_leaves_nothing, refuse_other
     from sparsemix.settings import RunConfig
     from sparsemix.sweep.texts import tell
     from sparsemix.sweep.watch import Stages, Watch
@@ -50,6 +50,7 @@ def train(
     if text:
         raw["data"]["text"] = tuple(text)
     config = parse(RunConfig, raw)
+    refuse_other(out, config)
     say(f"{config.steps} steps of {config.batch_size} x {config.model.seq_len} tokens")
     if falling := config.still_falling:
         say(f"{', '.join(falling)}: more than the run has steps, so its capacity stays above the goal")

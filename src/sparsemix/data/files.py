@@ -70,6 +70,16 @@ def check_found(source: str, found: Sequence[Path], text_as: Sequence[str] = (),
         raise ConfigError(f"{name}: unknown suffix {found[0].suffix!r} ({why}); rename or convert it to one of {known}")
 
 
+def refuse_missing(source: str, text_as: Sequence[str] = ()) -> None:
+    """Raises ConfigError where reading would, as a source stands for no file; a folder is looked through to the first
+    file only."""
+    path, look = expanded(source), _Look(text_as, Tally())
+    if path.is_dir() and any(look.takes(file) for _, files in _folders(path, look, {"__pycache__"}) for file in files):
+        return
+    tally = Tally()
+    check_found(source, find_files(source, text_as, tally), text_as, tally)
+
+
 def stamp(sources: Sequence[str], text_as: Sequence[str] = ()) -> str | None:
     """Changes when a source file does, judged by path, size and time; None if a source is not on this disk."""
     lines: list[str] = []

@@ -19,10 +19,7 @@ def read_hub(source: str) -> Iterator[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    name, _, split = source.removeprefix("hf:").rpartition(":")
-    parts = name.split("/")
-    if not split or not all(parts) or len(parts) > 3:
-        raise ConfigError(f"{source} must look like hf:NAME:SPLIT, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
+    parts, split = hub_parts(source)
     load: Any = functools.partial(load_dataset, split=split, streaming=True)
     with _as_config_error(source):
         try:
@@ -33,6 +30,15 @@ def read_hub(source: str) -> Iterator[Row]:
             rows = load(*parts)
         for number, fields in enumerate(rows, 1):
             yield Row(f"{source}:{number}", fields)
+
+
+def hub_parts(source: str) -> tuple[list[str], str]:
+    """([[ORG,] NAME, [CONFIG]], SPLIT) of what `read_hub` takes. Raises ConfigError where it looks otherwise."""
+    name, _, split = source.removeprefix("hf:").rpartition(":")
+    parts = name.split("/")
+    if not split or not all(parts) or len(parts) > 3 or ":" in name:
+        raise ConfigError(f"{source} must look like hf:NAME:SPLIT, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
+    return parts, split
 
 
 def stream(

@@ -98,6 +98,9 @@ def _prepare(config: DataConfig, folder: Path, report: Progress) -> None:
     seal(folder)
 
 
+_WAY_OUT = "choose another folder, or delete it if no run was trained on it"
+
+
 def _reuse(config: DataConfig, folder: Path, report: Progress) -> Shards:
     shards = Shards.open(folder)
     asked = config.model_dump(mode="json", exclude={"fingerprint"})
@@ -105,7 +108,7 @@ def _reuse(config: DataConfig, folder: Path, report: Progress) -> Shards:
     default = DataConfig().model_dump(mode="json") | {"split": DataConfig().split, "text_as": []}
     there, asked = ({**default, **named, "fingerprint": None} for named in (shards.manifest["settings"], asked))
     if differ := [f"{k}={there.get(k)} there, {asked[k]} asked" for k in asked if there.get(k) != asked[k]]:
-        raise ConfigError(f"{folder} holds shards of other settings: {'; '.join(differ)}; choose another folder")
+        raise ConfigError(f"{folder} holds shards of other settings: {'; '.join(differ)}; {_WAY_OUT}")
     held = wanted = shards.manifest["fingerprint"]
     if config.fingerprint is not None:
         wanted = config.fingerprint
@@ -113,7 +116,7 @@ def _reuse(config: DataConfig, folder: Path, report: Progress) -> Shards:
         with ExitStack() as files:
             wanted = fingerprint(_collect(config, files, None, report, Tally()).spool.hashes)
     if wanted != held:
-        raise ConfigError(f"{folder} holds shards of the text {held}, not {wanted}; delete it or choose another folder")
+        raise ConfigError(f"{folder} holds shards of the text {held}, not {wanted}; {_WAY_OUT}")
     return shards
 
 

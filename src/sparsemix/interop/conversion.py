@@ -13,7 +13,7 @@ from sparsemix.config import ConfigError
 from sparsemix.data import Tally, read_documents
 from sparsemix.data.tokenizer import encode_stream
 from sparsemix.data.windows import Stream
-from sparsemix.inputs import expanded
+from sparsemix.inputs import expanded, refuse_used
 from sparsemix.interop.convert import Converted, convert, observe
 from sparsemix.interop.plan import ConvertConfig
 from sparsemix.interop.receipt import distance, lines, receipt
@@ -38,7 +38,7 @@ def convert_folder(
     Both models are compared on the first `tokens` tokens of `text`; running statistics of new layers are taken from
     them as well. Written aside and renamed, so `to` is whole or not there. Raises ConfigError."""
     to = expanded(to).resolve()
-    saved.refuse_used(to)
+    refuse_used(to)
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be at least 1")
     progress("reading", 0, None)

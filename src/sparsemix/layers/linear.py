@@ -15,9 +15,10 @@ from sparsemix.ops.precision import at_least_fp32
 from sparsemix.ops.ternary_mm import experts_of
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
-GATED = {"swiglu": F.silu, "geglu": F.gelu}
+# What the gate goes through.
+GATED = {"swiglu": "silu", "geglu": "gelu"}
 # Gated or not, the function that is applied.
-ACTS = {"swiglu": "silu", "geglu": "gelu"} | {name: name for name in ACTIVATIONS}
+ACTS = GATED | {name: name for name in ACTIVATIONS}
 
 
 class Linear(nn.Linear):
@@ -72,7 +73,7 @@ def num_matrices(activation: str) -> int:
 def act(up: Float[Tensor, "*B F"], gate: Float[Tensor, "*B F"] | None, activation: str) -> Float[Tensor, "*B F"]:
     """act(gate) * up for gated activations, act(up) for plain ones."""
     if gate is not None:
-        return GATED[activation](gate) * up
+        return ACTIVATIONS[GATED[activation]](gate) * up
     return ACTIVATIONS[activation](up)
 
 

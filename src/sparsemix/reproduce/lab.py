@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.recipes import settings_of, sizes_of
 from sparsemix.report.held_out import found_in_train
 from sparsemix.report.records import Record
-from sparsemix.reproduce.base import SCALES, Design, Entry, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import SCALES, Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import Entry, entry
 from sparsemix.sweep import texts
 from sparsemix.sweep.arms import backbone, refuse_decided, run_config
 from sparsemix.sweep.isoflop import Grid, planned_cells, run_grid, run_seeds

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mh_moe_arms import DENSE, FINE, H2, H3, M2, M3, SMOE, arm_of, base_of, matched, models
 from sparsemix.reproduce.mh_moe_corpora import CORPORA, note, paper_table, score
 from sparsemix.reproduce.mh_moe_tables import difference, effects_table, loss_table, router_note

@@ -11,7 +11,8 @@ from sparsemix.report.figures import Chart, Line
 from sparsemix.report.numbers import DASH, fixed, percent
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mh_moe_arms import FINE, H2, H3, arm_of, base_of, models
 from sparsemix.reproduce.mh_moe_tables import loss_table
 from sparsemix.reproduce.trends import Test, bounded, judge

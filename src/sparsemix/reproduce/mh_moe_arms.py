@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.layers.parity import parity
 from sparsemix.reproduce.base import SCALES, Design, Scale
 from sparsemix.settings import RunConfig

@@ -3,7 +3,8 @@
 from sparsemix.report.figures import Chart, Line
 from sparsemix.report.numbers import fixed
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mh_moe_arms import M2, M3, SMOE, arm_of, base_of
 from sparsemix.reproduce.mh_moe_tables import difference, effects_table, loss_table, router_note
 from sparsemix.reproduce.trends import Claim, judge, ordering, ranking

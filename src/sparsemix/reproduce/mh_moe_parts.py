@@ -5,7 +5,8 @@ from math import log
 from typing import Any
 
 from sparsemix.report.records import Record
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mh_moe_arms import EXPERTS, FINE, H2, SMOE, Base, arm_of, base_of
 from sparsemix.reproduce.mh_moe_corpora import CORPORA, note, paper_table, score
 from sparsemix.reproduce.mh_moe_tables import Effect, difference, effects_table, loss_table

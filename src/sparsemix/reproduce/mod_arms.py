@@ -1,7 +1,7 @@
 """The models that the reproductions of Mixture-of-Depths compare, and a run's settings from a scale alone."""
 
 from sparsemix.config import parse
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.layers import DenseConfig
 from sparsemix.layers.linear import num_matrices
 from sparsemix.layers.sizing import sized_ffn

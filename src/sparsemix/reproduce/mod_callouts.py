@@ -10,7 +10,8 @@ from sparsemix.report.figures import Bars
 from sparsemix.report.numbers import DASH, fixed, si
 from sparsemix.report.optimum import Runs
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Lab, entry
+from sparsemix.reproduce.base import Lab
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import DENSE, MOD
 from sparsemix.reproduce.mod_curves import Analysis, at_optimum, curve_of, reference, sizes_at, within
 from sparsemix.reproduce.mod_speed import Speed, step_times

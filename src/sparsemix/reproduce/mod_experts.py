@@ -5,7 +5,8 @@ from statistics import fmean
 from sparsemix.report.numbers import DASH, fixed, percent, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import DENSE, INTEGRATED, MOD, MOE, STAGED, dropping, single
 from sparsemix.reproduce.mod_tables import by_seed, loss_table, percent_above
 from sparsemix.reproduce.tables import spread

@@ -5,7 +5,8 @@ from typing import Any
 
 from sparsemix.report.numbers import DASH, exponent, fixed, interval, percent, si
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import DENSE, FAMILY, MOD, PUBLISHED, RANDOM_HALF, routed, size_of
 from sparsemix.reproduce.mod_callouts import callouts
 from sparsemix.reproduce.mod_curves import (

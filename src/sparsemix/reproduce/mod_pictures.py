@@ -10,13 +10,14 @@ import numpy as np
 
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import checked_json, read_mapping
-from sparsemix.inspection import inspect_run
+from sparsemix.inspection import On, inspect_run
 from sparsemix.report.figures import Bars, HeatMap
 from sparsemix.report.inspect_plots import taken_map
 from sparsemix.report.numbers import percent
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import MOD, router_bce, single
 from sparsemix.reproduce.tables import spread
 from sparsemix.reproduce.trends import Test, bounded, judge
@@ -86,7 +87,7 @@ def observed(lab: Lab, run: Record) -> dict[str, Any]:
 
 def _observe(data: Path, run: Record) -> dict[str, Any]:
     seq_len = run.settings["model"]["seq_len"]
-    found = inspect_run(run.folder, [], max(TOKENS, seq_len), data, lambda *_: None)
+    found = inspect_run(run.folder, On(tokens=max(TOKENS, seq_len), data=data), lambda *_: None)
     layers = found["mod"]
     correlation = found["correlation"].get("depth", {}).get("entropy", {}).get("pearson")
     return {

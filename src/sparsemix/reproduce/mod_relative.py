@@ -7,7 +7,8 @@ from statistics import fmean
 from sparsemix.report.figures import Point
 from sparsemix.report.numbers import DASH, fixed
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import DENSE, MOD, MOE, STAGED
 from sparsemix.reproduce.mod_curves import (
     analysis_of,

@@ -4,7 +4,8 @@ from sparsemix.report.figures import Chart, Line
 from sparsemix.report.numbers import fixed, percent
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import (
     DENSE,
     EVERY_BLOCK,

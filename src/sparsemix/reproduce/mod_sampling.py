@@ -5,7 +5,8 @@ from collections.abc import Callable
 from sparsemix.report.numbers import DASH, fixed, percent
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mod_arms import MOD, planned, router_bce, single, without_predictor
 from sparsemix.reproduce.mod_identity import compare_bits, identity, identity_table
 from sparsemix.reproduce.mod_progress import by_then, over_steps, progress_chart

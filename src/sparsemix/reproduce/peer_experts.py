@@ -9,7 +9,8 @@ from sparsemix.report.figures import Chart, Line
 from sparsemix.report.numbers import DASH, SPACE, fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.peer import RECIPE, one_size, peer, sizes
 from sparsemix.reproduce.peer_isoflop import TOKENIZER, perplexity
 from sparsemix.reproduce.peer_usage import VISITS, Usage, usage

@@ -9,7 +9,8 @@ from sparsemix.report.numbers import DASH, fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.report.stats import RESAMPLES
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.peer import RECIPE, sizes
 from sparsemix.reproduce.peer_heads import arm, coefficient, grid
 from sparsemix.reproduce.trends import Test, bounded, judge

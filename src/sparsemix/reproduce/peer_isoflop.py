@@ -11,7 +11,8 @@ from sparsemix.report.numbers import DASH, fixed, interval, si
 from sparsemix.report.optimum import by_size
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Entry, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import Entry, entry
 from sparsemix.reproduce.peer import RECIPE, methods
 from sparsemix.reproduce.trends import Claim, orderings
 

@@ -7,7 +7,8 @@ from sparsemix.report.fits.curves import standing_runs
 from sparsemix.report.numbers import DASH, fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.peer import RECIPE, peer, sizes
 from sparsemix.reproduce.peer_isoflop import PAPER_SIZES, TOKENIZER, by_arm, chart, fitted, perplexity
 from sparsemix.reproduce.tables import spread

@@ -9,7 +9,8 @@ from sparsemix.report.fits.curves import standing_runs
 from sparsemix.report.numbers import fixed, si
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
-from sparsemix.reproduce.base import Lab, Outcome, Reproduction, Trend, entry
+from sparsemix.reproduce.base import Lab, Outcome, Reproduction, Trend
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.peer_corpora import MAX_TOKENS, Corpora, Measured
 from sparsemix.reproduce.peer_isoflop import LOOKS_AHEAD, TOKENIZER, design
 from sparsemix.reproduce.tables import spread

@@ -8,7 +8,8 @@ from sparsemix.report.numbers import DASH, exponent, fixed, interval, percent, s
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.report.stats import smallest_visible
-from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale, entry
+from sparsemix.reproduce.base import Design, Lab, Outcome, Reproduction, Scale
+from sparsemix.reproduce.entries import entry
 from sparsemix.reproduce.mh_moe_arms import DENSE, H2, arm_of, base_of
 from sparsemix.reproduce.mh_moe_tables import loss_table, nats_per_bit
 from sparsemix.reproduce.ternary_decoding import FLOAT_FORMS, TERNARY_FORMS, Decoding, decoding

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sparsemix.config import Config, ConfigError, apply_overrides, nearest, parse
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.layers import AttentionConfig, BlockConfig, DenseConfig
 from sparsemix.layers.sizing import mod_wrap, refuse_unknown, sized_ffn
 from sparsemix.layers.ternary import PRECISIONS

@@ -12,9 +12,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from sparsemix.config import Config, ConfigError, config_hash, to_yaml
-from sparsemix.data import DataConfig, Shards, prepare
+from sparsemix.data import Shards, prepare
+from sparsemix.data.shards import DataConfig
 from sparsemix.errors import TrainingError
-from sparsemix.run import Run, read_plan, write_plan
+from sparsemix.run import Run, read_plan, refuse_foreign, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm, backbone, refuse_decided, refuse_unknown_kinds, run_config
@@ -137,11 +138,7 @@ class Comparison:
     def _check_folder(self) -> dict[str, Any]:
         path = self.out / "plan.yaml"
         if not path.is_file():
-            # Prepared data, and what a killed preparation left (hidden), may stand alone: the plan comes after them.
-            if self.out.exists() and (
-                not self.out.is_dir() or any(p.name != "data" and p.name[0] != "." for p in self.out.iterdir())
-            ):
-                raise ConfigError(f"out={self.out} is not empty and holds no comparison; choose another folder")
+            refuse_foreign(self.out, "comparison")
             return {}
         plan = read_plan(self.out)
         if not isinstance(plan.get("budget_flops"), (int, float)):

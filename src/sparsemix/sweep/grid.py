@@ -6,7 +6,7 @@ from math import log
 from typing import Any, NamedTuple
 
 from sparsemix.config import ConfigError
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import Arm, backbone, run_config
 from sparsemix.sweep.ladder import TOKENS_PER_MAC, Rung, Size, ladder, predicted, rung, too_small, trainable, widths

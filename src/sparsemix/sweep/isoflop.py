@@ -5,7 +5,7 @@ from math import inf, isfinite, log
 from statistics import fmean
 from typing import NamedTuple
 
-from sparsemix.data import DataConfig
+from sparsemix.data.shards import DataConfig
 from sparsemix.report.records import Record
 from sparsemix.sweep import rates
 from sparsemix.sweep.arms import Arm

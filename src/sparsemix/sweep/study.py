@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sparsemix.config import Config, ConfigError, config_hash
 from sparsemix.data import DataConfig, Shards, prepare
 from sparsemix.report.records import Record, read_run
-from sparsemix.run import locked, read_plan, write_plan
+from sparsemix.run import locked, read_plan, refuse_foreign, write_plan
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.jobs import Job
 from sparsemix.sweep.launch import Launcher
@@ -100,9 +100,7 @@ def open_plan(out: Path, settings: Config) -> dict[str, Any]:
     path = out / "plan.yaml"
     now = settings.model_dump(mode="json")
     if not path.is_file():
-        # Prepared data, and what a killed preparation left (hidden), may stand alone: the plan comes after them.
-        if out.exists() and (not out.is_dir() or any(p.name != "data" and p.name[0] != "." for p in out.iterdir())):
-            raise ConfigError(f"out={out} is not empty and holds no study; choose another folder")
+        refuse_foreign(out, "study")
         return {"settings": now, "cells": []}
     plan = read_plan(out)
     there = plan.get("settings", {})

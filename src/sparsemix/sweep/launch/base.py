@@ -42,4 +42,7 @@ def launch_config(name: str, settings: Sequence[str] = (), workers: int | None =
     """The settings of the launcher called `name`, some given as `threads=2`. Raises ConfigError."""
     if name not in (known := LaunchConfig.family or {}):
         raise ConfigError(f"launcher={name} is none of {', '.join(sorted(known))}{nearest(name, known)}")
-    return parse(LaunchConfig, apply_overrides({"kind": name, "workers": workers}, settings))
+    given = apply_overrides({"workers": workers}, settings)
+    if "kind" in given:
+        raise ConfigError(f"launch=kind={given['kind']} would have no effect: --launcher says where runs go")
+    return parse(LaunchConfig, {"kind": name, **given})
