@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparsemix import cli
 from sparsemix.cli.app import app, spread_text
+from sparsemix.errors import DIVERGED, TrainingError
+from sparsemix.run import ERROR, Run
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 SMALL = ["--set", "train.test_tokens=3000", "--set", "train.eval_tokens=1000", "--set", "train.evals=1"]
@@ -174,6 +177,45 @@ def test_parity_prints_the_published_sizes_and_a_layer_that_builds(monkeypatch, 
     assert code == 0 and "time a token" in out and " x " in out
 
 
+def diverges(monkeypatch, capsys, out, asked, before):
+    """One seed's test loss is no number, another's training diverged: both are results of the comparison."""
+    mod, ternary = (out / row["runs"][1]["folder"] for row in before[1:])
+    with np.load(mod / "documents.npz") as file:
+        held = dict(file)
+    held["nats"][3] = np.nan
+    np.savez(mod / "documents.npz", **held)
+    run = Run(mod)
+    run.finish(json.loads((mod / "result.json").read_text()) | dict.fromkeys(("bpb", "perplexity"), np.nan))
+    whole = (ternary / "result.json").read_bytes()
+    (ternary / "result.json").unlink()
+    (ternary / ERROR).write_text(f"step 3: {DIVERGED} (loss nan)\n")
+    lost = {ternary: TrainingError(f"step 3: {DIVERGED} (loss nan)")}
+    monkeypatch.setattr("sparsemix.sweep.compare.train_all", lambda *_: lost)
+    code, said, err = call(monkeypatch, capsys, *asked)
+    assert code == 1 and f"{ternary.name}: step 3: {DIVERGED}" in err.splitlines()[-1]
+    rows = {row["kind"]: row for row in json.loads((out / "result.json").read_text())["rows"]}
+    for kind, why in (("mod", "its test loss is not finite"), ("moe@ternary", f"step 3: {DIVERGED}")):
+        row = rows[kind]
+        assert row["verdict"].startswith("diverged: 1 of 2 seeds; the mean of the other, ")
+        assert row["bpb"] is row["perplexity"] is row["difference"] is row["p_value"] is None
+        assert [run["diverged"] for run in row["runs"]] == [None, why]
+        page = (out / "report.html").read_text()
+        for shown in (" ".join(said.split()), page):
+            assert f"{kind}: 1 of 2 runs diverged (seed 1: {why}); " in shown
+        assert f"<b>{kind}</b> – –: diverged" in page
+    assert rows["dense"] == before[0]
+    assert call(monkeypatch, capsys, "report", out, "--markdown")[0] == 0
+    # Where the baseline itself diverged nobody is judged.
+    run = Run(out / before[0]["runs"][0]["folder"])
+    np.savez(run.folder / "documents.npz", **{name: held[name] for name in held})
+    run.finish(json.loads((run.folder / "result.json").read_text()))
+    lost.clear()
+    (ternary / "result.json").write_bytes(whole)
+    assert call(monkeypatch, capsys, *asked)[0] == 0
+    verdicts = {row["kind"]: row["verdict"] for row in json.loads((out / "result.json").read_text())["rows"]}
+    assert verdicts["dense"].startswith("diverged: 1 of 2") and verdicts["moe@ternary"] == "not judged: dense diverged"
+
+
 def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, capsys, tmp_path, corpus):
     out = tmp_path / "out"
     (corpus / "59.txt").rename(corpus / "59.asc")
@@ -231,6 +273,7 @@ def test_compare_writes_a_report_resumes_and_guards_its_folder(monkeypatch, caps
     assert (out / "report.html").is_file()
     assert f"| mod | {mod['bpb']:.4f} |" in said
     assert result["corpus"]["fingerprint"] in said
+    diverges(monkeypatch, capsys, out, [*asked, *SMALL], result["rows"])
 
 
 def test_a_dry_run_says_the_plan_and_keeps_the_text_alone(monkeypatch, capsys, tmp_path, corpus):

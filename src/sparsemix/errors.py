@@ -17,5 +17,9 @@ class OutOfMemoryError(ConfigError):
     """What is asked for needs more memory than there is. It concerns one run alone."""
 
 
+# What the first line of a run's error says where its training diverged.
+DIVERGED = "non-finite loss or gradient"
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; what there is has been saved."""

@@ -53,7 +53,10 @@ def run_folders(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder} holds an unfinished comparison; finish it, or name one of its runs' folders")
     with trusted(result):
         rows = read_mapping(result, "the same `sparsemix compare` writes it anew")["rows"]
-        return [folder / min(row["runs"], key=lambda run: run["seed"])["folder"] for row in rows]
+        return [
+            folder / min(row["runs"], key=lambda run: (run.get("diverged") is not None, run["seed"]))["folder"]
+            for row in rows
+        ]
 
 
 def inspect_run(folder: Path, on: On, progress: Progress) -> dict[str, Any]:

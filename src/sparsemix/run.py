@@ -19,7 +19,7 @@ from sparsemix import __version__
 from sparsemix.commit import commit
 from sparsemix.config import Config, ConfigError, parse, to_yaml
 from sparsemix.durable import SEAL, damage, seal, undone, write_atomic
-from sparsemix.errors import DamagedError, RunBusyError
+from sparsemix.errors import DIVERGED, DamagedError, RunBusyError
 from sparsemix.inputs import read_mapping, trusted
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
 LOCK_WAIT_S = 2.0
 LOCK = ".lock"
+ERROR = "error.txt"
 # What later commands read of a finished run, and its checksums are of.
 TRUSTED = ("config.yaml", "metrics.jsonl", "documents.npz", "result.json")
 
@@ -131,6 +132,15 @@ class Run:
     def lock(self) -> AbstractContextManager[None]:
         """Held while the run is trained. Raises RunBusyError where another process trains it."""
         return locked(self.folder / LOCK, LOCK_WAIT_S)
+
+    @property
+    def diverged(self) -> str | None:
+        """Why the run has no loss, in words, where it is known to have diverged in training and none is trying again:
+        that is a result too."""
+        if not (self.folder / ERROR).is_file() or (self.folder / "result.json").exists() or self.busy:
+            return None
+        first = (self.folder / ERROR).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        return first.partition(" (")[0] if DIVERGED in first else None
 
     @property
     def busy(self) -> bool:

@@ -13,7 +13,7 @@ from sparsemix import checkpoint, machine, memory, saved
 from sparsemix.config import ConfigError
 from sparsemix.data import Batch, Parts, Shards
 from sparsemix.durable import aside, delete
-from sparsemix.errors import TrainingError
+from sparsemix.errors import DIVERGED, TrainingError
 from sparsemix.evaluate.memory import PeakMemory
 from sparsemix.evaluate.perplexity import document_losses, flops_spent, reestimate, to_device
 from sparsemix.evaluate.routing import routing_report
@@ -262,7 +262,7 @@ def _failure(
     bad = [name for name, p in model.named_parameters() if not optimizer.is_finite(p)]
     losses = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
     return TrainingError(
-        f"step {state.step + 1}: non-finite loss or gradient ({losses}); gradients not finite in: "
+        f"step {state.step + 1}: {DIVERGED} ({losses}); gradients not finite in: "
         f"{', '.join(bad[:4]) or 'none'}; largest weights: {', '.join(sizes[:8])}; the state before this step is saved "
         f"in {folder / 'checkpoints'}; lower train.lr={config.train.lr:g} and train anew"
     )

@@ -12,6 +12,7 @@ from made_records import ARMS, made_study
 from test_page import Page
 
 from sparsemix import cli
+from sparsemix.errors import DIVERGED
 
 ONLY = {arm: ARMS[arm] for arm in ("dense", "mod")}
 
@@ -152,3 +153,26 @@ def test_a_comparison_elsewhere_keeps_its_links(result, monkeypatch, capsys, tmp
     assert code == 0 and str(tmp_path / "elsewhere" / "report.html") in out
     text = (tmp_path / "elsewhere" / "report.html").read_text(encoding="utf-8")
     assert "./../compared/dense-0-ab12cd34ef/" in text
+
+
+def test_runs_that_diverged_in_training_or_test_are_in_the_report(study, made, no_pictures, monkeypatch, capsys):
+    names = dict.fromkeys(r.folder.name for r in made if r.arm == "mod" and r.role != "rate")
+    tested, trained = (study / "runs" / name for name in list(names)[:2])
+    held = json.loads((tested / "result.json").read_text())
+    lost = dict.fromkeys(("bpb", "perplexity", "validation_bpb"), float("nan"))
+    (tested / "result.json").write_text(json.dumps(held | lost))
+    (trained / "result.json").unlink()
+    (trained / "error.txt").write_text(f"step 7: {DIVERGED} (loss nan); largest weights: 3\n")
+    code, out, err = call(monkeypatch, capsys, study)
+    assert code == 0, err
+    analysis = json.loads((study / "analysis.json").read_text())
+    found = {run["folder"]: run["why"] for run in analysis["diverged"]}
+    assert found == {tested.name: "its test loss is not finite", trained.name: f"step 7: {DIVERGED}"}
+    page = (study / "report.html").read_text(encoding="utf-8")
+    assert "no verdict: runs of mod diverged" in page
+    assert "there is no verdict on mod at this budget" in " ".join(out.split())
+    assert tested.name in page and trained.name in page
+    # One that goes on is unfinished, and no more.
+    (trained / "error.txt").unlink()
+    assert call(monkeypatch, capsys, study)[0] == 0
+    assert len(json.loads((study / "analysis.json").read_text())["diverged"]) == 1

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,24 @@ def test_runs_that_cannot_be_fitted_are_refused():
         analyse([r for r in study if r.role == "rate"])
     with pytest.raises(ConfigError, match="tested on different tokens"):
         analyse([replace(study[0], bpb=2 * study[0].bpb), *study[1:]])
-    with pytest.raises(ConfigError, match="not finite"):
-        analyse([replace(study[0], nats=float("nan")), *study[1:]])
+    lost = [replace(r, nats=inf) for r in study if r.role != "rate"]
+    with pytest.raises(ConfigError, match=f"no size of a grid .role grid or seed.; {len(lost)} diverged"):
+        analyse(lost)
+
+
+@pytest.mark.parametrize("arm", ["dense", "moe"])
+def test_a_diverged_run_is_named_and_withholds_the_verdict_on_its_arm_at_its_budget(arm):
+    study = made_study(PAIR, num_sizes=5, sd=0.002)
+    before = {q["budget"]: q["verdict"] for q in analyse(study)["quantities"] if q["arm"] == "moe"}
+    at = next(i for i, r in enumerate(study) if r.arm == arm and r.role == "seed" and r.budget == 1e13)
+    analysis = analyse([*study[:at], replace(study[at], nats=inf, bpb=inf), *study[at + 1 :]])
+    (lost,) = analysis["diverged"]
+    assert (lost["arm"], lost["budget"], lost["seed"]) == (arm, 1e13, study[at].seed)
+    assert lost["why"] == "its test loss is not finite"
+    assert any(f"{arm} at 1e+13 FLOPs" in said and "diverged" in said for said in analysis["warnings"])
+    after = {q["budget"]: q["verdict"] for q in analysis["quantities"] if q["arm"] == "moe"}
+    assert after == before | {1e13: f"no verdict: runs of {arm} diverged, and losses are of those that did not"}
+    assert len(analysis["runs"]) == len(study) - 1
 
 
 def test_a_table_that_jumps_from_one_size_to_the_next_does_not_move_the_optimum():

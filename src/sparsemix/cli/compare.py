@@ -11,6 +11,7 @@ import typer
 from sparsemix.cli.early import refuse, refuse_study
 from sparsemix.cli.options import Launch, LauncherName, Set, Split, Text, TextAs, Track, Workers, text_settings
 from sparsemix.cli.output import interruptible
+from sparsemix.errors import TrainingError
 from sparsemix.terminal import say, show
 
 
@@ -85,3 +86,5 @@ def _report(comparison: Any, runs: Any) -> None:
     write_report(result, comparison.out / "report.html")
     show(tables(result))
     print(f"report: {comparison.out / 'report.html'}")
+    if comparison.diverged:
+        raise TrainingError("; ".join(comparison.diverged))

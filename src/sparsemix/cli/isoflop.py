@@ -104,7 +104,7 @@ def _number(word: str) -> float:
 
 
 def _report(out: Path, allow_repeats: bool) -> None:
-    from sparsemix.report.isoflop import analyse
+    from sparsemix.report.isoflop import analyse, ended
     from sparsemix.report.records import read_runs
     from sparsemix.report.study_layers import routes
     from sparsemix.report.study_losses import largest_optima
@@ -114,9 +114,9 @@ def _report(out: Path, allow_repeats: bool) -> None:
     # All that the folder holds, as `sparsemix report` reads it.
     records = read_runs([out], say)
     analysis = analyse(records, allow_repeats=allow_repeats, command=shlex.join(["sparsemix", *sys.argv[1:]]))
-    folders = {id(run): record.folder for run, record in zip(analysis["runs"], records, strict=True)}
+    folders = {id(run): record.folder for run, record in zip(analysis["runs"], ended(records), strict=True)}
     _inspect([folders[id(run)] for run in largest_optima(analysis).values() if routes(run)])
-    page = write_study(analysis, out, records, say)
+    page = write_study(analysis, out, ended(records), say)
     show(console(analysis))
     print(f"report: {page}")
 

@@ -61,7 +61,7 @@ def _compared(result: dict[str, Any], folder: Path, out: Path, markdown: bool) -
 
 
 def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats: bool, markdown: bool) -> Path:
-    from sparsemix.report.isoflop import analyse
+    from sparsemix.report.isoflop import analyse, ended
     from sparsemix.report.records import read_runs
     from sparsemix.report.study_page import write_study
     from sparsemix.report.study_tables import console, to_markdown
@@ -73,7 +73,7 @@ def _studied(folders: list[Path], out: Path | None, baseline: str, allow_repeats
     records = list({(r.folder.resolve(), r.arm, r.role): r for r in read_runs(folders, say)}.values())
     said = shlex.join(["sparsemix", *sys.argv[1:]])
     analysis = analyse(records, baseline=baseline, allow_repeats=allow_repeats, command=_command(place, said))
-    page = write_study(analysis, place, records, say)
+    page = write_study(analysis, place, ended(records), say)
     if markdown:
         print(to_markdown(analysis))
     else:

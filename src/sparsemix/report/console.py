@@ -7,14 +7,14 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemix.report.held_out import found_in_train
-from sparsemix.report.numbers import DASH, fixed, interval, si
+from sparsemix.report.numbers import DASH, duration, fixed, interval, si
 
 BASELINES = {"uniform_bpb": "uniform", "unigram_bpb": "unigram", "bigram_bpb": "bigram", "fivegram_bpb": "5-gram"}
 
 
 def rests_on(row: dict[str, Any]) -> str:
     """`3 x 14.2`: the seeds and the effective number of documents behind a row's intervals."""
-    return f"{len(row.get('runs') or [])} x {fixed(row.get('effective_documents'), 1)}"
+    return f"{row.get('seeds', len(row.get('runs') or []))} x {fixed(row.get('effective_documents'), 1)}"
 
 
 def tables(result: dict[str, Any]) -> Group:
@@ -65,7 +65,7 @@ def tables(result: dict[str, Any]) -> Group:
             si(row["tokens"]),
             si(row["tokens_per_s"]),
             si(row["peak_memory_bytes"], "B"),
-            f"{row['wall_s']:.0f} s",
+            duration(row["wall_s"]),
         )
     seen = Text(f"{found_in_train(result['corpus'].get('contamination'))}")
     return Group(loss, cost, seen, *(Text(f"warning: {text}", style="yellow") for text in result["warnings"]))

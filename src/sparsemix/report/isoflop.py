@@ -12,7 +12,7 @@ import numpy as np
 from sparsemix.config import ConfigError
 from sparsemix.errors import DamagedError
 from sparsemix.inputs import read_mapping
-from sparsemix.report.fits.caveats import NO_VERDICT, does_not_show, epochs_of, tuned_arms, warnings_of
+from sparsemix.report.fits.caveats import NO_VERDICT, divergence_of, does_not_show, epochs_of, tuned_arms, warnings_of
 from sparsemix.report.fits.curves import curves_of
 from sparsemix.report.fits.equal_loss import exponent, line_of, steps_per_s
 from sparsemix.report.fits.gaps import BOTH
@@ -32,13 +32,16 @@ def analyse(
     command: str = "",
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """Everything a report says about the runs, as JSON-able data. Raises ConfigError."""
+    """Everything a report says about the runs, as JSON-able data; `runs` are those of `ended`, in their order.
+
+    A run that diverged is a result: it is in `diverged`, a warning names it, and its arm has no verdict at that budget,
+    for a mean over the seeds that did not diverge flatters it. Raises ConfigError."""
     same_terms(list(records))
-    if broken := next((r for r in records if not np.isfinite([r.nats, r.bpb]).all()), None):
-        raise ConfigError(f"{broken.folder}: its test loss is not finite, that run diverged; leave it out")
-    used = [r for r in records if r.role in FITTED]
+    lost = [r for r in records if r.diverged and r.role in FITTED]
+    used = [r for r in records if r.role in FITTED and not r.diverged]
     if not used:
-        raise ConfigError("these runs hold no size of a grid (role grid or seed), so there is no curve to fit")
+        why = f"; {len(lost)} diverged" if lost else ""
+        raise ConfigError(f"these runs hold no size of a grid (role grid or seed){why}, so there is no curve to fit")
     arms = sorted(dict.fromkeys(r.arm for r in used), key=lambda arm: arm != baseline)
     curves = curves_of(used, arms, _bpb_of_a_nat(used))
     optima = draw_optima(curves, resamples)
@@ -46,6 +49,7 @@ def analyse(
     train_tokens = (manifest.get("tokens") or {}).get("train")
     often = (r for r in used if (epochs_of(r, train_tokens) or 0) > NO_VERDICT and not allow_repeats)
     repeated = frozenset((r.arm, r.budget) for r in often)
+    diverged = frozenset((r.arm, r.budget) for r in lost)
     tuned = tuned_arms(records)
     line = line_of(
         [o for o in optima.values() if o is not None and o.curve.arm == baseline and o.curve.bracketed],
@@ -56,7 +60,8 @@ def analyse(
     said = law_said + granularity_warnings(granularity)
     base = [c for c in curves if c.arm == baseline]
     by_law = budget_by_law([entry for entry in laws if entry["arm"] == baseline], base)
-    quantities, far = quantities_of(curves, optima, line, Terms(baseline, tuned, repeated, resamples, by_law))
+    terms = Terms(baseline, tuned, repeated, resamples, by_law, diverged)
+    quantities, far = quantities_of(curves, optima, line, terms)
     repeats = warnings_of(records, curves, baseline, train_tokens, allow_repeats)
     documents = all(q["test"] in (None, BOTH) for q in quantities)
     return {
@@ -69,7 +74,8 @@ def analyse(
         "arms": arms,
         "budgets": sorted({r.budget for r in used}),
         "seeds": {arm: {c.budget: len(c.seeded) for c in curves if c.arm == arm} for arm in arms},
-        "runs": [_run(r, train_tokens) for r in records],
+        "runs": [_run(r, train_tokens) for r in ended(records)],
+        "diverged": [_lost(r) for r in lost],
         "curves": [curve.as_data() for curve in curves],
         "optimum_against_budget": [
             exponent(arm, [o for (a, _), o in optima.items() if a == arm and o and o.curve.bracketed]) for arm in arms
@@ -77,9 +83,21 @@ def analyse(
         "laws": laws,
         "granularity": granularity,
         "quantities": quantities,
-        "warnings": [*manifest.get("warnings", ()), *repeats, *said, *far],
+        "warnings": [*divergence_of(lost), *manifest.get("warnings", ()), *repeats, *said, *far],
         "does_not_show": does_not_show(records, curves, tuned, laws=bool(laws), documents=documents),
     }
+
+
+def ended(records: Sequence[Record]) -> list[Record]:
+    """Those that have a loss."""
+    return [record for record in records if not record.diverged]
+
+
+def _lost(record: Record) -> dict[str, Any]:
+    """The entry of `diverged`."""
+    width = record.settings["model"]["d_model"]
+    said = {"arm": record.arm, "role": record.role, "budget": record.budget, "seed": record.seed, "width": width}
+    return said | {"folder": record.folder.name, "why": record.diverged}
 
 
 def _bpb_of_a_nat(records: Sequence[Record]) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsemix.report.console import BASELINES, rests_on
 from sparsemix.report.held_out import found_in_train
-from sparsemix.report.numbers import exponent, fixed, interval, p_value, percent, si
+from sparsemix.report.numbers import duration, exponent, fixed, interval, p_value, percent, si
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -76,7 +76,7 @@ def _cost_row(row: dict[str, Any]) -> tuple[str, ...]:
         si(row["tokens"]),
         si(row["tokens_per_s"]),
         si(row["peak_memory_bytes"], "B"),
-        f"{row['wall_s']:.0f} s",
+        duration(row["wall_s"]),
     )
 
 

@@ -107,8 +107,8 @@ def _verdict(result: dict[str, Any]) -> Markup:
         f"{fixed(best['bpb'], 4)} bits per byte{against}."
     )
     lines = []
-    for row in rows:
-        if row is not dense:
+    for row in [*rows, *(row for row in ranked(result) if row not in rows)]:
+        if row.get("kind") != "dense" or "diverged" in str(row.get("verdict")):
             numbers = (
                 f"{fixed(row.get('difference'), 4, signed=True)} {interval(row.get('difference_ci'), 4, signed=True)}"
             )
@@ -230,7 +230,7 @@ def _reproduce(result: dict[str, Any]) -> Markup:
             row.get("kind"),
             run.get("seed"),
             exponent(run.get("lr")),
-            fixed(run.get("bpb"), 4),
+            run.get("diverged") or fixed(run.get("bpb"), 4),
             link(run.get("folder")),
         ]
         for row in result.get("rows") or []

@@ -5,7 +5,7 @@ import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from math import isfinite, log, prod
+from math import inf, isfinite, log, prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ class Record:
 
     arm: what tables call it; budget: the training FLOPs it was given, and flops those it spent; forward_flops: of a
     token; curve: (FLOPs spent, seconds of training, validation bits per byte) as it went. role: why a study has it,
-    `rate` (a learning rate that was tried), `grid` (a size) or `seed` (another seed at an optimum)."""
+    `rate` (a learning rate that was tried), `grid` (a size) or `seed` (another seed at an optimum).
+
+    The losses of a run that diverged are infinite; one that diverged in training has no result either, and counts 0."""
 
     folder: Path
     arm: str
@@ -55,6 +57,13 @@ class Record:
         return found.nats[0], found.bytes
 
     @property
+    def diverged(self) -> str | None:
+        """Why it has no loss; None of all runs but those that diverged."""
+        if isfinite(self.nats + self.bpb + self.validation_bpb + (self.lookahead_bpb or 0.0)):
+            return None
+        return self.result.get("diverged", "its test loss is not finite")
+
+    @property
     def corpus(self) -> str:
         """What was read, so that runs on other texts are not compared."""
         data = self.settings["data"]
@@ -74,9 +83,12 @@ def document_units(folders: Sequence[Path]) -> Units:
 
 
 def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record | None:
-    """The run in a folder, called `arm` or by what its settings are; None if it is unfinished. Raises ConfigError."""
+    """The run in a folder, called `arm` or by what its settings are; None if it is unfinished, unless it
+    diverged. Raises ConfigError."""
     run = Run(folder)
     result = run.result
+    if result is None and (why := run.diverged) is not None:
+        result = NO_RESULT | {"seed": run.settings.get("seed"), "diverged": why}
     if result is None:
         return None
     run.check()
@@ -86,10 +98,26 @@ def read_run(folder: Path, arm: str | None = None, role: str = "grid") -> Record
     return record
 
 
+# What is known of a run that diverged in training.
+NO_RESULT: dict[str, Any] = {
+    **dict.fromkeys(("bpb", "validation_bpb", "perplexity"), inf),
+    **dict.fromkeys(("flops", "lr", "wall_s", "tokens_per_s", "tokens", "peak_memory_bytes"), 0),
+    "lookahead_bpb": None,
+    "cost": {"params": 0, "flops_per_token": 0.0},
+}
+
+
+def _loss(value: float) -> float:
+    """A loss that is no number is as bad as any can be."""
+    return value if isfinite(value) else inf
+
+
 def _record(folder: Path, run: Run, result: dict[str, Any], arm: str | None, role: str) -> Record:
     settings = run.settings
     cost = result.get("cost") or _cost_of_old(folder, result)
-    curve = tuple((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)
+    points = ((m["flops"], m["wall_s"], m["validation_bpb"]) for m in run.metrics() if "validation_bpb" in m)
+    # A loss on the way that was not finite has no place in a picture; what it came to is told by the test.
+    curve = tuple(point for point in points if isfinite(point[2]))
     return Record(
         folder=folder,
         arm=arm or arm_of(settings),
@@ -98,19 +126,21 @@ def _record(folder: Path, run: Run, result: dict[str, Any], arm: str | None, rol
         params=cost["params"],
         active_params=cost.get("active_params"),
         forward_flops=cost["flops_per_token"],
-        nats=log(result["perplexity"]),
+        nats=_loss(log(result["perplexity"])),
         curve=curve,
         settings=settings,
         result=result,
-        lookahead_bpb=None if (looked := result["lookahead_bpb"]) is None else float(looked),
-        **{name: float(result[name]) for name in ("flops", "lr", "bpb", "validation_bpb", "wall_s", "tokens_per_s")},
+        lookahead_bpb=None if (looked := result["lookahead_bpb"]) is None else _loss(float(looked)),
+        **{name: _loss(float(result[name])) for name in ("bpb", "validation_bpb")},
+        **{name: float(result[name]) for name in ("flops", "lr", "wall_s", "tokens_per_s")},
         **{name: int(result[name]) for name in ("seed", "tokens", "peak_memory_bytes")},
     )
 
 
 def read_runs(folders: Sequence[Path], say: Callable[[str], None] = warnings.warn) -> list[Record]:
-    """Every finished run of the folders: a study's (its plan.yaml says whose each run is), a comparison's or any other
-    folder of runs, or a run's own. A damaged one is said and left out. Raises ConfigError where there is none."""
+    """Every finished run of the folders, and those that diverged: a study's (its plan.yaml says whose each run is), a
+    comparison's or any other folder of runs, or a run's own. A damaged one is said and left out. Raises ConfigError
+    where there is none."""
     named: list[tuple[Path, str | None, str]] = []
     for folder in folders:
         if (cells := read_plan(folder).get("cells")) is not None:
@@ -139,6 +169,9 @@ def read_runs(folders: Sequence[Path], say: Callable[[str], None] = warnings.war
     return records
 
 
+LOSSES = ("nats", "bpb", "validation_bpb", "lookahead_bpb")
+
+
 def _checked(record: Record) -> None:
     """Raises ValueError where something that reports calculate with is no finite number, or documents are missing."""
     named = {field.name: getattr(record, field.name) for field in fields(record)}
@@ -147,7 +180,8 @@ def _checked(record: Record) -> None:
             value is None and name in ("lookahead_bpb", "active_params")
         ):
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        lost = record.diverged and name in LOSSES
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (lost or isfinite(value)):
             raise ValueError(f"{name}={str(value)[:40]} is no number")
     if not all(isfinite(value) for point in record.curve for value in point):
         raise ValueError("the learning curve holds what is no number")
@@ -160,7 +194,7 @@ def _checked(record: Record) -> None:
         if not isinstance(record.result.get(name), (kind, type(None))):
             raise TypeError(f"{name} is a {type(record.result[name]).__name__}")
     # Runs of the first version hold no losses by document.
-    if (record.folder / "documents.npz").exists():
+    if (record.folder / "documents.npz").exists() and not record.diverged:
         record.documents()
 
 

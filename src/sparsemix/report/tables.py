@@ -132,7 +132,7 @@ def comparison_table(result: dict[str, Any]) -> Markup:
             row.get("kind"), fixed(row.get("bpb"), 4), interval(row.get("bpb_ci"), 4),
             fixed(row.get("difference"), 4, signed=True), interval(row.get("difference_ci"), 4, signed=True),
             p_value(row.get("p_value")), row.get("verdict"), fixed(row.get("perplexity"), 2),
-            len(row.get("runs") or []) or None, fixed(row.get("effective_documents"), 1),
+            row.get("seeds", len(row.get("runs") or [])) or None, fixed(row.get("effective_documents"), 1),
         ]
         for row in ranked(result)
     ]  # fmt: skip

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +97,8 @@ class Comparison:
         self.began = time.monotonic()
 
     def run(self, dry: bool = False) -> dict[str, list[tuple[RunConfig, Path]]]:
-        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed. A `dry` one
+        """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed; those
+        that diverged in training are in `diverged`. A `dry` one
         says its plan and ends with the text prepared: no runs, and a folder for any comparison of it.
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
@@ -128,8 +129,10 @@ class Comparison:
                 for kind, config in configs.items()
             }
             failed = self._train([job for several in jobs.values() for job in several], "training")
-            if failed:
-                raise TrainingError("; ".join(f"{folder.name}: {error}" for folder, error in failed.items()))
+            # One that diverged is a result; where all did there is nothing to report.
+            self.diverged = [f"{folder.name}: {error}" for folder, error in failed.items()]
+            if len(failed) == len({job.folder for several in jobs.values() for job in several}):
+                raise TrainingError("; ".join(self.diverged))
         return {kind: [(job.config, job.folder) for job in several] for kind, several in jobs.items()}
 
     def _data_config(self) -> DataConfig:
@@ -196,7 +199,9 @@ class Comparison:
             jobs = [self._job(kind, _with_rate(configs[kind], rate)) for kind, rate in pairs]
             failed = self._train(jobs, "learning rates")
             results = [None if job.folder in failed else Run(job.folder).result for job in jobs]
-            return [result["validation_bpb"] if result else inf for result in results]
+            found = [result["validation_bpb"] if result else inf for result in results]
+            # What is not a number is not the least of numbers.
+            return [loss if isfinite(loss) else inf for loss in found]
 
         found = rates.sweep({kind: config.train.lr for kind, config in configs.items()}, losses)
         width = max(8, *map(len, configs))

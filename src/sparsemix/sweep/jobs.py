@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsemix.errors import TrainingError
+from sparsemix.run import ERROR
 from sparsemix.signals import Terminated
 
 if TYPE_CHECKING:
     from sparsemix.settings import RunConfig
 
 # What a run keeps of its newest failure, for `sparsemix status` and for whoever looks for the cause.
-ERROR = "error.txt"
 
 
 class WorkerLostError(RuntimeError):

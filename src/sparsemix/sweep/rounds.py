@@ -9,9 +9,9 @@ from typing import Protocol
 from sparsemix.config import ConfigError
 from sparsemix.durable import write_atomic
 from sparsemix.errors import DamagedError, OutOfMemoryError, RunBusyError, TrainingError
-from sparsemix.run import Run
+from sparsemix.run import ERROR, Run
 from sparsemix.signals import STOPS
-from sparsemix.sweep.jobs import ERROR, Job, train_job
+from sparsemix.sweep.jobs import Job, train_job
 from sparsemix.sweep.launch import Launcher
 
 

@@ -16,8 +16,7 @@ from rich.text import Text
 from sparsemix.config import ConfigError
 from sparsemix.inputs import trusted
 from sparsemix.report.arm import arm_of
-from sparsemix.run import LOCK, Run, read_plan
-from sparsemix.sweep.jobs import ERROR
+from sparsemix.run import ERROR, LOCK, Run, read_plan
 from sparsemix.sweep.phase import phase_of
 
 State = Literal["running", "failed", "damaged", "stopped", "waiting", "done"]

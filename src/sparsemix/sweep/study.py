@@ -65,9 +65,16 @@ class Study:
         for folder, error in failed.items():
             self.failed[folder.name] = str(error) or type(error).__name__
             self.say(f"{title}: {planned[folder]['arm']} ({folder.name}) failed: {self.failed[folder.name]}")
-        return [
-            None if self.folder(cell) in failed else read_run(self.folder(cell), cell.arm, cell.role) for cell in cells
-        ]
+        return [None if self.folder(cell) in failed else self._read(cell, title) for cell in cells]
+
+    def _read(self, cell: Cell, title: str) -> Record | None:
+        record = read_run(self.folder(cell), cell.arm, cell.role)
+        if record is None or record.diverged is None:
+            return record
+        if self.failed.get(cell.run) != record.diverged:
+            self.say(f"{title}: {cell.arm} ({cell.run}) diverged: {record.diverged}")
+        self.failed[cell.run] = record.diverged
+        return None
 
     def _note(self, cells: Sequence[Cell]) -> None:
         """Write into plan.yaml whose each run is, before any of them begins."""

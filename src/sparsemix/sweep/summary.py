@@ -1,8 +1,6 @@
 """From finished runs to result.json: rows with intervals and verdicts, count-model baselines, provenance."""
 
 from datetime import UTC, datetime
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,43 +10,29 @@ from sparsemix.evaluate.estimate import Units, effective
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
 from sparsemix.report.records import document_units
-from sparsemix.report.stats import (
-    Difference,
-    bits_per_byte,
-    difference,
-    holm,
-    smallest_visible,
-    verdict,
-)
+from sparsemix.report.stats import Difference
 from sparsemix.run import CONVENTION, Run, hardware, joined, versions
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import split_kind
 from sparsemix.sweep.compare import Comparison, settings_text
-
-Runs = dict[str, list[tuple[RunConfig, Path]]]
+from sparsemix.sweep.rows import Runs, diverged, divergence_of, rows_of
 
 
 def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any]:
     """The content of result.json."""
     settings, shards = comparison.settings, comparison.shards
-    losses = {kind: document_units([folder for _, folder in several]) for kind, several in runs.items()}
-    differences = {
-        kind: difference(found.nats, losses["dense"].nats, found.bytes)
-        for kind, found in losses.items()
-        if kind != "dense"
+    lost = {kind: diverged(several) for kind, several in runs.items()}
+    losses = {
+        kind: document_units(held)
+        for kind, several in runs.items()
+        if (held := [folder for _, folder in several if folder.name not in lost[kind]])
     }
     tuned = settings.lr == "sweep"
-    words = _verdicts(differences, untuned=not tuned)
-    rows = [
-        {**_measures(kind, losses[kind]), **_compared(differences.get(kind)), **words.get(kind, BASELINE)}
-        | several[0][0].costs()
-        | _spent(several)
-        for kind, several in runs.items()
-    ]
+    rows, differences = rows_of(runs, losses, lost, untuned=not tuned)
     dense_config = runs["dense"][0][0]
     baselines, launcher = _baselines(shards, dense_config), comparison.launcher
     corpus = _corpus(shards, dense_config)
-    tokens = max(row["tokens"] for row in rows)
+    tokens = max((row["tokens"] for row in rows if row["tokens"]), default=0)
     results = [result for several in runs.values() for _, folder in several if (result := Run(folder).result)]
     result = {
         "command": command,
@@ -68,46 +52,18 @@ def summarise(comparison: Comparison, runs: Runs, command: str) -> dict[str, Any
         "kernels": joined(*(result["kernels"] for result in results)),
         "hardware": f"{hardware()}; {launcher.workers} runs at a time, {launcher.threads} thread(s) each",
     }
-    result["limits"] = _limits(losses["dense"], differences, settings.seeds, corpus)
-    return {**result, "warnings": _warnings(result, settings.seeds)}
+    result["limits"] = _limits(next(iter(losses.values()), None), differences, settings.seeds, corpus)
+    return {**result, "warnings": divergence_of(rows, settings.seeds) + _warnings(result, settings.seeds)}
 
 
 # Tokens before a target that the longest count model looks at.
 CONTEXT = 4
-BASELINE = {"verdict": "baseline", "p_value": None}
 
 
-def _verdicts(differences: dict[str, Difference], untuned: bool) -> dict[str, dict[str, Any]]:
-    """Verdict and Holm-adjusted p-value of every kind but dense."""
-    adjusted = holm([d.p_value for d in differences.values()])
-    return {
-        kind: {
-            "verdict": verdict(d, p, smallest_visible(d.interval, len(differences)), untuned),
-            "p_value": p,
-        }
-        for (kind, d), p in zip(differences.items(), adjusted, strict=True)
-    }
-
-
-def _measures(kind: str, losses: Units) -> dict[str, Any]:
-    own = bits_per_byte(losses.nats, losses.bytes)
-    seen = {"seeds": len(losses.nats), "effective_documents": own.effective_docs, "by_part": losses.by_part}
-    return {"kind": kind, "bpb": own.estimate, "bpb_ci": [own.low, own.high], "bpb_limit": own.limit, **seen}
-
-
-def _compared(d: Difference | None) -> dict[str, Any]:
-    if d is None:
-        return {"difference": None, "difference_ci": None, "difference_limit": None}
-    interval = d.interval
-    return {
-        "difference": interval.estimate,
-        "difference_ci": [interval.low, interval.high],
-        "difference_limit": interval.limit,
-    }
-
-
-def _limits(losses: Units, differences: dict[str, Difference], seeds: int, corpus: dict[str, Any]) -> str:
-    """What the intervals rest on, and what would make them narrower."""
+def _limits(losses: Units | None, differences: dict[str, Difference], seeds: int, corpus: dict[str, Any]) -> str:
+    """What the intervals rest on, and what would make them narrower; nothing where every run diverged."""
+    if losses is None:
+        return ""
     scored, held = corpus["evaluated"], corpus["splits"]["test"]
     what = "parts of documents" if losses.by_part else "documents"
     said = (
@@ -131,35 +87,6 @@ def _limits(losses: Units, differences: dict[str, Difference], seeds: int, corpu
             more = f"raise train.test_tokens, the test split has {held['tokens']} tokens"
         said += f". More test text would narrow those of {', '.join(few_documents)} most ({more})"
     return f"{said}."
-
-
-def _spent(several: list[tuple[RunConfig, Path]]) -> dict[str, Any]:
-    """What the runs of a kind took and did, averaged over seeds where that means something."""
-    results = [Run(folder).result or {} for _, folder in several]
-    ahead = [r["lookahead_bpb"] for r in results if r["lookahead_bpb"] is not None]
-    lookahead = fmean(ahead) if ahead else None
-    return {
-        "perplexity": float(np.exp(fmean(np.log(r["perplexity"]) for r in results))),
-        "eval_flops_per_token": fmean(r["eval_flops_per_token"] for r in results),
-        "tokens": results[0]["tokens"],
-        "tokens_per_s": fmean(r["tokens_per_s"] for r in results),
-        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in results),
-        "wall_s": fmean(r["wall_s"] for r in results),
-        "lr": results[0]["lr"],
-        "lookahead_bpb": lookahead,
-        "leak": None if lookahead is None else lookahead - fmean(r["bpb"] for r in results),
-        "routing": results[0]["routing"],
-        "runs": [_run_row(r, folder) for r, (_, folder) in zip(results, several, strict=True)],
-    }
-
-
-def _run_row(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    curve = [
-        {"flops": m["flops"], "wall_s": m["wall_s"], "tokens": m["tokens"], "bpb": m["validation_bpb"]}
-        for m in Run(folder).metrics()
-        if "validation_bpb" in m
-    ]
-    return {**{k: result[k] for k in ("seed", "lr", "bpb")}, "folder": folder.name, "curve": curve}
 
 
 def _baselines(shards: Shards, config: RunConfig) -> dict[str, float]:
@@ -267,13 +194,13 @@ def _warnings(result: dict[str, Any], seeds: int) -> list[str]:
     dense = next(row for row in result["rows"] if row["kind"] == "dense")
     bigram = result["baselines"]["bigram_bpb"]
     warnings = list(result["corpus"]["warnings"])
-    if dense["bpb"] > bigram:
+    if dense["bpb"] is not None and dense["bpb"] > bigram:
         warnings.append(
             f"dense ({dense['bpb']:.3f} bits per byte) has not reached a bigram count model ({bigram:.3f}): these "
             "models are still below a bigram, and a larger budget is needed before the comparison means anything"
         )
     unigram = result["baselines"]["unigram_bpb"]
-    if weak := [row["kind"] for row in result["rows"] if row["bpb"] > 0.9 * unigram]:
+    if weak := [row["kind"] for row in result["rows"] if row["bpb"] is not None and row["bpb"] > 0.9 * unigram]:
         warnings.append(f"{', '.join(weak)} did not beat a unigram count model ({unigram:.3f}) by 10 %: hardly trained")
     if not result["tuned"]:
         warnings.append("untuned: one learning rate for all kinds; --lr sweep gives each kind its own")

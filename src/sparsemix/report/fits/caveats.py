@@ -40,6 +40,15 @@ def warnings_of(
     return said
 
 
+def divergence_of(lost: Sequence[Record]) -> list[str]:
+    """A warning for each run without a loss."""
+    return [
+        f"{r.arm} at {r.budget:.3g} FLOPs, width {r.settings['model']['d_model']}, seed {r.seed} ({r.folder.name}): "
+        f"diverged, {r.diverged}; there is no verdict on {r.arm} at this budget"
+        for r in lost
+    ]
+
+
 def _of_curve(curve: Curve) -> list[str]:
     name = f"{curve.arm} at {curve.budget:.3g} FLOPs"
     said = []

@@ -32,13 +32,14 @@ NOTHING = dict.fromkeys((
 @dataclass(frozen=True)
 class Terms:
     """What verdicts rest on: who the baseline is, whose rate was searched, the curves (arm, budget) with runs that
-    repeat their text too often."""
+    repeat their text too often, and those of which runs diverged."""
 
     baseline: str
     tuned: frozenset[str]
     repeated: frozenset[tuple[str, float]]
     resamples: int
     by_law: Callable[[float, float], float] | None = None
+    diverged: frozenset[tuple[str, float]] = frozenset()
 
 
 def quantities_of(
@@ -99,6 +100,8 @@ def _gap(gap: Gap, base: Curve) -> dict[str, Any]:
 def _verdict(
     curve: Curve, base: Curve, gap: Gap | None, adjusted: float | None, tested: int, terms: Terms
 ) -> dict[str, Any]:
+    if lost := [c.arm for c in (curve, base) if (c.arm, c.budget) in terms.diverged]:
+        return {"verdict": f"no verdict: runs of {' and '.join(lost)} diverged, and losses are of those that did not"}
     if gap is None:
         return {"verdict": "no verdict: no optimum and no two seeds in common"}
     if adjusted is None:
