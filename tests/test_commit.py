@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sparsemix import __version__, commit
-from sparsemix.run import joined, versions
+from sparsemix.provenance import joined, versions
 
 OURS = '[project]\nname = "sparsemix"\n'
 

@@ -11,7 +11,7 @@ ROOT = Path(sparsemix.__file__).parent
 # From the ground up: a file imports only from the lines before its own, and from its own folder.
 LADDER = (
     ("errors", "auto_classes", "commit", "signals", "durable", "terminal"),
-    ("inputs",),
+    ("inputs", "provenance"),
     ("config",),
     ("patterns",),
     ("run",),

@@ -17,11 +17,12 @@ from sparsemix import checkpoint, durable, train
 from sparsemix.config import to_yaml
 from sparsemix.interop.card import about_training
 from sparsemix.ops import impl
+from sparsemix.provenance import versions
 from sparsemix.report.isoflop import analyse
 from sparsemix.report.records import read_runs
 from sparsemix.report.study_page import write_study
 from sparsemix.reproduce.write import made_by
-from sparsemix.run import Run, versions
+from sparsemix.run import Run
 from sparsemix.signals import Terminated, stopped_code
 from tiny import prepared, run_config
 

@@ -7,7 +7,8 @@ import yaml
 from sparsemix import run as run_module
 from sparsemix.config import ConfigError, config_hash, parse, to_yaml
 from sparsemix.durable import write_atomic
-from sparsemix.run import Run, hardware, refuse_other, versions
+from sparsemix.provenance import hardware, versions
+from sparsemix.run import Run, refuse_other
 from sparsemix.settings import RunConfig
 from tiny import run_config, write_corpus
 

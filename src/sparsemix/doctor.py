@@ -15,7 +15,7 @@ from sparsemix.errors import ConfigError
 from sparsemix.machine import pick_device, pick_dtype, product_rates, thread_rates
 from sparsemix.ops import build
 from sparsemix.ops.impl import Kernels
-from sparsemix.run import hardware, versions
+from sparsemix.provenance import hardware, versions
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -3,20 +3,16 @@
 import hashlib
 import json
 import os
-import platform
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sparsemix import __version__
-from sparsemix.commit import commit
 from sparsemix.config import Config, ConfigError, parse, to_yaml
 from sparsemix.durable import SEAL, damage, seal, undone, write_atomic
 from sparsemix.errors import DIVERGED, DamagedError, RunBusyError
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
 # Who only looks whether a lock is held takes it for a moment; so does a process that is just being killed.
 LOCK_WAIT_S = 2.0
 LOCK = ".lock"
+# What a run keeps of its newest failure, for `sparsemix status` and for whoever looks for the cause.
 ERROR = "error.txt"
 # What later commands read of a finished run, and its checksums are of.
 TRUSTED = ("config.yaml", "metrics.jsonl", "documents.npz", "result.json")
@@ -284,34 +281,3 @@ def by_document(path: Path) -> dict[str, "np.ndarray"]:
     # Opened here: NumPy leaves a file open that is no archive.
     with path.open("rb") as raw, trusted(path), np.load(raw, allow_pickle=False) as held:
         return {name: held[name] for name in held.files}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the commit of this package where it is known."""
-    # Not by metadata: what is imported may be another copy than what is installed.
-    found = {"python": platform.python_version(), "sparsemix": __version__}
-    found |= {"commit": known} if (known := commit()) else {}
-    return found | {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
-
-
-def joined(*several: Mapping[str, str]) -> dict[str, str]:
-    """What is said of each name anywhere: `{"torch": "2.13.0; 2.14.0"}`, of a run that went on under another version,
-    or of several runs."""
-    found: dict[str, list[str]] = {}
-    for told in several:
-        for name, values in told.items():
-            for value in values.split("; "):
-                if value not in found.setdefault(name, []):
-                    found[name].append(value)
-    return {name: "; ".join(values) for name, values in found.items()}
-
-
-def hardware() -> str:
-    """The processor and its cores, in words."""
-    model = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return f"{model}, {os.cpu_count()} cores"

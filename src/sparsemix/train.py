@@ -22,7 +22,8 @@ from sparsemix.machine import pick_compile, pick_device, pick_dtype
 from sparsemix.model import LM, BlockRunner, after
 from sparsemix.ops.impl import own_picks, picked
 from sparsemix.optim import Optimizer, clip_groups, schedule, second_stage
-from sparsemix.run import CONVENTION, Run, hardware, joined, refusal_leaves_nothing, versions
+from sparsemix.provenance import hardware, joined, versions
+from sparsemix.run import CONVENTION, Run, refusal_leaves_nothing
 from sparsemix.settings import RunConfig
 from sparsemix.signals import STOPS, stops_wait
 from sparsemix.step import accumulate, activation_bytes, block_runner, read

@@ -16,7 +16,7 @@ from sparsemix.commit import commit
 from sparsemix.config import ConfigError, nearest
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import load_json
-from sparsemix.run import hardware, versions
+from sparsemix.provenance import hardware, versions
 
 SCHEMA = 1
 PEERS = ("PEER-pytorch", "product-key-memory", "st-moe-pytorch", "mixture-of-experts", "transformers")

@@ -15,7 +15,7 @@ from sparsemix.data.shards import DataConfig
 from sparsemix.data.spool import Spool
 from sparsemix.data.token_stream import byte_pieces, write_stream
 from sparsemix.data.tokenizer import end_of_text, id_dtype, load_tokenizer, num_ids, train_tokenizer
-from sparsemix.run import versions
+from sparsemix.provenance import versions
 
 Progress = Callable[[str, int, int | None], None]
 # A tokenizer's words are settled long before this much text, and learning them takes longer than encoding does.

@@ -21,7 +21,7 @@ from sparsemix.evaluate.estimate import Estimate, exponential, ratio, share
 from sparsemix.evaluate.sliding import Scores, score
 from sparsemix.inputs import checked_json, read_mapping
 from sparsemix.model import LM
-from sparsemix.run import hardware, versions
+from sparsemix.provenance import hardware, versions
 
 Progress = Callable[[str, int, int | None], None]
 CONVENTION = (

@@ -8,9 +8,9 @@ from typing import Any
 
 from sparsemix.errors import DamagedError
 from sparsemix.inputs import read_mapping, trusted
+from sparsemix.provenance import joined
 from sparsemix.report.numbers import fixed
 from sparsemix.report.records import Record
-from sparsemix.run import joined
 
 # They differ from run to run of one arm.
 OF_A_RUN = ("seed", "train.lr", "train.budget_flops")

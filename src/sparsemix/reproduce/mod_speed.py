@@ -13,8 +13,8 @@ from sparsemix.data import Shards
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import checked_json, read_mapping, trusted
 from sparsemix.machine import own_threads, pick_compile, pick_device, pick_dtype, use_threads
+from sparsemix.provenance import hardware
 from sparsemix.reproduce.base import Lab
-from sparsemix.run import hardware
 from sparsemix.settings import RunConfig
 from sparsemix.step import block_runner
 from sparsemix.train import train_step, training_batches

@@ -15,8 +15,8 @@ from sparsemix.generation import Sampling, generate
 from sparsemix.inputs import checked_json, read_mapping, trusted
 from sparsemix.layers.packed import TernaryWeight, pack_ternary
 from sparsemix.model import LM
+from sparsemix.provenance import hardware
 from sparsemix.report.records import Record
-from sparsemix.run import hardware
 from sparsemix.trained import load
 
 FLOAT_FORMS = ("fp32", "bf16")

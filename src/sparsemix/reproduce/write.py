@@ -7,12 +7,12 @@ from typing import Any
 
 from sparsemix.durable import write_atomic
 from sparsemix.inputs import checked_json
+from sparsemix.provenance import hardware, joined, versions
 from sparsemix.report.isoflop import read_line
 from sparsemix.report.records import Record
 from sparsemix.report.simple_page import TextTable
 from sparsemix.reproduce.base import Outcome
 from sparsemix.reproduce.lab import Plan
-from sparsemix.run import hardware, joined, versions
 
 
 def write(planned: Plan, outcome: Outcome, records: Sequence[Record], folder: Path, command: str) -> dict[str, Any]:

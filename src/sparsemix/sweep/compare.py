@@ -98,8 +98,8 @@ class Comparison:
 
     def run(self, dry: bool = False) -> dict[str, list[tuple[RunConfig, Path]]]:
         """Everything, or what is left of it: data, budget, learning rates, runs. Kind -> its runs, by seed; those
-        that diverged in training are in `diverged`. A `dry` one
-        says its plan and ends with the text prepared: no runs, and a folder for any comparison of it.
+        that diverged in training are in `diverged`. A `dry` one says its plan and ends with the text prepared: no runs,
+        and a folder for any comparison of it.
         Raises ConfigError; an interrupt leaves a folder that the same call continues."""
         plan = self._check_folder()
         with working(self.out) as self.phase:

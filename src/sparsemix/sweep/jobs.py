@@ -16,8 +16,6 @@ from sparsemix.signals import Terminated
 if TYPE_CHECKING:
     from sparsemix.settings import RunConfig
 
-# What a run keeps of its newest failure, for `sparsemix status` and for whoever looks for the cause.
-
 
 class WorkerLostError(RuntimeError):
     """A worker ended before its work did: it was killed, or its machine went."""

@@ -9,9 +9,10 @@ from sparsemix.data import Shards, read_line
 from sparsemix.evaluate.estimate import Units, effective
 from sparsemix.evaluate.ngram import ngram_baselines
 from sparsemix.layers import BlockConfig
+from sparsemix.provenance import hardware, joined, versions
 from sparsemix.report.records import document_units
 from sparsemix.report.stats import Difference
-from sparsemix.run import CONVENTION, Run, hardware, joined, versions
+from sparsemix.run import CONVENTION, Run
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import split_kind
 from sparsemix.sweep.compare import Comparison, settings_text
