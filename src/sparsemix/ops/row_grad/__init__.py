@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch._library.effects import EffectType
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsemix.ops.impl import Kernels
@@ -90,7 +91,8 @@ def rows_gradient(
     rows that they picked."""
     from sparsemix.ops.row_grad import factored
 
-    if record and not torch.compiler.is_compiling():
+    # Before 2.13 torch does not call the tracing of a backward pass compiling.
+    if record and not (torch.compiler.is_compiling() or is_fake(table)):
         lent = factored.lent_table(table)
         record = lent is not None and factored.gradient_goes(lent) != "caller"
     if record and not factored.several_ranks():
