@@ -83,7 +83,7 @@ def test_bad_blocks_are_refused_in_one_line(blocks, wanted):
 def test_blocks_that_are_all_wrong_are_not_called_too_few_as_well():
     with pytest.raises(ConfigError) as caught:
         parse(ModelConfig, raw([BLOCK | {"precision": "ternary"}] * 2))
-    known = "precision=ternary is no setting here (known: kind, mixer, ffn, norm)"
+    known = "precision=ternary is no setting here (known: mixer, ffn, norm)"
     assert str(caught.value) == f"blocks.0.{known}; blocks.1.{known}"
 
 

@@ -159,7 +159,7 @@ def test_result_manifest_page_and_card_name_the_commits_that_made_a_run(unbroken
     # Its end is made by a process of other code.
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    monkeypatch.setattr("sparsemix.run.commit", lambda: "c0ffee (changed)")
+    monkeypatch.setattr("sparsemix.provenance.commit", lambda: "c0ffee (changed)")
     train.train(config, tmp_path / "run", shards)
     result = Run(tmp_path / "run").result
     both = "; ".join([first["commit"], "c0ffee (changed)"] if "commit" in first else ["c0ffee (changed)"])

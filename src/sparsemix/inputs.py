@@ -226,7 +226,9 @@ def tried(place: Path, setting: str, folder: bool = False) -> None:
 
 def refuse_used(to: Path) -> None:
     """Raises ConfigError where there is something already."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"to={to} is no folder; name a new one")
+    if to.exists() and any(to.iterdir()):
         raise ConfigError(f"to={to} is not empty; name a new folder")
 
 
