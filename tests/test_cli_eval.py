@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
+import commands
 from made_corpora import small_tokenizer, write_papers
-from sparsemix import cli, saved
+from sparsemix import saved
 from sparsemix.api import build_model
 from tiny import BLOCKS, D, V, unchecked_shapes
 
@@ -34,11 +35,8 @@ def data(tmp_path_factory):
 
 def call(monkeypatch, capsys, *args):
     """(exit code, standard output, standard error) of one `sparsemix eval`."""
-    monkeypatch.setattr(sys, "argv", ["sparsemix", "eval", *map(str, args)])
-    with pytest.raises(SystemExit) as ended, unchecked_shapes():
-        cli.main()
-    said = capsys.readouterr()
-    return ended.value.code if isinstance(ended.value.code, int) else 0, said.out, said.err
+    with unchecked_shapes():
+        return commands.call(monkeypatch, capsys, "eval", *args)
 
 
 def test_the_papers_table_fits_eighty_columns_and_names_every_corpus(monkeypatch, capsys, model, data, tmp_path):

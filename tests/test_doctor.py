@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from commands import call
 from sparsemix.doctor import _cache, all_kernels, examine
 from sparsemix.ops.impl import Kernels
-from test_cli import call
 
 
 def found(what: str):

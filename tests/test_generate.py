@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
+from commands import call
 from sparsemix import saved, trained
 from sparsemix.generation import Sampling
 from sparsemix.play import Play
-from test_cli import call
 from tiny import BLOCKS, T, prepared, result_of, run_config, unchecked_shapes
 
 GREEDY = ("--temperature", "0", "--max-tokens", "5")

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import transformers
-from test_convert_folder import call
 from test_read_decoder import SIZES, V, saved, theirs
 
+from commands import call
 from sparsemix import trained
 from sparsemix.data.tokenizer import train_tokenizer
 from sparsemix.interop.conversion import convert_folder

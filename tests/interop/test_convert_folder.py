@@ -1,13 +1,13 @@
 """`sparsemix convert` as a user meets it: a folder and its receipt, or one line and nothing."""
 
 import json
-import sys
 
 import pytest
 import torch
 from dense_run import dense_run
 
-from sparsemix import cli, saved, trained
+from commands import call
+from sparsemix import saved, trained
 from sparsemix.interop.conversion import convert_folder
 from sparsemix.interop.plan import ConvertConfig
 from sparsemix.interop.receipt import lines
@@ -28,15 +28,6 @@ def run(dense):
 @pytest.fixture
 def text(dense):
     return dense.text
-
-
-def call(monkeypatch, capsys, *args):
-    """(exit code, standard output, standard error) of one command."""
-    monkeypatch.setattr(sys, "argv", ["sparsemix", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    return ended.value.code or 0, said.out, said.err
 
 
 def logits(folder):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sparsemix import cli, saved, trained
+from commands import call
+from sparsemix import saved, trained
 from sparsemix.config import ConfigError, parse
 from sparsemix.data.tokenizer import encode_batch
 from sparsemix.interop import export as exporting
@@ -143,14 +143,6 @@ def test_every_routed_kind_has_its_rule_in_words():
     for settings in ({"selector": "strided"}, {"selector": "random"}, {"selector": "token_choice"}, {"capacity": 3}):
         (told,) = causal_rules(config_of([mod(LLAMA, **settings)]))
         assert told.startswith("Mixture of Depths, capacity")
-
-
-def call(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["sparsemix", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    return ended.value.code or 0, said.out, said.err
 
 
 def bad_places(runs, tmp_path):

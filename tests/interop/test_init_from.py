@@ -6,8 +6,8 @@ import pytest
 import torch
 from dense_run import dense_run
 from safetensors.torch import load_file
-from test_convert_folder import call
 
+from commands import call
 from sparsemix import checkpoint, saved, train
 from sparsemix.config import ConfigError
 from sparsemix.evaluate.perplexity import document_losses

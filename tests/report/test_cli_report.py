@@ -11,7 +11,7 @@ import yaml
 from made_records import ARMS, made_study
 from test_page import Page
 
-from sparsemix import cli
+import commands
 from sparsemix.errors import DIVERGED
 
 ONLY = {arm: ARMS[arm] for arm in ("dense", "mod")}
@@ -53,11 +53,7 @@ def no_pictures(monkeypatch):
 
 def call(monkeypatch, capsys, *args):
     """(exit code, standard output, standard error) of one report."""
-    monkeypatch.setattr(sys, "argv", ["sparsemix", "report", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    return ended.value.code or 0, said.out, said.err
+    return commands.call(monkeypatch, capsys, "report", *args)
 
 
 def test_a_study_is_reported_from_its_runs_without_torch(study):

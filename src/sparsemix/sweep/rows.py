@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from sparsemix.evaluate.estimate import Units
+from sparsemix.report.records import read_run
 from sparsemix.report.stats import Difference, bits_per_byte, difference, holm, smallest_visible, verdict
-from sparsemix.run import Run, by_document
+from sparsemix.run import Run
 from sparsemix.settings import RunConfig
 
 Runs = dict[str, list[tuple[RunConfig, Path]]]
@@ -24,13 +25,10 @@ NOTHING = dict.fromkeys((*MEASURED, "lookahead_bpb", "leak"))
 
 def diverged(several: list[tuple[RunConfig, Path]]) -> dict[str, str]:
     """Which of a kind's runs have no loss, and why."""
-    found = {}
-    for _, folder in several:
-        if Run(folder).result is None:
-            found[folder.name] = Run(folder).diverged or "its training diverged"
-        elif not np.isfinite(by_document(folder / "documents.npz")["nats"]).all():
-            found[folder.name] = "its test loss is not finite"
-    return found
+    read = {folder.name: read_run(folder) for _, folder in several}
+    # One without a record has been begun anew by another process since.
+    why = {name: record.diverged if record else "its training diverged" for name, record in read.items()}
+    return {name: said for name, said in why.items() if said}
 
 
 def rows_of(

@@ -12,7 +12,6 @@ from sparsemix.bench.work import OURS, Case, Contender, Number, Work
 from sparsemix.data import Batch, DataConfig
 from sparsemix.layers import AttentionConfig, BlockConfig, DenseConfig
 from sparsemix.layers.linear import num_matrices
-from sparsemix.optim import build_optimizer
 from sparsemix.settings import RunConfig
 from sparsemix.sweep.arms import Arm, backbone, run_config
 from sparsemix.train import train_step
@@ -50,8 +49,8 @@ def training(config: RunConfig, threads: int) -> Callable[[], Contender]:
     """Whole steps: gradients, their norm and clipping, running state and the optimizer."""
 
     def make() -> Contender:
-        t, model = config.train, config.model.build(0).train()
-        optimizer = build_optimizer(model, t.lr, t.weight_decay, matrices=t.optimizer, table_moment=t.table_moment)
+        model = config.model.build(0).train()
+        optimizer = config.train.build_optimizer(model)
         batches, done = texts(config), 0
 
         def step() -> None:
